@@ -1,0 +1,46 @@
+"""The script that `accelerate launch` or torchrun starts, or a person: python launch/train.py RECIPE. Recipe in, run out."""
+
+import argparse
+import sys
+from pathlib import Path
+
+try:
+    from llm.errors import run
+    from llm.recipe import Recipe, load
+except ImportError as missing:
+    print(
+        f"error: {missing}. Another package is called `llm` too: take a fresh environment and run `pip install -e .` here",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train one recipe, from its text to a model. The same command goes on where it was stopped.",
+        epilog="example: accelerate launch launch/train.py recipes/quickstart.yaml train.tokens=200k run=try",
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the recipe, such as train.steps=60 run=try"
+    )
+    arguments = parser.parse_args()
+    recipe = load(arguments.recipe, arguments.overrides)  # refused before the slow imports, if at all
+
+    from llm.group import say
+    from llm.prepare import prepare
+    from llm.recipe import with_steps
+    from llm.shards import Shards
+    from llm.tokenizer import Tokenizer
+    from llm.trainer import train
+
+    def ready(recipe: Recipe) -> tuple[Recipe, Tokenizer, Shards]:
+        prepared = prepare(recipe, say)
+        return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
+
+    folder = train(recipe, ready)
+    say(f'the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt "My self Har"')
+
+
+if __name__ == "__main__":
+    run(main)

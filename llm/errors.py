@@ -1,0 +1,91 @@
+"""What a user can cause, each with its exit status. A message names who, value, rule and mend, in one line.
+
+Raised where the fact is known, caught once, in `run`: one line on stderr, no traceback. What we got wrong ourselves stays
+an assertion and keeps its traceback.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class LLMError(Exception):
+    """One line for the user; `status` is what the process exits with."""
+
+    status = 1
+
+
+class RecipeError(LLMError):
+    """The recipe, or a command's argument, cannot be meant."""
+
+    status = 2
+
+
+class TextError(LLMError):
+    """The text cannot be read, or is too little."""
+
+    status = 2
+
+
+class DivergedError(LLMError):
+    """A loss or a gradient that is not finite ended the run."""
+
+    status = 3
+
+
+class RefusedError(LLMError):
+    """A checkpoint, a tokenizer or shards are damaged, or do not belong to this run."""
+
+    status = 4
+
+
+class DiskError(LLMError):
+    """The disk is full or fails."""
+
+    status = 5
+
+
+class GroupError(LLMError):
+    """A process of the group failed, or the group is not what was asked for."""
+
+    status = 6
+
+
+class StoppedError(LLMError):
+    """Asked to stop: everything is saved, the same command goes on."""
+
+    status = 75
+
+
+def as_disk_error(error: OSError) -> LLMError | None:
+    """The DiskError that this failure of the operating system is, None where the disk is not to blame."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        where = f" at {error.filename}" if error.filename else ""
+        return DiskError(
+            f"the disk failed{where}: {os.strerror(error.errno)}; make room and run the same command again"
+        )
+    return None
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Exit with what `main` returns, or with one line and the status of the LLMError that it raised."""
+    try:
+        status = main() or 0
+    except LLMError as error:
+        print(f"{'' if isinstance(error, StoppedError) else 'error: '}{error}", file=sys.stderr, flush=True)
+        status = error.status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        status = 130
+    except BrokenPipeError:  # the reader of a pipe left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        disk = as_disk_error(error)
+        if disk is None:
+            raise
+        print(f"error: {disk}", file=sys.stderr, flush=True)
+        status = disk.status
+    sys.exit(status)

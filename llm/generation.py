@@ -1,0 +1,115 @@
+"""Text out of a model: prefill, choose, step, repeat. Rows of different lengths go side by side, each at its own position."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm.model import Cache, Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Filters apply in the order in which they stand here; 0 switches one off, as does top_p = 1."""
+
+    temperature: float = 0.8  # 0: always the likeliest
+    top_k: int = 0  # tokens that stay
+    top_p: float = 1.0  # the likeliest tokens that hold this much probability stay
+    min_p: float = 0.0  # tokens of at least this share of the likeliest one's probability stay
+    repetition_penalty: float = 1.0  # logits of tokens that occurred are divided by it, or multiplied where negative
+
+
+def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token of each row: (B,) out of logits (B, V); `seen` (B, V) of bool marks the tokens that occurred."""
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        punished = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(seen, punished, logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k, dim=-1).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        shares = ordered.softmax(-1)
+        late = shares.cumsum(-1) - shares > sampling.top_p  # what comes before already holds enough
+        logits = logits.masked_fill(late.gather(-1, index.argsort(-1)), -torch.inf)
+    if sampling.min_p > 0:
+        shares = logits.softmax(-1)
+        logits = logits.masked_fill(shares < sampling.min_p * shares.amax(-1, keepdim=True), -torch.inf)
+    # Drawn on the CPU, so that a seed says the same on any device.
+    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    end: int | None = None,
+    banned: tuple[int, ...] = (),
+) -> Iterator[list[int | None]]:
+    """Up to `tokens` times: the next token of every prompt, None for a row that met `end`. Stops when all have.
+
+    A row that fills the context goes on from its last half. A prompt longer than the context is read from its end. Prompts are not empty.
+    `banned` tokens are never chosen.
+    """
+    device = model.lm_head.weight.device
+    context = model.shape.context
+    texts = [list(prompt[-context:]) for prompt in prompts]
+    seen = torch.zeros(len(texts), model.lm_head.weight.shape[0], dtype=torch.bool, device=device)
+    for row, text in enumerate(texts):
+        seen[row, text] = True
+    generator = torch.Generator().manual_seed(seed)
+    cache = Cache(model.shape, len(texts), context, device, model.lm_head.weight.dtype)
+    done = [False] * len(texts)
+    logits = prefill(model, cache, texts)
+    rows = torch.arange(len(texts), device=device)
+    for _ in range(tokens):
+        logits[:, list(banned)] = -torch.inf
+        chosen = choose(logits, seen, sampling, generator)
+        seen[rows, chosen] = True
+        ids = chosen.tolist()
+        done = [before or token == end for before, token in zip(done, ids, strict=True)]
+        yield [None if over else token for over, token in zip(done, ids, strict=True)]
+        if all(done):
+            return
+        for text, token in zip(texts, ids, strict=True):
+            text.append(token)
+        if max(map(len, texts)) > context:
+            texts = [text[-(context // 2) :] if len(text) > context else text for text in texts]
+            logits = prefill(model, cache, texts)
+        else:
+            cache.at(torch.tensor([[len(text) - 1] for text in texts], device=device))
+            logits = model.logits(chosen[:, None], cache)[:, -1]
+
+
+def prefill(model: Transformer, cache: Cache, texts: list[list[int]]) -> Tensor:
+    """Read `texts` into an empty cache: logits (B, V) after the last token of each.
+
+    Shorter rows are padded at their end; what is written there is overwritten before any query may see it.
+    """
+    width = max(map(len, texts))
+    device = cache.keys.device
+    padded = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+    cache.at(torch.arange(width, device=device).expand(len(texts), width))
+    return model.logits(padded, cache, last=torch.tensor([len(text) - 1 for text in texts], device=device))
+
+
+def continuations(
+    model: Transformer,
+    prompts: list[list[int]],
+    tokens: int,
+    sampling: Sampling,
+    decode: Callable[[list[int]], str],
+    seed: int = 0,
+    end: int | None = None,
+    banned: tuple[int, ...] = (),
+) -> list[str]:
+    """What the model makes of each prompt, as text."""
+    columns = list(generate(model, prompts, tokens, sampling, seed, end, banned))
+    return [decode([column[row] for column in columns if column[row] is not None]) for row in range(len(prompts))]  # type: ignore[misc]

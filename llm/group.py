@@ -1,0 +1,85 @@
+"""What the processes of a group say to each other on the CPU's side, without a device and without a pickle.
+
+Nothing here is reached by a gradient. One process alone passes through all of it.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm.errors import GroupError, LLMError
+
+PATIENCE = timedelta(days=365)  # the preparation of a large text takes as long as it takes
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(text: str) -> None:
+    """Print for the whole group: the main process alone speaks."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line on stderr that names its process where there are several."""
+    print(f"process {rank()}: {text}" if world() > 1 else text, file=sys.stderr, flush=True)
+
+
+class Council:
+    """A CPU-side group beside the device's: what it agrees on waits for no device. One process agrees with itself."""
+
+    def __init__(self) -> None:
+        self.group: Any = dist.new_group(backend="gloo") if world() > 1 else None
+        self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if world() > 1 else None
+
+    def largest(self, number: int, *, patient: bool = False) -> int:
+        """The largest of every process's `number`."""
+        if self.group is None:
+            return number
+        box = torch.tensor([number], dtype=torch.int64)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
+        return int(box)
+
+    def same(self, digest: str) -> bool:
+        """Whether every process gave the same hexadecimal digest."""
+        head = int(digest[:15], 16)
+        return self.largest(head) == head and self.largest(-head) == -head
+
+    @contextmanager
+    def together(self, *, patient: bool = False) -> Iterator[None]:
+        """All processes leave the block, or all end: one that fails in it with an LLMError takes the others along."""
+        try:
+            yield
+        except LLMError as error:
+            self.largest(error.status, patient=patient)
+            raise
+        if status := self.largest(0, patient=patient):
+            raise _Followed(status)
+
+    def first(self, act: Callable[[], Any]) -> Any:
+        """What `act()` returns: done by each node's first process while the others wait without a limit, then by them."""
+        result = None
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        with self.together(patient=True):
+            if first:
+                result = act()
+        with self.together(patient=True):
+            return result if first else act()
+
+
+class _Followed(GroupError):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"process {rank()} ends, as another process failed with status {status}")
+        self.status = status

@@ -1,0 +1,111 @@
+"""The machine half of a recipe met with this machine: processes, device, and what every `auto` comes to.
+
+Precision, threads and micro-batch are part of what decides a run's bits, so what was found once is kept in the run.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from llm import cost, group, store
+from llm.errors import GroupError, RecipeError
+from llm.recipe import Recipe
+
+CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
+RECORD = "machine.json"
+
+
+def threads_of(recipe: Recipe) -> int:
+    """CPU threads of this process: the cores that it may use, shared among the processes of this machine."""
+    if recipe.machine.threads != "auto":
+        return recipe.machine.threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def precision_of(recipe: Recipe) -> str:
+    """What the recipe says, or what this device multiplies fast."""
+    wanted = recipe.machine.precision
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise RecipeError("machine.precision = fp16 needs a CUDA device: take bf16, fp32 or auto")
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if has_accelerator():
+        return "fp32"
+    # Some CPUs multiply bf16 twice as fast as fp32, others hundreds of times slower: only trying tells.
+    device = torch.device("cpu")
+    gain = cost.measured_flops(device, torch.bfloat16) / cost.measured_flops(device, torch.float32)
+    return "bf16" if gain > 1.3 else "fp32"
+
+
+def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
+    """The recipe with every `auto` of its machine half settled, but for the micro-batch of an accelerator.
+
+    What the run settled before stays. The first process decides for all.
+    """
+    record = run / RECORD
+    known = store.read_json(record) if record.exists() else {}
+    torch.set_num_threads(threads_of(recipe))
+    names: tuple[Any, ...] = ("fp32", "bf16", "fp16")
+    precision = known.get("precision") if recipe.machine.precision == "auto" else None
+    precision = names[council.largest(names.index(precision or precision_of(recipe)) if group.rank() == 0 else 0)]
+    micro_batch: Any = recipe.machine.micro_batch
+    if micro_batch == "auto":
+        share = recipe.windows_per_step // group.world()
+        fitting = [
+            n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * recipe.model.context <= CPU_TOKENS)
+        ]
+        micro_batch = known.get("micro_batch") if known.get("world") == group.world() else None
+        micro_batch = micro_batch or (max(fitting, default=1) if not has_accelerator() else "auto")
+    return replace(
+        recipe,
+        machine=replace(recipe.machine, precision=precision, micro_batch=micro_batch, threads=torch.get_num_threads()),
+    )
+
+
+def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
+    """The processes, met and counted. GroupError where they are not those that were asked for."""
+    on_cpu = not has_accelerator()
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # read by torchrun's processes before the first Accelerator
+    if group.world() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+    council = group.Council()
+    run = Path("runs") / recipe.run
+    with council.together():
+        recipe = settled(recipe, run, council)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision={"fp32": "no"}.get(recipe.machine.precision, recipe.machine.precision),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != group.world():
+        raise GroupError(
+            f"{group.world()} processes were asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}: "
+            "launch with torchrun, or with `accelerate launch --multi_gpu`"
+        )
+    if recipe.windows_per_step % group.world():
+        raise RecipeError(
+            f"{recipe.windows_per_step} windows a step (train.tokens_per_step / model.context) cannot be shared by "
+            f"{group.world()} processes: "
+            f"make train.tokens_per_step a multiple of {group.world() * recipe.model.context}"
+        )
+    return accelerator, council, recipe
+
+
+def remember(recipe: Recipe, run: Path) -> None:
+    """Keep what `settled` and a rehearsal found, for the next start of this run."""
+    machine = recipe.machine
+    found = {"precision": machine.precision, "micro_batch": machine.micro_batch, "world": group.world()}
+    store.write_json(run / RECORD, found)

@@ -1,0 +1,285 @@
+"""Prepare a text: survey it, train its tokenizer, write its token shards; each once, addressed by content, and kept in the cache.
+
+    python -m llm.prepare recipes/quickstart.yaml
+    python -m llm.prepare --wiki wiki.txt
+
+The text is read once to be surveyed and once to be encoded, and not at all where its files have the size, time and inode that
+they had when they were surveyed.
+"""
+
+import argparse
+import hashlib
+import heapq
+import math
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from llm import shards as sharding
+from llm import store
+from llm.corpus import Corpus, fraction, wiki_documents
+from llm.errors import DiskError, RecipeError, RefusedError, TextError, run
+from llm.recipe import Recipe, load
+from llm.shards import Shards
+from llm.tokenizer import SETTINGS, Tokenizer
+
+SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory
+MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
+
+LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}
+
+Item = TypeVar("Item")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A text made ready: what encodes it and where its tokens lie."""
+
+    tokenizer: Tokenizer
+    shards: Shards
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one reading of the text finds out: its digest, and its documents and bytes on the two sides."""
+
+    sha256: str
+    documents: tuple[int, int]  # train, validation
+    text_bytes: tuple[int, int]
+    lowest: float  # the smallest share that holds a document out
+    notes: dict[str, int]  # what was cut or left out, and how often
+
+
+def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: bool = False) -> Prepared:
+    """The recipe's text as tokens, out of the cache as far as it is there; `say` is told in lines what was found and done.
+
+    With `verify` the text is read again although its files look the same, and the shards are checked byte by byte.
+    """
+    cache = _cache(recipe.text.cache or "data")
+    corpus = Corpus(recipe.text)
+    share = recipe.text.validation
+    show = _Show(say, progress)
+
+    path = cache / "surveys" / f"{store.digest_of([corpus.identity, share])}.json"
+    sample: list[bytes] = []
+    with _alone(path, "this text", say):
+        if path.is_file() and not verify:
+            survey = Survey(**store.read_json(path))
+        else:
+            survey, sample = _survey(corpus, share, show)
+            store.write_json(path, asdict(survey))
+    _check(survey, recipe)
+    left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
+    say(f"text: {_sides(*survey.documents)} documents of {_sides(*survey.text_bytes)} bytes; rule: {corpus.rule}{left_out}")
+
+    if recipe.tokenizer.path:
+        tokenizer = Tokenizer.load(Path(recipe.tokenizer.path).expanduser())
+    else:
+        tokenizer = _trained(recipe, survey, cache, say, lambda: sample or _survey(corpus, share, show)[1])
+    lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
+    say(f"tokenizer: {tokenizer.vocabulary:,} pieces{lossy}")
+
+    shards = _sharded(corpus, share, survey, tokenizer, cache, show, verify=verify)
+    train, validation = shards.train, shards.validation
+    tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
+    say(f"tokens: {_sides(train.tokens, validation.tokens)}, {text_bytes / tokens:.2f} bytes a token")
+    if train.tokens <= recipe.model.context:
+        raise TextError(
+            f"{_names(recipe)}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
+            f"{recipe.model.context + 1:,}: use more text, or at most model.context={train.tokens - 1}")
+    return Prepared(tokenizer, shards)
+
+
+def _cache(name: str) -> Path:
+    cache = Path(name).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise RecipeError(f"text.cache = {name} cannot be a folder ({error.strerror}): name another place") from error
+    return cache
+
+
+def _names(recipe: Recipe) -> str:
+    return ", ".join(recipe.text.files)
+
+
+def _sides(train: int, validation: int) -> str:
+    return f"{train:,} train + {validation:,} validation"
+
+
+@contextmanager
+def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
+    """Hold the lock of what will lie at `path`; whoever waits for another process says so."""
+    lock = path.parent / "locks" / f"{path.stem}.lock"
+    with store.lock(lock) as alone:
+        if alone:
+            yield
+            return
+    say(f"another process prepares {what}: waiting for it")
+    with store.lock(lock, wait=True):
+        yield
+
+
+def _survey(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[bytes]]:
+    """Read the text once; the second answer are training documents of SAMPLE bytes at most, those of the smallest hashes."""
+    digest, lowest, notes = hashlib.sha256(), 1.0, Counter[str]()
+    documents, text_bytes = [0, 0], [0, 0]
+    sample: list[tuple[float, int, bytes]] = []
+    sampled = 0
+    for number, document in enumerate(show.over(corpus.documents(notes), "reading", corpus.bytes_expected(), len)):
+        digest.update(len(document).to_bytes(8, "big"))
+        digest.update(document)
+        place = fraction(document)
+        side = int(place < share)
+        documents[side] += 1
+        text_bytes[side] += len(document)
+        lowest = min(lowest, place)
+        if side == 0 and (sampled + len(document) <= SAMPLE or place < -sample[0][0]):
+            heapq.heappush(sample, (-place, number, document))
+            sampled += len(document)
+            while sampled > SAMPLE:
+                sampled -= len(heapq.heappop(sample)[2])
+    survey = Survey(digest.hexdigest(), tuple(documents), tuple(text_bytes), lowest, dict(notes))
+    return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])]
+
+
+def _check(survey: Survey, recipe: Recipe) -> None:
+    """TextError where the text, or one of its sides, holds nothing."""
+    (train, validation), share = survey.documents, recipe.text.validation
+    if train + validation == 0:
+        raise TextError(f"{_names(recipe)}: there is nothing but whitespace: put your text there")
+    if train and (validation or not share):
+        return
+    smaller = "make documents smaller (text.documents=blocks or lines)"
+    if train + validation == 1:
+        raise TextError(f"{_names(recipe)}: one document is not enough for training and validation: {smaller} or text.validation=0")
+    if not train:
+        raise TextError(f"text.validation = {share} holds all {validation} documents out: say less, or {smaller}")
+    enough = math.ceil(survey.lowest * 10_000 + 0.5) / 10_000
+    raise TextError(f"text.validation = {share} holds none of {train} documents out: say at least {enough:g}, or {smaller}")
+
+
+def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
+    """The tokenizer that the recipe asks for, trained on the training side of the text, or read from the cache."""
+    wanted = recipe.tokenizer
+    key = store.digest_of([SETTINGS, SAMPLE, survey.sha256, recipe.text.validation, wanted.vocabulary, wanted.terms])
+    folder = cache / "tokenizers" / key
+    model = folder / "tokenizer.model"
+    with _alone(folder, "this tokenizer", say):
+        if not folder.is_dir():
+            documents = sample()
+            sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
+            part = f"a sample of {sampled / 1e6:,.1f} MB of {whole / 1e6:,.1f} MB" if sampled < whole else f"{whole / 1e6:,.1f} MB"
+            say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}")
+            tokenizer = Tokenizer.train(documents, vocabulary=wanted.vocabulary, terms=wanted.terms)
+            with store.draft_folder(folder) as draft:
+                tokenizer.save(draft)
+                about = {"fingerprint": tokenizer.fingerprint, "sha256": store.sha256(draft / model.name), "trained_on": part}
+                store.write_json(draft / "manifest.json", about)
+        about = store.read_json(folder / "manifest.json")
+        if not model.is_file() or store.sha256(model) != about["sha256"]:
+            raise RefusedError(f"{model} is missing or damaged (sha256): remove {folder} and prepare the text again")
+        return Tokenizer.load(model)
+
+
+def _sharded(
+    corpus: Corpus, share: float, survey: Survey, tokenizer: Tokenizer, cache: Path, show: "_Show", *, verify: bool
+) -> Shards:
+    """The shards of this text, split and tokenizer, written or gone on with where they are not whole yet."""
+    about = {"text": survey.sha256, "validation": share, "tokenizer": tokenizer.fingerprint}
+    fingerprint = store.digest_of([sharding.FORMAT, about])
+    folder = cache / "shards" / fingerprint
+    with _alone(folder, "these token shards", show.say):
+        if (folder / "manifest.json").is_file():
+            shards = Shards.open(folder, verify)
+            show.say(f"shards: {folder} (made before)")
+            return shards
+        _check_space(folder, sum(survey.text_bytes), tokenizer.vocabulary)
+        about = {"fingerprint": fingerprint, **about, "rule": corpus.rule, "vocabulary": tokenizer.vocabulary}
+        written = sharding.write(corpus.documents(), folder, tokenizer, share=share, about=about)
+        for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
+            pass
+        shards = Shards.open(folder)
+    made, surveyed = (shards.train, shards.validation), zip(survey.documents, survey.text_bytes, strict=True)
+    assert [(side.documents, side.text_bytes) for side in made] == list(surveyed), "a file that changes is refused by the corpus"
+    show.say(f"shards: {folder}")
+    return shards
+
+
+def _check_space(folder: Path, text_bytes: int, vocabulary: int) -> None:
+    """DiskError where the shards would not fit: at two bytes of text a token, which ordinary text exceeds."""
+    there = sum(path.stat().st_size for path in folder.glob("*.arrow"))
+    needed = text_bytes // 2 * (2 if vocabulary <= 1 << 16 else 4) - there
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskError(
+            f"token shards in {folder} need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
+            f"make room, or name another place by text.cache=FOLDER, and run the same command again")
+
+
+@dataclass(frozen=True)
+class _Show:
+    """Shows how far a long work is: a bar on a terminal, else a line now and then, nothing where `progress` is off."""
+
+    say: Say
+    progress: bool
+
+    def over(self, items: Iterable[Item], what: str, total: int | None, size: Callable[[Item], int]) -> Iterator[Item]:
+        """The same items; `size` tells the bytes of text of one, of `total` in all."""
+        if self.progress and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            with tqdm(desc=what, total=total, unit="B", unit_scale=True) as bar:
+                for item in items:
+                    yield item
+                    bar.update(size(item))
+            return
+        began = told = time.monotonic()
+        done = 0
+        for item in items:
+            yield item
+            done += size(item)
+            now = time.monotonic()
+            if self.progress and now - told >= 10:
+                told, rate = now, done / (now - began)
+                left = f" of {total / 1e6:,.0f} MB, {max(total - done, 0) / rate:,.0f} s left" if total else " MB"
+                self.say(f"{what}: {done / 1e6:,.0f}{left}, {rate / 1e6:,.1f} MB/s")
+
+
+def write_wiki(path: Path, language: str, *, force: bool) -> None:
+    """Write the packaged Wikipedia text to `path`, its documents separated by MARKER lines."""
+    if path.exists() and not force:
+        raise RecipeError(f"{path} is there already: name another file, or add --force to replace it")
+    store.write_bytes(path, f"{MARKER}\n".encode().join(wiki_documents(language)))
+    print(f"{path}: {path.stat().st_size:,} bytes, the lead sections of Wikipedia articles, separated by lines {MARKER}")
+    print("licence: CC BY-SA 4.0, the work of Wikipedia's authors: name them where you pass the text on")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m llm.prepare", description="Make a recipe's text ready: tokenizer and token shards.")
+    parser.add_argument("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's, as text.cache=/data")
+    parser.add_argument("--verify", action="store_true", help="read the text again and check every byte of the shards")
+    parser.add_argument("--wiki", type=Path, metavar="FILE", help="only write a text file: Wikipedia's lead sections from the wiki extra")
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="language of --wiki (en)")
+    parser.add_argument("--force", action="store_true", help="let --wiki replace a file")
+    options = parser.parse_args(arguments)
+    if options.wiki:
+        write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
+    elif options.recipe:
+        prepare(load(options.recipe, options.overrides), verify=options.verify)
+    else:
+        parser.error("name a recipe, or --wiki FILE")
+
+
+if __name__ == "__main__":
+    run(main)

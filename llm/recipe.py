@@ -1,0 +1,452 @@
+"""A recipe: one YAML file that says all of one run, read strictly. Every key belongs to one of two halves.
+
+Science decides the loss curve, machine only how fast and where (and `run` only where the result lies). YAML gives nothing but the tree
+of strings: each value is read by the type of its field, so that `1e-3`, `10M`, `5%` and `no` mean what a person means by them.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+
+from llm.errors import RecipeError
+
+Auto: TypeAlias = Literal["auto"]
+MOST_BYTES = 1 << 20  # of a recipe file
+SCALES = {"": "1", "k": "1e3", "m": "1e6", "b": "1e9", "g": "1e9", "%": "0.01"}
+
+
+def setting(default: Any = MISSING, *, unit: str, least: float | None = None, below: float | None = None) -> Any:
+    """A key of the recipe: its unit, and the bounds least <= value < below of a number."""
+    return field(default=default, metadata={"unit": unit, "least": least, "below": below})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    files: tuple[str, ...] = setting(unit="paths, globs, or named texts such as wiki-leads")
+    documents: str = setting("auto", unit="auto, headings, blank-lines, blocks, lines, or: marker LINE")
+    validation: float = setting(0.05, unit="share of the documents that is held out", least=0, below=1)
+    field: str = setting("text", unit="the field of a .jsonl line that holds the text")
+    cache: str | None = setting(None, unit="folder of prepared text; data/ where none is named")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    vocabulary: int = setting(4096, unit="pieces", least=264, below=1 << 24)
+    terms: tuple[str, ...] = setting((), unit="words that stay whole")
+    path: str | None = setting(None, unit="an existing sentencepiece .model, used instead of training one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    dim: int = setting(256, unit="features", least=1, below=1 << 20)
+    layers: int = setting(6, unit="blocks", least=1, below=1 << 12)
+    heads: int = setting(4, unit="query heads", least=1, below=1 << 12)
+    kv_heads: int = setting(0, unit="key and value heads; 0: as many as heads", least=0, below=1 << 12)
+    head_dim: int = setting(0, unit="features a head; 0: dim / heads", least=0, below=1 << 12)
+    ffn_dim: int = setting(
+        0, unit="features inside the MLP; 0: 8/3 dim, up to a multiple of 64", least=0, below=1 << 22
+    )
+    context: int = setting(512, unit="tokens", least=2, below=1 << 20)
+    dropout: float = setting(0.0, unit="share of the features", least=0, below=1)
+    tied: bool = setting(True, unit="input and output embeddings are one matrix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int = setting(0, unit="optimizer updates", least=1, below=1e12)
+    tokens: int = setting(0, unit="target tokens", least=1, below=1e15)
+    epochs: float = setting(0.0, unit="passes over the training side", least=1e-6, below=1e6)
+    tokens_per_step: int = setting(8192, unit="tokens", least=1, below=1e10)
+    optimizer: Literal["muon", "adamw"] = setting(
+        "muon", unit="muon: Muon for the blocks' matrices, AdamW for the rest"
+    )
+    learning_rate: float = setting(0.02, unit="of Muon's matrices, or of AdamW", least=0, below=10)
+    warmup: int = setting(0, unit="steps from zero to the full rate", least=0, below=1e12)
+    decay: float = setting(
+        0.4, unit="share of the run, at its end, in which the rate falls to zero", least=0, below=1.0001
+    )
+    weight_decay: float = setting(0.1, unit="a step, times the rate", least=0, below=100)
+    clip: float = setting(1.0, unit="largest norm of the gradient; 0: none", least=0, below=1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    every: int = setting(500, unit="steps", least=1, below=1e12)
+    prompts: tuple[str, ...] = setting((), unit="texts to go on with after each evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = setting(500, unit="steps", least=1, below=1e12)
+    keep: int = setting(2, unit="newest checkpoints kept, beside the best", least=1, below=1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    every: int = setting(10, unit="steps", least=1, below=1e12)
+    wandb: Literal["off", "offline", "online"] = setting("off", unit="online needs a key; offline where there is none")
+    tensorboard: bool = setting(False, unit="needs the package tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", unit="auto: what the device multiplies fast")
+    micro_batch: int | Auto = setting("auto", unit="windows a process runs at once", least=1, below=1e9)
+    threads: int | Auto = setting("auto", unit="CPU threads a process", least=1, below=4096)
+    compile: bool = setting(False, unit="compile each block; pays on long runs, needs a C++ compiler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run. `from_` is the key `from`."""
+
+    run: str = setting(unit="name of the folder under runs/")
+    seed: int = setting(1, unit="", least=0, below=1 << 32)
+    from_: str | None = setting(None, unit="RUN/step-N: start from that checkpoint")
+    text: Text
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    model: Model = field(default_factory=Model)
+    train: Train
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
+    machine: Machine = field(default_factory=Machine)
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.train.tokens_per_step // self.model.context
+
+
+# Which keys cannot change the curve. Where the text lies is of this half too: its content has a fingerprint of its own.
+MACHINE_HALF = (
+    "run",
+    "text.files",
+    "text.cache",
+    "tokenizer.path",
+    "evaluate.",
+    "checkpoint.",
+    "tracking.",
+    "machine.",
+)
+LENGTHS = ("train.steps", "train.tokens", "train.epochs")  # a recipe names exactly one
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe in `path` with overrides such as `train.steps=60`, checked and resolved but for a length in epochs.
+
+    RecipeError for what cannot be meant, before anything is built.
+    """
+    given = _read(path)
+    given.setdefault("run", path.stem)
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        name = name.strip()
+        if not equals:
+            raise RecipeError(f"override {override!r}: write it as key=value, for example train.steps=60")
+        if name in LENGTHS:
+            for other in LENGTHS:
+                given.pop(other, None)
+        given[name] = _flow(name, value.strip())
+    return resolve(_build(given))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Dotted keys of the YAML file, each with a string, a list of strings, or None."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError(f"{path} is not there: name a recipe, for example recipes/quickstart.yaml") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder: name a recipe file in it") from None
+    except (PermissionError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    if len(data) > MOST_BYTES:
+        raise RecipeError(f"{path} has more than {MOST_BYTES} bytes: that is no recipe")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
+    root = _compose(str(path), text)
+    if root is None:
+        raise RecipeError(f"{path} is empty: a recipe needs at least text.files and one of {', '.join(LENGTHS)}")
+    given: dict[str, Any] = {}
+    for name, node in _pairs(root, str(path)):
+        if isinstance(node, yaml.MappingNode):
+            if name not in _sections():
+                raise (
+                    _unknown(name, [*_sections(), *_keys()])
+                    if name not in _keys()
+                    else RecipeError(f"{name} has keys under it, but is one value")
+                )
+            given.update({f"{name}.{key}": _value(leaf, f"{name}.{key}") for key, leaf in _pairs(node, name)})
+        elif name in _sections():
+            if _value(node, name) is not None:
+                raise RecipeError(
+                    f"{name} is a section: its keys stand under it, indented, such as {_keys_of(name)[0]}"
+                )
+        else:
+            given[name] = _value(node, name)
+    return given
+
+
+def _compose(where: str, text: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(
+            f"{where}{line} is not YAML: {' '.join(str(error.problem or error.context).split())}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    except (RecursionError, ValueError) as error:
+        raise RecipeError(f"{where} is not a recipe: {type(error).__name__} while reading its YAML") from None
+
+
+def _pairs(node: yaml.Node, where: str) -> Iterator[tuple[str, yaml.Node]]:
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{where} is not a list of keys: write `key: value` lines")
+    seen = set()
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"{where}, line {key.start_mark.line + 1}: a key is one word")
+        if key.value in seen:
+            raise RecipeError(f"{where}, line {key.start_mark.line + 1}: {key.value} stands there twice; keep one")
+        seen.add(key.value)
+        yield key.value, value
+
+
+def _value(node: yaml.Node, name: str) -> Any:
+    """String, list of strings, or None. Whatever would build another object is refused."""
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+        raise RecipeError(f"{name}: the tag {node.tag[:80]!r} is refused: a recipe holds plain values only")
+    if isinstance(node, yaml.SequenceNode):
+        items = [_value(item, name) if isinstance(item, yaml.ScalarNode) else item for item in node.value]
+        if not all(isinstance(item, str) for item in items):
+            raise RecipeError(f"{name}: a list here holds single values, none of them empty or a list")
+        return items
+    if isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{name} has keys under it, but is one value")
+    return None if node.tag.endswith(":null") else node.value
+
+
+def _flow(name: str, value: str) -> Any:
+    """The value of an override: a list where it is written as one, else the very string."""
+    if value.startswith("["):
+        node = _compose(f"override {name}", value)
+        assert node is not None
+        return _value(node, name)
+    return None if value in ("", "~", "null") else value
+
+
+def _build(given: dict[str, Any]) -> Recipe:
+    for name in given:
+        if name not in _keys():
+            raise _unknown(name, _keys())
+
+    def section(cls: type, prefix: str) -> Any:
+        hints, values = typing.get_type_hints(cls), {}
+        for each in fields(cls):
+            name = prefix + each.name.rstrip("_")
+            if is_dataclass(hints[each.name]):
+                values[each.name] = section(hints[each.name], f"{name}.")
+            elif given.get(name) is not None:
+                values[each.name] = _convert(name, given[name], hints[each.name], each)
+            elif each.default is MISSING:
+                raise RecipeError(f"{name} is missing: it has no default ({each.metadata['unit']})")
+            elif name in given and each.default is not None:
+                raise RecipeError(
+                    f"{name} has no value: give it one, or take the line out for the default {each.default!r}"
+                )
+        return cls(**values)
+
+    return section(Recipe, "")
+
+
+def _convert(name: str, value: Any, kind: Any, each: "Field[Any]") -> Any:
+    """`value`, a string or a list of strings, as the type `kind` of field `each`."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(value if isinstance(value, list) else [value])
+    if isinstance(value, list):
+        raise RecipeError(f"{name} is one value, not a list of {len(value)}")
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    words = [word for option in options for word in typing.get_args(option)]  # those of a Literal
+    if words and value.lower() in words:
+        return value.lower()
+    if str in options:
+        return value
+    if bool in options:
+        said = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(value.lower())
+        if said is None:
+            raise RecipeError(f"{name} = {value!r}: true or false is expected")
+        return said
+    if int in options or float in options:
+        number = _number(name, value, whole=int in options, words=words)
+        least, below = each.metadata["least"], each.metadata["below"]
+        if not least <= number < below:
+            raise RecipeError(
+                f"{name} = {value}: at least {least:g} and below {below:g} is expected ({each.metadata['unit']})"
+            )
+        return number
+    if name == "tracking.wandb" and value.lower() in ("false", "no"):
+        return "off"
+    near = difflib.get_close_matches(value.lower(), words, 1)
+    raise RecipeError(
+        f"{name} = {value!r}: one of {', '.join(words)} is expected" + (f"; did you mean {near[0]}?" if near else "")
+    )
+
+
+def _number(name: str, value: str, *, whole: bool, words: list[str]) -> int | float:
+    expected = ("a whole number" if whole else "a number") + "".join(f" or {word}" for word in words)
+    match = re.fullmatch(
+        r"([+-]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:e[+-]?\d{1,4})?) ?([kmbg%]?)", value.strip().lower()
+    )
+    try:
+        if match is None or (whole and match[2] == "%"):
+            raise InvalidOperation
+        number = Decimal(match[1].replace("_", "")) * Decimal(SCALES[match[2]])
+    except InvalidOperation:
+        raise RecipeError(
+            f"{name} = {value!r}: {expected} is expected, such as {'1000 or 10M' if whole else '0.05, 5% or 1e-3'}"
+        ) from None
+    if whole and (abs(number) > 10**18 or number != int(number)):
+        raise RecipeError(f"{name} = {value}: {expected} is expected")
+    return int(number) if whole else float(number)
+
+
+def _sections() -> list[str]:
+    return [name for name, kind in typing.get_type_hints(Recipe).items() if is_dataclass(kind)]
+
+
+def _keys_of(section: str) -> list[str]:
+    return [f"{section}.{each.name}" for each in fields(typing.get_type_hints(Recipe)[section])]
+
+
+def _keys() -> list[str]:
+    """Every key of a recipe, dotted."""
+    single = [each.name.rstrip("_") for each in fields(Recipe) if each.name not in _sections()]
+    return single + [key for section in _sections() for key in _keys_of(section)]
+
+
+def _unknown(name: str, known: list[str]) -> RecipeError:
+    name = name[:80]
+    near = difflib.get_close_matches(name, known, 1, 0.5) or [
+        key for key in known if key.split(".")[-1] == name.split(".")[-1]
+    ]
+    return RecipeError(
+        f"{name}: did you mean {near[0]}?" if near else f"{name} is no key of a recipe; they are {', '.join(known)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- meaning
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Fill in what follows from other keys and refuse what cannot be together; a length in epochs stays, as it needs the text."""
+    model, train = recipe.model, recipe.train
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", recipe.run):
+        raise RecipeError(
+            f"run = {recipe.run[:120]!r}: letters, digits, '.', '_' and '-' are expected, as it names a folder under runs/"
+        )
+    if recipe.from_ and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}/step-\d+", recipe.from_):
+        raise RecipeError(f"from = {recipe.from_[:120]!r}: RUN/step-N is expected, such as quickstart/step-000400")
+    if not recipe.text.files:
+        raise RecipeError("text.files is empty: name at least one text")
+    if any(not term or "\n" in term for term in recipe.tokenizer.terms):
+        raise RecipeError("tokenizer.terms: a term is a word or some words on one line, not empty")
+    lengths = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
+    if len(lengths) != 1:
+        raise RecipeError(
+            f"{' and '.join(lengths) or 'no length'} given: a run has exactly one of {', '.join(LENGTHS)}"
+        )
+    if not model.head_dim and model.dim % model.heads:
+        raise RecipeError(
+            f"model.dim = {model.dim} cannot be split into model.heads = {model.heads}: set model.head_dim, "
+            f"for example {max(2, model.dim // model.heads // 2 * 2)}"
+        )
+    head_dim = model.head_dim or model.dim // model.heads
+    if head_dim % 2:
+        raise RecipeError(
+            f"model.head_dim = {head_dim}: rotary positions need an even number, for example {head_dim + 1}"
+        )
+    kv_heads = model.kv_heads or model.heads
+    if model.heads % kv_heads:
+        fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        raise RecipeError(
+            f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: one of {fitting} does"
+        )
+    if train.tokens_per_step % model.context:
+        near = max(1, round(train.tokens_per_step / model.context)) * model.context
+        raise RecipeError(
+            f"train.tokens_per_step = {train.tokens_per_step} is no multiple of model.context = {model.context}: try {near}"
+        )
+    windows = train.tokens_per_step // model.context
+    if isinstance(recipe.machine.micro_batch, int) and windows % recipe.machine.micro_batch:
+        near = max(n for n in range(1, min(windows, recipe.machine.micro_batch) + 1) if windows % n == 0)
+        raise RecipeError(
+            f"machine.micro_batch = {recipe.machine.micro_batch} does not divide the {windows} windows of a step "
+            f"(train.tokens_per_step / model.context): try {near}"
+        )
+    if recipe.tokenizer.vocabulary < 264 + len(recipe.tokenizer.terms):
+        raise RecipeError(
+            f"tokenizer.vocabulary = {recipe.tokenizer.vocabulary} is too small for 256 bytes and "
+            f"{len(recipe.tokenizer.terms)} terms: at least {264 + len(recipe.tokenizer.terms)}"
+        )
+    model = replace(
+        model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=model.ffn_dim or -(-model.dim * 8 // 3 // 64) * 64
+    )
+    if train.tokens:
+        train = replace(train, tokens=0, steps=-(-train.tokens // train.tokens_per_step))
+    if train.steps and train.warmup > train.steps * (1 - train.decay) + 1e-6:
+        raise RecipeError(
+            f"train.warmup = {train.warmup} steps and train.decay = {train.decay:g} of the run overlap in a run of "
+            f"{train.steps} steps: make one of them shorter"
+        )
+    return replace(recipe, model=model, train=train)
+
+
+def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
+    """The recipe with a length in steps, for a training side of `tokens_per_epoch` tokens."""
+    if not recipe.train.epochs:
+        return recipe
+    steps = max(1, round(recipe.train.epochs * tokens_per_epoch / recipe.train.tokens_per_step))
+    return resolve(replace(recipe, train=replace(recipe.train, epochs=0.0, steps=steps)))
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every key, dotted, with its value as JSON knows it."""
+    values: dict[str, Any] = {}
+    for each in fields(recipe):
+        value = getattr(recipe, each.name)
+        if is_dataclass(value):
+            values.update({f"{each.name}.{leaf.name}": getattr(value, leaf.name) for leaf in fields(value)})
+        else:
+            values[each.name.rstrip("_")] = value
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def science(recipe: Recipe) -> dict[str, Any]:
+    """The half that decides the curve, flat."""
+    return {name: value for name, value in flat(recipe).items() if not name.startswith(MACHINE_HALF)}
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `load` reads to the same recipe."""
+    tree: dict[str, Any] = {}
+    for name, value in flat(recipe).items():
+        if value is not None and not (name in LENGTHS and not value):
+            *above, leaf = name.split(".")
+            (tree.setdefault(above[0], {}) if above else tree)[leaf] = value
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)

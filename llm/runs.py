@@ -1,0 +1,89 @@
+"""A run folder opened for use: which run, which checkpoint, and the model in it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llm import checkpoint
+from llm.checkpoint import Checkpoint
+from llm.errors import RecipeError, RefusedError
+from llm.group import warn
+from llm.model import Transformer
+from llm.recipe import Recipe, load
+from llm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    folder: Path
+    recipe: Recipe
+    tokenizer: Tokenizer
+    model: Transformer
+    checkpoint: Checkpoint
+
+
+def find(name: str | None) -> tuple[Path, str]:
+    """Folder of a run, and which of its checkpoints: "best" unless `name` ends in /step-N, /newest or /best.
+
+    `name` is a run under runs/ or a path; None is the run that was trained last. RecipeError where there is none.
+    """
+    root = Path("runs")
+    if name is None:
+        trained = [path for path in root.glob("*") if checkpoint.folders(path)]
+        if not trained:
+            raise RecipeError(
+                "there is no trained run under runs/ here: "
+                "train one with `accelerate launch launch/train.py recipes/quickstart.yaml`"
+            )
+        return max(trained, key=lambda path: max(folder.stat().st_mtime for folder in checkpoint.folders(path))), "best"
+    path, which = Path(name), "best"
+    if path.name in ("best", "newest") or path.name.startswith("step-"):
+        path, which = path.parent, path.name
+    if path.name == "checkpoints":
+        path = path.parent
+    for folder in (root / path, path):
+        if folder.is_dir():
+            if not checkpoint.folders(folder):
+                raise RecipeError(f"{folder} has no checkpoint yet")
+            return folder, which
+    known = sorted(each.name for each in root.glob("*") if each.is_dir())
+    raise RecipeError(
+        f"there is no run {name!r} under runs/ here: "
+        f"{'there are ' + ', '.join(known[:10]) if known else 'there is none yet'}"
+    )
+
+
+def open_run(name: str | None, device: torch.device | None = None) -> Opened:
+    """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names what is damaged."""
+    folder, which = find(name)
+    found = None
+    if which == "best" and (best := checkpoint.best(folder)) is not None:
+        try:
+            found = checkpoint.open_checkpoint(best.folder)
+        except RefusedError as error:
+            warn(f"{error}; the newest is taken instead of the best")
+    elif which.startswith("step-"):
+        steps = {int(each.name[5:]): each for each in checkpoint.folders(folder)}
+        if not which[5:].isdigit() or int(which[5:]) not in steps:
+            raise RecipeError(
+                f"{folder} has no checkpoint {which}: there are {', '.join(each.name for each in steps.values())}"
+            )
+        found = checkpoint.open_checkpoint(steps[int(which[5:])])
+    found = found or checkpoint.newest(folder, warn)
+    assert found is not None
+    recipe = load(folder / "recipe.yaml")
+    tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer.model")
+    if tokenizer.fingerprint != found.manifest["tokenizer"]:
+        raise RefusedError(
+            f"{folder / 'tokenizer'} is not the tokenizer that {found.folder.name} was trained with, or is damaged"
+        )
+    model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed)
+    checkpoint.load_tensors(
+        found.folder / checkpoint.WEIGHTS, {name: p.detach() for name, p in model.named_parameters()}
+    )
+    return Opened(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,181 @@
+"""The only module that makes files durable: write beside, flush, rename. Whatever bears its final name is whole.
+
+Every durable operation goes through the four functions `_write`, `_flush`, `_rename` and `_remove`, so that a test can
+let each single one of them fail.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from llm.errors import RefusedError
+
+DRAFT = ".draft-"  # what begins with this is unfinished work, to be ignored and swept away
+
+
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        _flush(file.fileno())
+
+
+def _flush(handle: int) -> None:
+    os.fsync(handle)
+
+
+def _rename(draft: Path, final: Path) -> None:
+    draft.replace(final)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in `folder` durable; a no-op where folders cannot be opened (Windows)."""
+    if os.name != "nt":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            _flush(handle)
+        finally:
+            os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """`path` holds all of `data`, or what it held before."""
+    write_chunks(path, [data])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """`path` holds all `chunks` one after the other, or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{DRAFT}{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        _write(draft, chunks)
+        _rename(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as readable JSON, in the order given, under the promise of `write_bytes`."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path, most_bytes: int = 64 << 20) -> Any:
+    """The value in `path`. RefusedError where it is not JSON, too large to be ours, or nested to hurt."""
+    if path.stat().st_size > most_bytes:
+        raise RefusedError(f"{path} has {path.stat().st_size} bytes, more than any of ours: it is not read")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"{path} is damaged: not JSON ({type(error).__name__})") from error
+
+
+@contextmanager
+def draft_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill; at the end of the block it is flushed and bears the name `final`, or nothing of it is left."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    draft = final.with_name(f"{DRAFT}{final.name}-{uuid.uuid4().hex[:8]}")
+    draft.mkdir()
+    try:
+        yield draft
+        flush_folder(draft)
+        _rename(draft, final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    flush_folder(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Take `path`, a file or a folder, away; what is removed never looks half there, as it loses its name first."""
+    if path.name.startswith(DRAFT):
+        return _remove(path)
+    doomed = path.with_name(f"{DRAFT}{path.name}-{uuid.uuid4().hex[:8]}")
+    _rename(path, doomed)
+    _remove(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts that a killed process left in `folder`. The caller holds the folder's lock."""
+    for draft in folder.glob(f"{DRAFT}*"):
+        _remove(draft)
+
+
+def sha256(path: Path) -> str:
+    """Digest of the file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Digest of a JSON value that does not depend on the order of its keys, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock file `path`, which the kernel frees when its holder dies. Yields False where it is another's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file_lock = FileLock(path)
+    try:
+        file_lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        file_lock.release()
+
+
+class Lines:
+    """A file of JSON lines that grows; a line that a killed process left unfinished is dropped at the next opening."""
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> None:
+        """Keep the whole lines of `path` for which `keep` holds, drop the others."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (
+            text := "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line))
+        ) != path.read_text("utf-8"):
+            write_bytes(path, text.encode())
+        self.file = path.open("a", encoding="utf-8", newline="\n")
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one line. It reaches the operating system at once, and the disk by `flush`."""
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def flush(self) -> None:
+        _flush(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of JSON objects."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            with suppress(ValueError):
+                if isinstance(line := json.loads(text), dict):
+                    yield line

@@ -1,0 +1,89 @@
+"""The batches that this process reads at a step, out of the recipe and the step alone: nothing to save, nothing to skip."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.loss import IGNORED
+from llm.order import Order
+from llm.shards import Side
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: Tensor  # (B, T) of int64
+    targets: Tensor  # (B, T) of int64: the token after each, or IGNORED
+    windows: Tensor  # (B,) of int64: positions in the order
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (
+            x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+            for x in (self.tokens, self.targets, self.windows)
+        )
+        return Batch(*moved)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The training side in the order of `order`, `windows_per_step` a step, dealt to `world` processes in micro-batches.
+
+    Micro-batch m of a step holds the same windows on any world; process `rank` runs those with m = rank modulo `world`.
+    """
+
+    side: Side
+    order: Order
+    windows_per_step: int
+    micro_batch: int
+    rank: int = 0
+    world: int = 1
+
+    def positions(self, step: int) -> list[np.ndarray]:
+        """Positions of this process's windows at `step`, an int64 array for each micro-batch."""
+        first = step * self.windows_per_step
+        stride = self.micro_batch * self.world
+        return [
+            np.arange(low, low + self.micro_batch)
+            for low in range(first + self.rank * self.micro_batch, first + self.windows_per_step, stride)
+        ]
+
+    def at(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of `step`."""
+        for positions in self.positions(step):
+            starts = self.order.starts(positions)
+            rows = np.stack(
+                [self.side.read(start, start + self.order.context + 1) for start in starts.tolist()]
+            ).astype(np.int64)
+            yield Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]), torch.from_numpy(positions))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens in memory, read as a side of the shards is."""
+
+    ids: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.ids[start:stop]
+
+
+def whole(side: Side | Tokens, context: int, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """Every target of `side` but its first token once, in windows that do not overlap, `rows` at a time, dealt to `world` processes."""
+    for low in range(rank * rows * context, side.tokens - 1, world * rows * context):
+        tokens = side.read(low, min(low + rows * context + 1, side.tokens)).astype(np.int64)
+        size = -(-(len(tokens) - 1) // context) * context
+        inputs = np.zeros(size, np.int64)
+        targets = np.full(size, IGNORED, np.int64)
+        inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
+        shape = (-1, context)
+        yield Batch(
+            torch.from_numpy(inputs.reshape(shape)),
+            torch.from_numpy(targets.reshape(shape)),
+            torch.zeros(size // context, dtype=torch.int64),
+        )

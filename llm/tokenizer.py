@@ -1,0 +1,189 @@
+"""Text to token ids and back, with sentencepiece: train, encode, decode, fingerprint.
+
+Our own vocabularies are BPE with one piece for each byte and no normalisation, so that every text comes back byte for byte. They
+are trained with one fixed number of threads: the same text gives the same file.
+"""
+
+import codecs
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from llm import store
+from llm.errors import RecipeError, RefusedError, TextError
+
+SETTINGS = 1  # counts the changes of how vocabularies are trained
+LINE = 4000  # bytes of a line in training: sentencepiece leaves out longer ones than 4,192 without a word
+PART = 1 << 14  # characters encoded at once: the cost a character grows with the length
+SPACE = "\u2581"  # how sentencepiece writes a space inside of pieces
+PROBES = (
+    "a", " a", "a ", "a\nb", "\n\n", "  a   b ", "\t\r\n", "\0", "Ａﬁ①é e\u0301 ß", "한국어 漢字 ไทย עברית", "🎉👩‍👩‍👧", "\ufeff\u200b\u2028\u00a0", "<s></s><unk><0x41>",
+    f"a{SPACE}b {SPACE}", "A1234.5", "\U0010ffff\ufffd")  # fmt: skip
+
+
+class Tokenizer:
+    """A vocabulary of sentencepiece. Ids are 0..vocabulary-1; a document begins with `bos`, which `encode` does not add."""
+
+    def __init__(self, model: bytes, name: str) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise RefusedError(f"{name} is damaged or no sentencepiece model") from error
+        self._model = model
+        self.vocabulary: int = self._processor.vocab_size()
+        starts = [id for id in (self._processor.bos_id(), self._processor.eos_id()) if id >= 0]
+        if not starts:
+            raise RecipeError(f"{name} has neither a piece for the begin nor for the end of a document: train it with bos_id or eos_id")
+        self.bos: int = starts[0]
+        self.banned = tuple(id for id in range(self.vocabulary) if self._is_no_text(id))
+        self._bytes = self._bytes_of_all()
+        self._adds_space = b"".join(self._bytes[id] for id in self._processor.encode("a")) == b" a"
+        self._sign = self._find_sign()
+        self.lossless = all(self.decode(self.encode(probe)) == probe for probe in PROBES)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """The vocabulary in a .model file. RefusedError where it is damaged, RecipeError where it is not there."""
+        if not path.is_file():
+            raise RecipeError(f"{path} is not there: name a sentencepiece .model")
+        return cls(path.read_bytes(), str(path))
+
+    @classmethod
+    def train(cls, documents: Iterable[bytes], *, vocabulary: int, terms: Sequence[str] = ()) -> "Tokenizer":
+        """A lossless BPE vocabulary of this size, in which `terms` stay whole. TextError where the text is too little for it."""
+        for term in terms:
+            if not term.strip() or "\n" in term or SPACE in term:
+                raise RecipeError(f"tokenizer.terms: {term!r} cannot be one piece: say a word or words of one line")
+        out = io.BytesIO()
+        sentencepiece.set_min_log_level(2)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_lines(documents), model_writer=out, model_type="bpe", vocab_size=vocabulary,
+                user_defined_symbols=["\n", *dict.fromkeys(term.replace(" ", SPACE) for term in terms)],
+                byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+                add_dummy_prefix=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1, pad_id=-1,
+                num_threads=4, minloglevel=2)  # fmt: skip
+        except RuntimeError as error:
+            if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
+                raise TextError(
+                    f"tokenizer.vocabulary = {vocabulary} is too large for so little text: "
+                    f"use more text, or at most tokenizer.vocabulary={most[1]}") from error
+            if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
+                raise TextError(
+                    f"tokenizer.vocabulary = {vocabulary} is too small for the bytes and letters of this text: "
+                    f"use at least tokenizer.vocabulary={least[1]}") from error
+            raise
+        return cls(out.getvalue(), "the new vocabulary")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest over pieces, scores and types, and over the ids of PROBES, in which the other settings show."""
+        sp, ids = self._processor, list(range(self.vocabulary))
+        types = [[sp.is_unknown(id), sp.is_control(id), sp.is_byte(id), sp.is_unused(id)] for id in ids]
+        pieces = [sp.id_to_piece(ids), [score.hex() for score in sp.get_score(ids)], types]
+        return store.digest_of([pieces, self.bos, [sp.encode(probe) for probe in PROBES]])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS."""
+        return [int(id) for id in self.encode_batch([text], threads=1)[0]]
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """Ids of each text, without BOS: (tokens,) of int32 each."""
+        parts = [self._parts(text) for text in texts]
+        flat = [each for some in parts for each in some]
+        encoded: list[np.ndarray] = self._processor.encode(flat, num_threads=threads, return_type="numpy")
+        if len(flat) == len(texts):
+            return encoded
+        whole = iter([self._sign if each == SPACE else ids for each, ids in zip(flat, encoded, strict=True)])
+        return [np.concatenate([next(whole) for _ in some]) for some in parts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        text = b"".join([self._bytes[id] for id in ids]).decode(errors="replace")
+        return text[1:] if self._adds_space and text.startswith(" ") else text
+
+    def piece(self, id: int) -> str:
+        """The piece as the vocabulary writes it, `▁` for a space."""
+        return str(self._processor.id_to_piece(int(id)))
+
+    def bytes_of(self, id: int) -> bytes:
+        """The bytes of text that this id stands for; none for BOS and the like."""
+        return self._bytes[id]
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.model and tokenizer.vocab (a piece, a tab and its score on a line), as sentencepiece itself does."""
+        ids = list(range(self.vocabulary))
+        rows = zip(self._processor.id_to_piece(ids), self._processor.get_score(ids), strict=True)
+        store.write_bytes(folder / "tokenizer.model", self._model)
+        store.write_bytes(folder / "tokenizer.vocab", "".join(f"{piece}\t{score:g}\n" for piece, score in rows).encode())
+
+    def _is_no_text(self, id: int) -> bool:
+        """Whether a model should never say this id: the unknown, unused ones, and controls other than BOS."""
+        sp = self._processor
+        return bool(sp.is_unknown(id) or sp.is_unused(id) or (sp.is_control(id) and id != self.bos))
+
+    def _bytes_of_all(self) -> list[bytes]:
+        sp, ids = self._processor, list(range(self.vocabulary))
+        table = [piece.replace(SPACE, " ").encode() for piece in sp.id_to_piece(ids)]
+        for id in ids:
+            if sp.is_byte(id):
+                table[id] = bytes([int(sp.id_to_piece(id)[3:5], 16)])
+            elif sp.is_control(id):
+                table[id] = b""
+            elif sp.is_unknown(id):
+                table[id] = sp.decode([id]).encode()
+        return table
+
+    def _parts(self, text: str) -> list[str]:
+        """Parts of `text` that are encoded alone: long text line by line, and each literal U+2581, which is written as bytes."""
+        if self._sign is None or (len(text) <= PART and SPACE not in text):
+            return [text]
+        parts = []
+        for each in re.split(f"({SPACE})", text):
+            begin = 0
+            while len(each) - begin > PART and (end := each.find("\n", begin + PART) + 1):
+                parts.append(each[begin:end])
+                begin = end
+            parts.append(each[begin:])
+        return parts
+
+    def _find_sign(self) -> np.ndarray | None:
+        """The byte pieces that write a literal U+2581, None for a vocabulary whose texts cannot be encoded in parts."""
+        sp = self._processor
+        sign = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        newline = sp.piece_to_id("\n")
+        alone = sum("\n" in sp.id_to_piece(id) for id in range(self.vocabulary)) == 1
+        exact = sp.encode("a\n b") == [*sp.encode("a"), newline, *sp.encode(" b")] and sp.encode("\n") == [newline]
+        return np.array(sign, np.int32) if alone and exact and all(map(sp.is_byte, sign)) else None
+
+
+class TextStream:
+    """Text out of ids as they come, such that the joined text is what `decode` gives for all of them after a prompt."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes_of = tokenizer.bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, id: int) -> str:
+        """The text that is certain by now: bytes of an unfinished character are held back."""
+        return self._decoder.decode(self._bytes_of(id))
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _lines(documents: Iterable[bytes]) -> Iterator[str]:
+    for document in documents:
+        for line in re.split("[\n\t]", document.decode()):  # the trainer leaves out lines with a tab, its own mark
+            if len(line) * 4 <= LINE or len(line.encode()) <= LINE:
+                yield line
+            else:
+                yield from (line[begin : begin + LINE // 4] for begin in range(0, len(line), LINE // 4))

@@ -1,0 +1,166 @@
+"""What a run says: the console, metrics.jsonl, and W&B or TensorBoard through accelerate's trackers.
+
+metrics.jsonl is the record: one object a line, its steps only ever rising, also across stops. The trackers are copies
+for the eye, and none of them can end the run.
+"""
+
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llm import store
+from llm.recipe import Recipe, flat
+
+WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
+
+
+def readable(seconds: float) -> str:
+    """A duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class Tracker:
+    """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it."""
+
+    def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any]) -> None:
+        self.record = store.Lines(run / "metrics.jsonl", keep=lambda line: line.get("step", 0) <= step)
+        self.steps = recipe.train.steps
+        self.bar = tqdm(
+            total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self.trackers: dict[str, Any] = {}
+        config = {**flat(recipe), **shown}
+        if recipe.tracking.tensorboard:
+            self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
+        if recipe.tracking.wandb != "off":
+            self._guard("wandb", lambda: self._start_wandb(run, recipe, config))
+
+    def say(self, text: str) -> None:
+        """A line on the console that leaves the progress bar whole."""
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def log(self, step: int, **values: Any) -> None:
+        """Record `values` of `step`; tensors are read here, so this is where the device is waited for."""
+        numbers = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+        self.record.append({"step": step, **numbers})
+        self.bar.update(step - self.bar.n)
+        if "val_loss" in numbers:
+            self.say(
+                f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}, "
+                f"{numbers['bits_per_byte']:.4f} bits per byte{'  (best so far)' if numbers.get('best') else ''}"
+            )
+        elif self.bar.disable:
+            self.say(
+                f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {numbers['loss']:.4f}  "
+                f"rate {numbers['learning_rate']:.2e}  "
+                f"gradient {numbers['gradient_norm']:.2f}  {numbers['tokens_per_second']:,.0f} tokens/s  "
+                f"epoch {numbers['epoch']:.2f}  {readable(numbers['seconds_left'])} left"
+            )
+        else:
+            self.bar.set_postfix_str(
+                f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s", refresh=False
+            )
+        plain = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
+        for name, tracker in list(self.trackers.items()):
+            self._guard(name, partial(tracker.log, {"step": step, **plain}, step=step))
+
+    def samples(self, step: int, texts: dict[str, str]) -> None:
+        """Record what the model makes of each of the recipe's prompts."""
+        for prompt, text in texts.items():
+            self.record.append({"step": step, "prompt": prompt, "sample": text})
+            self.say(f"  {prompt}|{text.replace(chr(10), chr(10) + '  ')}")
+
+    def flush(self) -> None:
+        """Make the record durable, as a checkpoint is about to rest on it."""
+        self.record.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.record.close()
+        for name, tracker in list(self.trackers.items()):
+            self._guard(name, tracker.finish)
+
+    def _guard(self, name: str, act: Callable[[], Any]) -> None:
+        """A tracker that fails is named once and left behind: it is a copy of the record, never worth the run."""
+        try:
+            act()
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            ImportError,
+            *_wandb_errors(),
+        ) as error:
+            self.trackers.pop(name, None)
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            self.say(f"{name} is left out from here on ({reason}); metrics.jsonl goes on")
+
+    def _start_tensorboard(self, run: Path, config: dict[str, Any]) -> None:
+        from accelerate.tracking import TensorBoardTracker
+
+        tracker = TensorBoardTracker("tensorboard", logging_dir=run)
+        tracker.start()
+        tracker.store_init_configuration(
+            {
+                name: value if isinstance(value, int | float | str | bool) else str(value)
+                for name, value in config.items()
+            }
+        )
+        self.trackers["tensorboard"] = tracker
+
+    def _start_wandb(self, run: Path, recipe: Recipe, config: dict[str, Any]) -> None:
+        import wandb
+        from accelerate.tracking import WandBTracker
+
+        id_file = run / "wandb.json"
+        if not id_file.exists():
+            store.write_json(id_file, {"id": uuid.uuid4().hex[:8]})
+        mode = recipe.tracking.wandb
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            self.say(
+                "wandb has no key (`wandb login` stores one): the run is kept offline, `wandb sync` sends it later"
+            )
+            mode = "offline"
+
+        def start(mode: str) -> None:
+            tracker = WandBTracker(
+                recipe.run,
+                project="onetext-llm",
+                id=store.read_json(id_file)["id"],
+                resume="allow",
+                mode=mode,
+                config=config,
+                dir=str(run),
+                settings=wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off"),
+            )
+            tracker.start()
+            # Steps of our own: W&B's must always rise, ours go back to the checkpoint that a run resumes from.
+            tracker.run.define_metric("step")
+            tracker.run.define_metric("*", step_metric="step")
+            self.trackers["wandb"] = tracker
+
+        try:
+            start(mode)
+        except _wandb_errors() as error:
+            if mode == "offline":
+                raise
+            self.say(f"wandb cannot be reached ({' '.join(str(error).split())[:120]}): the run is kept offline")
+            start("offline")
+
+
+def _wandb_errors() -> tuple[type[Exception], ...]:
+    """W&B's own errors, where it was imported."""
+    wandb: Any = sys.modules.get("wandb")
+    return (wandb.Error,) if wandb else ()

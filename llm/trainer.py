@@ -1,0 +1,453 @@
+"""The trainer: a recipe and a number, the step, in; a run folder out.
+
+Everything but weights, moments and the step is a function of (recipe, step), so resuming is loading these and going on.
+Accelerate owns devices, processes, precision and wrapping; the order of the data, randomness, the sum of gradients and
+resume are ours.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from llm import checkpoint, cost, group, sharding, store
+from llm.checkpoint import Checkpoint
+from llm.errors import DivergedError, RefusedError, StoppedError
+from llm.generation import Sampling, continuations
+from llm.loss import IGNORED
+from llm.machine import remember, start_group
+from llm.model import Transformer
+from llm.optimizer import Optimizer, gradient_norm
+from llm.order import Order
+from llm.recipe import Recipe, dump, flat, science
+from llm.schedule import rate_share
+from llm.shards import Shards
+from llm.stream import Batch, Stream, whole
+from llm.tokenizer import Tokenizer
+from llm.tracking import Tracker, readable
+
+SAMPLE_TOKENS = 80
+FP16_SCALE, FP16_GROWTH_STEPS = 65536.0, 2000
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+@dataclass
+class TrainState:
+    """`step` updates are done; the next batch to read is batch `step`."""
+
+    step: int = 0
+
+
+# ---------------------------------------------------------------------------------------------- the trainer
+
+
+class Trainer:
+    """One run, in this process. `recipe` is settled and has its length in steps."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        shards: Shards,
+        accelerator: Accelerator,
+        council: group.Council,
+        run: Path,
+    ) -> None:
+        self.recipe, self.tokenizer, self.shards = recipe, tokenizer, shards
+        self.accelerator, self.council, self.run = accelerator, council, run
+        self.device = accelerator.device
+        self.state = TrainState()
+        self.parent: dict[str, Any] | None = None
+        self.metrics: dict[str, Any] = {}  # of the evaluation at this very step
+        self.best = float("inf")  # bits per byte
+        self.saved = -1  # step of the newest checkpoint
+        self.stop_signal = 0
+        self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed).to(self.device)
+        self.order = Order(recipe.seed, shards.train.tokens, recipe.model.context)
+        lean = recipe.machine.precision != "fp32"
+        self.optimizer = Optimizer(self.model, recipe.train, torch.bfloat16 if lean else torch.float32)
+        self.scale = torch.tensor(FP16_SCALE if recipe.machine.precision == "fp16" else 1.0, device=self.device)
+        self.good_steps = torch.zeros((), device=self.device)
+        self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
+        if recipe.machine.compile:
+            for block in self.model.model.layers:
+                block.compile()
+        self.wrapped = accelerator.prepare_model(self.model)
+        if group.world() > 1:
+            self.wrapped.register_comm_hook(None, sharding.canonical_hook)
+
+    # ------------------------------------------------------------------ one step
+
+    @property
+    def stream(self) -> Stream:
+        assert isinstance(self.recipe.machine.micro_batch, int)
+        return Stream(
+            self.shards.train,
+            self.order,
+            self.recipe.windows_per_step,
+            self.recipe.machine.micro_batch,
+            group.rank(),
+            group.world(),
+        )
+
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
+        """Do update `step`; mean loss (nats a token) and norm of the gradient, on the device, of the whole group."""
+        recipe, assumed = self.recipe, self.recipe.train.tokens_per_step
+        counted = self.gradients([batch.to(self.device) for batch in self.stream.at(step)])
+        loss, tokens = counted
+        # Gradients were summed as if every target counted; this makes them the mean over those that do.
+        scale = assumed / tokens / self.scale
+        norm = gradient_norm([p.grad for p in self.model.parameters() if p.grad is not None]) * scale
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        self.diverged |= ~finite if recipe.machine.precision != "fp16" else ~torch.isfinite(loss)
+        if recipe.train.clip:
+            scale = scale * (recipe.train.clip / (norm + 1e-6)).clamp(max=1.0)
+        share = rate_share(step, steps=recipe.train.steps, warmup=recipe.train.warmup, decay=recipe.train.decay)
+        self.optimizer.step(step, share, scale.float(), finite & ~self.diverged)
+        if recipe.machine.precision == "fp16":
+            self.rescale(finite)
+        return loss / tokens, norm
+
+    def gradients(self, batches: list[Batch]) -> Tensor:
+        """Leave the group's sum of scale x loss / tokens_per_step in every .grad.
+
+        Sum of the losses (nats) and count of the targets: (2,) of fp64.
+        """
+        counted = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.model.zero_grad(set_to_none=True)
+        for index, batch in enumerate(batches):
+            # Gradients are exchanged once a step, with the last micro-batch.
+            quiet = self.accelerator.no_sync(self.wrapped) if index + 1 < len(batches) else nullcontext()
+            with quiet:
+                with self.accelerator.autocast():
+                    loss = self.wrapped(batch.tokens, batch.targets, batch.windows)
+                (loss * (self.scale / self.recipe.train.tokens_per_step)).backward()
+            counted += torch.stack([loss.detach().double(), (batch.targets != IGNORED).sum().double()])
+        return sharding.gather(counted).sum(0)
+
+    def rescale(self, finite: Tensor) -> None:
+        """fp16's scale: halved after an overflow, doubled after FP16_GROWTH_STEPS steps without; all on the device."""
+        self.good_steps = torch.where(finite, self.good_steps + 1, 0)
+        grown = self.good_steps >= FP16_GROWTH_STEPS
+        self.scale = torch.where(finite, torch.where(grown, self.scale * 2, self.scale), self.scale / 2)
+        self.good_steps = torch.where(grown, 0, self.good_steps)
+
+    # ------------------------------------------------------------------ the loop
+
+    def fit(self) -> TrainState:
+        """Train to the recipe's last step, or to the first signal (StoppedError); leave a checkpoint either way."""
+        recipe, state = self.recipe, self.state
+        self.tracker = Tracker(self.run, recipe, state.step, {"world": group.world()}) if group.rank() == 0 else None
+        seconds, counted_from = 0.0, state.step
+        while state.step < recipe.train.steps and not self.asked_to_stop():
+            began = time.perf_counter()
+            loss, norm = self.update(state.step)
+            state.step += 1
+            self.metrics = {}
+            last = state.step == recipe.train.steps
+            if last or state.step % recipe.tracking.every == 0:
+                self.check(loss, norm)
+                seconds += time.perf_counter() - began
+                self.log(loss, norm, seconds / (state.step - counted_from))
+                seconds, counted_from = 0.0, state.step
+            else:
+                seconds += time.perf_counter() - began
+            if last or state.step % recipe.evaluate.every == 0:
+                self.evaluate()
+            if last or state.step % recipe.checkpoint.every == 0 or self.metrics.get("best"):
+                self.save()
+        if state.step < recipe.train.steps:
+            self.save()
+            raise StoppedError(
+                f"stopped by {signal.Signals(self.council.largest(self.stop_signal)).name} after step {state.step} of "
+                f"{recipe.train.steps}; all is saved, the same command goes on"
+            )
+        return state
+
+    def check(self, loss: Tensor, norm: Tensor) -> None:
+        """DivergedError where a loss or a gradient was not finite; nothing of it has reached the weights."""
+        if bool(self.diverged):
+            raise DivergedError(
+                f"a loss or a gradient was not finite (seen at step {self.state.step}: loss {loss.item()}, "
+                f"norm {norm.item()}); the weights are as before it. Lower train.learning_rate, with another run=NAME "
+                f"and from=RUN/step-N of {self.run / 'checkpoints'}"
+            )
+
+    def log(self, loss: Tensor, norm: Tensor, step_seconds: float) -> None:
+        if self.tracker is None:
+            return
+        recipe, step = self.recipe, self.state.step
+        share = rate_share(step - 1, steps=recipe.train.steps, warmup=recipe.train.warmup, decay=recipe.train.decay)
+        self.tracker.log(
+            step,
+            loss=loss,
+            learning_rate=recipe.train.learning_rate * share,
+            gradient_norm=norm,
+            tokens_per_second=recipe.train.tokens_per_step / step_seconds,
+            epoch=step * recipe.windows_per_step / self.order.windows,
+            seconds_left=(recipe.train.steps - step) * step_seconds,
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Loss and bits per byte over the validation side, into `metrics` and the record; then the recipe's prompts."""
+        if not self.shards.validation.tokens:
+            return
+        assert isinstance(self.recipe.machine.micro_batch, int)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for batch in whole(
+            self.shards.validation,
+            self.recipe.model.context,
+            self.recipe.machine.micro_batch,
+            group.rank(),
+            group.world(),
+        ):
+            batch = batch.to(self.device)
+            with self.accelerator.autocast():
+                total += self.model(batch.tokens, batch.targets)
+        nats = sharding.gather(total).sum().item()
+        bits = nats / self.shards.validation.text_bytes / 0.6931471805599453
+        self.metrics = {
+            "val_loss": nats / (self.shards.validation.tokens - 1),
+            "bits_per_byte": bits,
+            "best": bits < self.best,
+        }
+        self.best = min(self.best, bits)
+        if self.tracker is not None:
+            self.tracker.log(self.state.step, **self.metrics)
+            if self.recipe.evaluate.prompts:
+                self.tracker.samples(
+                    self.state.step, dict(zip(self.recipe.evaluate.prompts, self.samples(), strict=True))
+                )
+
+    def samples(self) -> list[str]:
+        prompts = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)] for prompt in self.recipe.evaluate.prompts]
+        return continuations(
+            self.model,
+            prompts,
+            SAMPLE_TOKENS,
+            Sampling(),
+            self.tokenizer.decode,
+            self.recipe.seed,
+            self.tokenizer.bos,
+            self.tokenizer.banned,
+        )
+
+    # ------------------------------------------------------------------ stopping and saving
+
+    def asked_to_stop(self) -> bool:
+        """Whether any process was; agreed on the CPU's side, so that no step waits for the device."""
+        return self.council.largest(self.stop_signal) > 0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+        if group.rank() == 0:
+            print("\nasked to stop: finishing the step and saving ...", file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        """Leave a checkpoint of this step, unless there is one."""
+        if self.saved == self.state.step:
+            return
+        with self.council.together():
+            if self.tracker is not None:
+                self.tracker.flush()
+                checkpoint.save(
+                    checkpoint.folder_of(self.run, self.state.step),
+                    weights=self.weights(),
+                    moments=self.optimizer.moments,
+                    manifest=self.manifest(),
+                    beside={},
+                )
+                checkpoint.retain(self.run, self.recipe.checkpoint.keep)
+        self.saved = self.state.step
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def manifest(self) -> dict[str, Any]:
+        machine = {name: value for name, value in flat(self.recipe).items() if name not in science(self.recipe)}
+        return {
+            "step": self.state.step,
+            "science": science(self.recipe),
+            "machine": {**machine, "world": group.world(), "torch": torch.__version__},
+            "tokenizer": self.tokenizer.fingerprint,
+            "data": self.shards.fingerprint,
+            "parent": self.parent,
+            "metrics": self.metrics,
+            "scale": [self.scale.item(), self.good_steps.item()],
+        }
+
+    def resume(self) -> None:
+        """Go on from the newest valid checkpoint, or from the recipe's `from`, or begin.
+
+        RefusedError where the checkpoint belongs to another science half, text or tokenizer.
+        """
+        found = checkpoint.newest(self.run, group.warn if group.rank() == 0 else lambda text: None)
+        if found is not None:
+            refuse_difference(found, self.recipe, self.tokenizer.fingerprint, self.shards.fingerprint)
+            self.load(found)
+            self.saved = found.step
+            self.parent = found.manifest["parent"]
+            best = checkpoint.best(self.run)
+            self.best = best.bits_per_byte if best and best.bits_per_byte is not None else float("inf")
+        elif self.recipe.from_:
+            run, step = self.recipe.from_.split("/step-")
+            source = checkpoint.open_checkpoint(checkpoint.folder_of(self.run.parent / run, int(step)))
+            if source.manifest["tokenizer"] != self.tokenizer.fingerprint:
+                raise RefusedError(
+                    f"from = {self.recipe.from_}: its tokenizer is another one; name it as tokenizer.path"
+                )
+            self.load(source)
+            self.parent = {
+                "from": self.recipe.from_,
+                "digest": source.digest,
+                "science": source.manifest["science"],
+                "data": source.manifest["data"],
+            }
+
+    def load(self, source: Checkpoint) -> None:
+        checkpoint.load_tensors(source.folder / checkpoint.WEIGHTS, self.weights())
+        checkpoint.load_tensors(source.folder / checkpoint.MOMENTS, self.optimizer.moments)
+        self.state.step = source.step
+        scale, good_steps = source.manifest["scale"]
+        self.scale.fill_(scale)
+        self.good_steps.fill_(good_steps)
+
+    # ------------------------------------------------------------------ before the first step
+
+    def rehearse(self) -> float:
+        """Seconds of a step to expect, from one micro-batch run twice; weights and moments are left alone.
+
+        On an accelerator `auto` is settled here: the largest micro-batch that runs in its memory.
+        """
+        share = self.recipe.windows_per_step // group.world()
+        if self.recipe.machine.micro_batch == "auto":
+            sizes = [n for n in range(1, share + 1) if share % n == 0]
+            fits = sizes[0]
+            for size in sizes:
+                try:
+                    self._rehearse(size)
+                except torch.cuda.OutOfMemoryError:
+                    break
+                fits = size
+            torch.cuda.empty_cache()
+            self.recipe = replace(
+                self.recipe, machine=replace(self.recipe.machine, micro_batch=-self.council.largest(-fits))
+            )
+        assert isinstance(self.recipe.machine.micro_batch, int)
+        self._rehearse(self.recipe.machine.micro_batch)
+        return self._rehearse(self.recipe.machine.micro_batch)
+
+    def _rehearse(self, micro_batch: int) -> float:
+        """Seconds of a step in micro-batches of this size, by running one of them and an update that is masked."""
+        began = time.perf_counter()
+        tokens = torch.zeros(micro_batch, self.recipe.model.context, dtype=torch.int64, device=self.device)
+        with self.accelerator.no_sync(self.wrapped):
+            with self.accelerator.autocast():
+                loss = self.wrapped(tokens, tokens, tokens[:, 0])
+            loss.backward()
+        loss.item()
+        seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        nothing = torch.zeros((), device=self.device)
+        self.optimizer.step(0, 0.0, nothing + 1, nothing > 0)
+        self.model.zero_grad(set_to_none=True)
+        return (
+            seconds * (self.recipe.windows_per_step // group.world() // micro_batch)
+            + nothing.item()
+            + time.perf_counter()
+            - began
+        )
+
+
+def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: str) -> None:
+    """RefusedError that names the first key in which the run's science half and the recipe's differ."""
+    ways = f"take another run=NAME, or start a new run from it with run=NAME from={recipe.run}/{found.folder.name}"
+    stored, wanted = found.manifest["science"], science(recipe)
+    for name in [*wanted, *stored]:
+        if stored.get(name) != wanted.get(name):
+            raise RefusedError(
+                f"run {recipe.run} was trained with {name} = {stored.get(name)}, "
+                f"this recipe says {wanted.get(name)}: {ways}"
+            )
+    for name, was, now in (
+        ("tokenizer", found.manifest["tokenizer"], tokenizer),
+        ("text", found.manifest["data"], data),
+    ):
+        if was != now:
+            raise RefusedError(
+                f"run {recipe.run} was trained with another {name} (fingerprint {was[:12]}, now {now[:12]}): {ways}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- a run from its recipe
+
+
+def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]]) -> Path:
+    """The folder of the finished run. `prepare` gives the recipe with its length, the tokenizer and the shards."""
+    asked = recipe.machine
+    accelerator, council, recipe = start_group(recipe)
+    recipe, tokenizer, shards = council.first(lambda: prepare(recipe))
+    run = Path("runs") / recipe.run
+    with store.lock(run / "lock") if group.rank() == 0 else nullcontext(True) as mine:
+        with council.together():
+            if not mine:
+                raise RefusedError(
+                    f"run {recipe.run} is held by another process: wait for it, or take another run=NAME"
+                )
+            if group.rank() == 0:
+                store.sweep(run / "checkpoints")
+        trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
+        with council.together():
+            trainer.resume()
+        if trainer.state.step >= recipe.train.steps:
+            group.say(
+                f"run {recipe.run} is finished: {trainer.state.step} steps are done, there is nothing to do.\n"
+                f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
+            )
+            return run
+        with council.together():
+            _begin(trainer, replace(recipe, machine=asked))
+        for name in SIGNALS:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), trainer.on_signal)
+        try:
+            trainer.fit()
+        finally:
+            if trainer.tracker is not None:
+                trainer.tracker.close()
+    return run
+
+
+def _begin(trainer: Trainer, asked: Recipe) -> None:
+    """Keep the recipe as it was asked for, tokenizer and manifest in the run, and say what is coming."""
+    step_seconds = trainer.rehearse()
+    recipe, run, steps = trainer.recipe, trainer.run, trainer.recipe.train.steps
+    if group.rank() != 0:
+        return
+    store.write_bytes(run / "recipe.yaml", dump(asked).encode())
+    store.write_json(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
+    remember(recipe, run)
+    trainer.tokenizer.save(run / "tokenizer")
+    left, per_step = steps - trainer.state.step, recipe.train.tokens_per_step
+    epochs = steps * recipe.windows_per_step / trainer.order.windows
+    numbers = cost.parameters(recipe.model, trainer.tokenizer.vocabulary)
+    group.say(
+        f"{'resuming' if trainer.state.step else 'training'} {recipe.run}: {numbers / 1e6:.2f} M parameters, "
+        f"{trainer.device.type}, {recipe.machine.precision}, {group.world()} x {recipe.machine.threads} threads, "
+        f"micro-batches of {recipe.machine.micro_batch}\n"
+        f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
+        f"{epochs:.2f} epochs of {trainer.shards.train.tokens / 1e6:.2f} M; "
+        f"{f'from step {trainer.state.step:,}, ' if trainer.state.step else ''}about {readable(left * step_seconds)}"
+    )
