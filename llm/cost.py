@@ -15,7 +15,10 @@ def parameters(shape: Model, vocabulary: int) -> int:
 
 
 def flops_per_token(shape: Model, vocabulary: int) -> int:
-    """Operations of forward and backward for a token of training: 6 a weight that is multiplied, and causal attention's 6 T H E."""
+    """Operations of forward and backward for a token of training.
+
+    6 a weight that is multiplied, and causal attention's 6 T H E a layer.
+    """
     multiplied = parameters(shape, vocabulary) - (0 if shape.tied else vocabulary * shape.dim)
     return 6 * multiplied + 6 * shape.layers * shape.context * shape.heads * shape.head_dim
 

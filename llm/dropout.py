@@ -1,8 +1,8 @@
-"""Dropout by counter: a mask is a pure function of (seed, position of the window, site, element), with no generator behind it.
+"""Dropout by counter: a mask is a pure function of (seed, position of the window, site, element), without a generator.
 
-So it is the same whatever the micro-batch, the number of processes, recomputation or compilation, and nothing of it is saved. A position
-belongs to exactly one step. On a CPU the bits are numpy's Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011); on
-an accelerator, where they must be made in place, an integer hash.
+So it is the same whatever the micro-batch, the number of processes, recomputation or compilation, and nothing of it is
+saved. A position belongs to exactly one step. On a CPU the bits are numpy's Philox (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", 2011); on an accelerator, where they must be made in place, an integer hash.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def keep_mask(positions: Tensor, seed: int, site: int, tokens: int, dim: int, ra
             key=np.array([seed, position], np.uint64), counter=np.array([0, 0, site, 0], np.uint64)
         ).random_raw(words)
         np.greater_equal(bits.view(np.uint16), threshold, out=row)
-    return torch.from_numpy(keep)[:, : tokens * dim].reshape(-1, tokens, dim)
+    return torch.from_numpy(keep)[:, : tokens * dim].contiguous().view(-1, tokens, dim)
 
 
 @keep_mask.register_fake
@@ -46,13 +46,13 @@ def _hashed(positions: Tensor, seed: int, site: int, elements: int, rate: float)
         return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
     high, low = (positions >> 32).int(), ((positions + (1 << 31)) % (1 << 32) - (1 << 31)).int()
-    key = scramble(scramble(scramble(low ^ as_int32(seed)) + high) + as_int32(site * 0x9E3779B1))[:, None]
+    key = scramble(scramble(scramble(scramble(low) ^ as_int32(seed)) + high) + as_int32(site * 0x9E3779B1))[:, None]
     counter = torch.arange(elements, dtype=torch.int32, device=positions.device) * as_int32(0x9E3779B1)
     word = scramble(scramble(counter[None] ^ key) + key)
     return (word & 0xFFFF) >= round(rate * 65536)
 
 
 def dropout(hidden: Tensor, positions: Tensor, *, seed: int, site: int, rate: float) -> Tensor:
-    """`hidden` (windows, tokens, dim) with a share `rate` of its elements set to zero and the others scaled up to keep the mean."""
+    """`hidden` (windows, tokens, dim), a share `rate` of it set to zero and the rest scaled up to keep the mean."""
     keep = keep_mask(positions, seed, site, hidden.shape[1], hidden.shape[2], rate)
     return hidden * (keep.to(hidden.dtype) * (1 / (1 - rate)))

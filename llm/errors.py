@@ -1,7 +1,7 @@
 """What a user can cause, each with its exit status. A message names who, value, rule and mend, in one line.
 
-Raised where the fact is known, caught once, in `run`: one line on stderr, no traceback. What we got wrong ourselves stays
-an assertion and keeps its traceback.
+Raised where the fact is known, caught once, in `run`: one line on stderr, no traceback. What we got wrong ourselves
+stays an assertion and keeps its traceback.
 """
 
 import errno
@@ -12,9 +12,12 @@ from typing import NoReturn
 
 
 class LLMError(Exception):
-    """One line for the user; `status` is what the process exits with."""
+    """One line for the user, whatever a name or a value in it holds; `status` is what the process exits with."""
 
     status = 1
+
+    def __str__(self) -> str:
+        return "".join(each if each.isprintable() else repr(each)[1:-1] for each in super().__str__())
 
 
 class RecipeError(LLMError):
@@ -73,6 +76,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Exit with what `main` returns, or with one line and the status of the LLMError that it raised."""
     try:
         status = main() or 0
+        sys.stdout.flush()  # here, where it may fail, rather than at the interpreter's end
     except LLMError as error:
         print(f"{'' if isinstance(error, StoppedError) else 'error: '}{error}", file=sys.stderr, flush=True)
         status = error.status

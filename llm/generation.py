@@ -1,4 +1,4 @@
-"""Text out of a model: prefill, choose, step, repeat. Rows of different lengths go side by side, each at its own position."""
+"""Text out of a model: prefill, choose, step, repeat. Rows of any lengths go side by side, each at its own position."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +11,13 @@ from llm.model import Cache, Transformer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Filters apply in the order in which they stand here; 0 switches one off, as does top_p = 1."""
+    """How the next token is chosen.
+
+    The penalty applies first, then the others in the order in which they stand here.
+    """
 
     temperature: float = 0.8  # 0: always the likeliest
-    top_k: int = 0  # tokens that stay
+    top_k: int = 0  # tokens that stay; 0: all
     top_p: float = 1.0  # the likeliest tokens that hold this much probability stay
     min_p: float = 0.0  # tokens of at least this share of the likeliest one's probability stay
     repetition_penalty: float = 1.0  # logits of tokens that occurred are divided by it, or multiplied where negative
@@ -55,8 +58,8 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Up to `tokens` times: the next token of every prompt, None for a row that met `end`. Stops when all have.
 
-    A row that fills the context goes on from its last half. A prompt longer than the context is read from its end. Prompts are not empty.
-    `banned` tokens are never chosen.
+    A row that fills the context goes on from its last half. A prompt longer than the context is read from its end.
+    Prompts are not empty. `banned` tokens are never chosen.
     """
     device = model.lm_head.weight.device
     context = model.shape.context

@@ -68,8 +68,14 @@ class Council:
         if status := self.largest(0, patient=patient):
             raise _Followed(status)
 
+    def leave(self) -> None:
+        """Part, once all are ready to."""
+        if self.group is not None:
+            self.largest(0)
+            dist.destroy_process_group()
+
     def first(self, act: Callable[[], Any]) -> Any:
-        """What `act()` returns: done by each node's first process while the others wait without a limit, then by them."""
+        """What `act()` returns: done by each node's first process while the others wait as long as it takes."""
         result = None
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
         with self.together(patient=True):

@@ -1,6 +1,7 @@
-"""Cross-entropy without the (tokens x vocabulary) logits: head and loss in chunks of rows, gradients made on the way forward.
+"""Cross-entropy without the (tokens x vocabulary) logits: head and loss in chunks of rows.
 
-The softmax is taken in fp32 whatever the model runs in. Nothing of the size tokens x vocabulary lives longer than its chunk.
+Gradients are made on the way forward, so nothing of the size tokens x vocabulary lives longer than its chunk. The
+softmax is taken in fp32 whatever the model runs in.
 """
 
 from typing import Any

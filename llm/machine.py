@@ -57,6 +57,7 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
     record = run / RECORD
     known = store.read_json(record) if record.exists() else {}
     torch.set_num_threads(threads_of(recipe))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate chooses one
     names: tuple[Any, ...] = ("fp32", "bf16", "fp16")
     precision = known.get("precision") if recipe.machine.precision == "auto" else None
     precision = names[council.largest(names.index(precision or precision_of(recipe)) if group.rank() == 0 else 0)]

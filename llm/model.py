@@ -1,8 +1,8 @@
 """The transformer: Qwen3's architecture under Hugging Face's names, so that a checkpoint is a model folder as it lies.
 
-Pre-norm RMSNorm, rotary positions by halves, grouped queries, a norm on each head's queries and keys, SwiGLU, no biases. At the start every
-block is the identity, as the matrices that write into the residual stream are zero. Letters in shapes: B windows, T tokens, D dim,
-H heads, K kv_heads, E head_dim, F ffn_dim, V vocabulary, L length of a cache.
+Pre-norm RMSNorm, rotary positions by halves, grouped queries, a norm on each head's queries and keys, SwiGLU, no
+biases. At the start every block is the identity, as the matrices that write into the residual stream are zero. Letters
+in shapes: B windows, T tokens, D dim, H heads, K kv_heads, E head_dim, F ffn_dim, V vocabulary, L length of a cache.
 """
 
 import torch
@@ -38,7 +38,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys and values of what was read so far, for `rows` texts of at most `length` tokens each.
 
-    Rows may differ in length: a token is written at its own position, and a query sees the keys up to its own position only.
+    Rows may differ in length: a token is written at its own position, and a query sees the keys up to its own only.
     """
 
     def __init__(self, shape: Model, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -181,9 +181,9 @@ class Transformer(nn.Module):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
 
     def forward(self, tokens: Tensor, targets: Tensor, windows: Tensor | None = None) -> Tensor:
-        """Sum of the cross-entropy of `targets` (B, T), IGNORED ones aside, after `tokens` (B, T): nats, an fp32 scalar.
+        """Sum of the cross-entropy of `targets` (B, T), IGNORED ones aside, after `tokens` (B, T): nats, fp32 scalar.
 
-        `windows` (B,) are the positions of the windows in the order, by which dropout is drawn; without them there is none.
+        `windows` (B,) are the positions of the windows in the order, by which dropout is drawn; without them it is off.
         """
         hidden = self.model(tokens, windows, None).flatten(0, 1)
         if torch.is_autocast_enabled(hidden.device.type):

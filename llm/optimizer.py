@@ -1,7 +1,7 @@
 """One optimizer for all tensors: Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all.
 
-It keeps nothing but moments: rates and bias corrections are functions of the step. A step whose gradient is not finite leaves weights and
-moments alone, decided on the device, so that nothing waits for it.
+It keeps nothing but moments: rates and bias corrections are functions of the step. A step whose gradient is not finite
+leaves weights and moments alone, decided on the device, so that nothing waits for it.
 """
 
 import math
@@ -23,9 +23,10 @@ STACKED = 8  # matrices of one shape that are orthogonalised together
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Each of `matrices` (n, rows, columns) with its singular values pushed to about 1, by Newton and Schulz's iteration.
+    """Each of `matrices` (n, rows, columns) with its singular values pushed to about 1.
 
-    Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024. In the type of the input.
+    By Newton and Schulz's iteration: Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024. In the
+    type of the input.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
@@ -48,7 +49,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """Up to STACKED matrices of one shape; `momentum` (n, rows, columns) is shared with the moments under their names."""
+    """Up to STACKED matrices of one shape; `momentum` (n, rows, columns) is shared with the moments of their names."""
 
     weights: list[Tensor]
     momentum: Tensor
@@ -89,8 +90,9 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, rate_share: float, scale: Tensor, finite: Tensor) -> None:
-        """Update `step` (0 is the first): gradients times `scale`, the recipe's rate times `rate_share`; nothing at all unless `finite`.
+        """Update `step` (0 is the first): gradients times `scale`, the recipe's rate times `rate_share`.
 
+        Nothing at all unless `finite`.
         `scale` and `finite` are scalars on the device, an fp32 and a bool. Gradients are used up.
         """
         rate = self.train.learning_rate * rate_share

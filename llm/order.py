@@ -1,7 +1,7 @@
 """Which window stands at which position of the endless shuffled order: a keyed permutation with no memory.
 
-Every epoch is a permutation of its own, computed, not stored, so that any step's windows follow from (seed, step) alone. In every epoch
-the windows begin at another offset, so that no token is always the first of its window.
+Every epoch is a permutation of its own, computed, not stored, so that any step's windows follow from (seed, step)
+alone. In every epoch the windows begin at another offset, so that no token is always the first of its window.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ def mix(*words: int) -> int:
 def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where a permutation of 0 .. size - 1 that is picked by `key` sends each `index`: int64, in the shape of `index`.
 
-    A Feistel network on the next even number of bits, walked until it falls below `size` (Black and Rogaway, "Ciphers with arbitrary
-    finite domains", 2002): fewer than four walks on average.
+    A Feistel network on the next even number of bits, walked until it falls below `size` (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002): fewer than four walks on average.
     """
     half = np.uint64(max(1, -(-max(1, size - 1).bit_length() // 2)))
     low = np.uint64((1 << int(half)) - 1)
@@ -58,9 +58,9 @@ class Order:
         return max(1, self.tokens // self.context - 1)
 
     def offset(self, epoch: int) -> int:
-        """Token at which the first window of `epoch` begins."""
+        """Token at which the first window of `epoch` begins: any that leaves room, so that the last tokens are read too."""
         slack = self.tokens - 1 - self.windows * self.context
-        return mix(self.seed, epoch, 1) % (min(slack, self.context - 1) + 1)
+        return mix(self.seed, epoch, 1) % (slack + 1)
 
     def starts(self, positions: np.ndarray) -> np.ndarray:
         """First token of the window at each of `positions`, int64 in their shape."""

@@ -1,10 +1,12 @@
 """A recipe: one YAML file that says all of one run, read strictly. Every key belongs to one of two halves.
 
-Science decides the loss curve, machine only how fast and where (and `run` only where the result lies). YAML gives nothing but the tree
-of strings: each value is read by the type of its field, so that `1e-3`, `10M`, `5%` and `no` mean what a person means by them.
+Science decides the loss curve, machine only how fast and where (and `run` only where the result lies). YAML gives
+nothing but the tree of strings: each value is read by the type of its field, so that `1e-3`, `10M`, `5%` and `no` mean
+what a person means by them.
 """
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -19,7 +21,8 @@ import yaml
 from llm.errors import RecipeError
 
 Auto: TypeAlias = Literal["auto"]
-MOST_BYTES = 1 << 20  # of a recipe file
+MOST_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst of that size
+NOTHING = ("", "~", "null", "Null", "NULL")  # unquoted, no value
 SCALES = {"": "1", "k": "1e3", "m": "1e6", "b": "1e9", "g": "1e9", "%": "0.01"}
 
 
@@ -50,7 +53,7 @@ class Model:
     layers: int = setting(6, unit="blocks", least=1, below=1 << 12)
     heads: int = setting(4, unit="query heads", least=1, below=1 << 12)
     kv_heads: int = setting(0, unit="key and value heads; 0: as many as heads", least=0, below=1 << 12)
-    head_dim: int = setting(0, unit="features a head; 0: dim / heads", least=0, below=1 << 12)
+    head_dim: int = setting(0, unit="features a head; 0: dim / heads", least=0, below=1 << 20)
     ffn_dim: int = setting(
         0, unit="features inside the MLP; 0: 8/3 dim, up to a multiple of 64", least=0, below=1 << 22
     )
@@ -61,7 +64,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    steps: int = setting(0, unit="optimizer updates", least=1, below=1e12)
+    steps: int = setting(0, unit="optimizer updates", least=1, below=1e15)
     tokens: int = setting(0, unit="target tokens", least=1, below=1e15)
     epochs: float = setting(0.0, unit="passes over the training side", least=1e-6, below=1e6)
     tokens_per_step: int = setting(8192, unit="tokens", least=1, below=1e10)
@@ -109,7 +112,7 @@ class Recipe:
     """One run. `from_` is the key `from`."""
 
     run: str = setting(unit="name of the folder under runs/")
-    seed: int = setting(1, unit="", least=0, below=1 << 32)
+    seed: int = setting(1, unit="any whole number", least=0, below=1 << 32)
     from_: str | None = setting(None, unit="RUN/step-N: start from that checkpoint")
     text: Text
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -136,6 +139,7 @@ MACHINE_HALF = (
     "tracking.",
     "machine.",
 )
+NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a run: never a way out of runs/
 LENGTHS = ("train.steps", "train.tokens", "train.epochs")  # a recipe names exactly one
 
 
@@ -158,7 +162,10 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
             for other in LENGTHS:
                 given.pop(other, None)
         given[name] = _flow(name, value.strip())
-    return resolve(_build(given))
+    recipe = resolve(_build(given))
+    if (size := len(dump(recipe).encode())) > MOST_BYTES:  # the run keeps it, and must be able to read it again
+        raise RecipeError(f"{path} has {size} bytes when it is written out, {MOST_BYTES} at most: shorten its lists")
+    return recipe
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -170,8 +177,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not there: name a recipe, for example recipes/quickstart.yaml") from None
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder: name a recipe file in it") from None
-    except (PermissionError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise RecipeError(f"{str(path)[:200]} cannot be read: {reason}; name a recipe file") from None
     if len(data) > MOST_BYTES:
         raise RecipeError(f"{path} has more than {MOST_BYTES} bytes: that is no recipe")
     try:
@@ -179,7 +187,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
     root = _compose(str(path), text)
-    if root is None:
+    if root is None or (isinstance(root, yaml.ScalarNode) and root.value in NOTHING):
         raise RecipeError(f"{path} is empty: a recipe needs at least text.files and one of {', '.join(LENGTHS)}")
     given: dict[str, Any] = {}
     for name, node in _pairs(root, str(path)):
@@ -196,6 +204,9 @@ def _read(path: Path) -> dict[str, Any]:
                 raise RecipeError(
                     f"{name} is a section: its keys stand under it, indented, such as {_keys_of(name)[0]}"
                 )
+        elif "." in name and name in _keys():
+            section, _, key = name.partition(".")
+            raise RecipeError(f"{name}: in a file, write `{key}` under `{section}:`, indented")
         else:
             given[name] = _value(node, name)
     return given
@@ -203,7 +214,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _compose(where: str, text: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(
@@ -211,16 +222,20 @@ def _compose(where: str, text: str) -> yaml.Node | None:
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
-    except (RecursionError, ValueError) as error:
-        raise RecipeError(f"{where} is not a recipe: {type(error).__name__} while reading its YAML") from None
+    except RecursionError:
+        raise RecipeError(f"{where} is nested too deeply: a recipe has keys and keys under them, no more") from None
+    except (ValueError, OverflowError) as error:  # of numbers in escapes and directives
+        raise RecipeError(f"{where} is not YAML: {error}") from None
 
 
 def _pairs(node: yaml.Node, where: str) -> Iterator[tuple[str, yaml.Node]]:
+    _check_tag(node, where)
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{where} is not a list of keys: write `key: value` lines")
     seen = set()
     for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
+        _check_tag(key, where)
+        if not isinstance(key, yaml.ScalarNode) or len(key.value) > 80:
             raise RecipeError(f"{where}, line {key.start_mark.line + 1}: a key is one word")
         if key.value in seen:
             raise RecipeError(f"{where}, line {key.start_mark.line + 1}: {key.value} stands there twice; keep one")
@@ -228,10 +243,15 @@ def _pairs(node: yaml.Node, where: str) -> Iterator[tuple[str, yaml.Node]]:
         yield key.value, value
 
 
+def _check_tag(node: yaml.Node, where: str) -> None:
+    """Refuse every tag: BaseLoader gives a node that has none of its own the tag of its form."""
+    if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+        raise RecipeError(f"{where}: the tag {node.tag[:80]!r} is refused: a recipe holds plain values only")
+
+
 def _value(node: yaml.Node, name: str) -> Any:
-    """String, list of strings, or None. Whatever would build another object is refused."""
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-        raise RecipeError(f"{name}: the tag {node.tag[:80]!r} is refused: a recipe holds plain values only")
+    """String, list of strings, or None."""
+    _check_tag(node, name)
     if isinstance(node, yaml.SequenceNode):
         items = [_value(item, name) if isinstance(item, yaml.ScalarNode) else item for item in node.value]
         if not all(isinstance(item, str) for item in items):
@@ -239,7 +259,7 @@ def _value(node: yaml.Node, name: str) -> Any:
         return items
     if isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{name} has keys under it, but is one value")
-    return None if node.tag.endswith(":null") else node.value
+    return None if node.style is None and node.value in NOTHING else node.value
 
 
 def _flow(name: str, value: str) -> Any:
@@ -248,7 +268,7 @@ def _flow(name: str, value: str) -> Any:
         node = _compose(f"override {name}", value)
         assert node is not None
         return _value(node, name)
-    return None if value in ("", "~", "null") else value
+    return None if value in NOTHING else value
 
 
 def _build(given: dict[str, Any]) -> Recipe:
@@ -267,9 +287,7 @@ def _build(given: dict[str, Any]) -> Recipe:
             elif each.default is MISSING:
                 raise RecipeError(f"{name} is missing: it has no default ({each.metadata['unit']})")
             elif name in given and each.default is not None:
-                raise RecipeError(
-                    f"{name} has no value: give it one, or take the line out for the default {each.default!r}"
-                )
+                raise RecipeError(f"{name} has no value: give it one, or leave it out for its default")
         return cls(**values)
 
     return section(Recipe, "")
@@ -277,34 +295,40 @@ def _build(given: dict[str, Any]) -> Recipe:
 
 def _convert(name: str, value: Any, kind: Any, each: "Field[Any]") -> Any:
     """`value`, a string or a list of strings, as the type `kind` of field `each`."""
+    if re.search("[\0\ud800-\udfff]", "".join(value)):
+        raise RecipeError(f"{name} holds a NUL or half a character: it is no text")
     if typing.get_origin(kind) is tuple:
         return tuple(value if isinstance(value, list) else [value])
     if isinstance(value, list):
         raise RecipeError(f"{name} is one value, not a list of {len(value)}")
     options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     words = [word for option in options for word in typing.get_args(option)]  # those of a Literal
+    shown = value if len(value) <= 80 else f"{value[:80]}..."
     if words and value.lower() in words:
         return value.lower()
     if str in options:
+        if not value:
+            raise RecipeError(f"{name} is empty: give it a value ({each.metadata['unit']})")
         return value
     if bool in options:
         said = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(value.lower())
         if said is None:
-            raise RecipeError(f"{name} = {value!r}: true or false is expected")
+            raise RecipeError(f"{name} = {shown!r}: true or false is expected")
         return said
     if int in options or float in options:
         number = _number(name, value, whole=int in options, words=words)
         least, below = each.metadata["least"], each.metadata["below"]
         if not least <= number < below:
             raise RecipeError(
-                f"{name} = {value}: at least {least:g} and below {below:g} is expected ({each.metadata['unit']})"
+                f"{name} = {shown}: at least {least:,.10g} and below {below:,.10g} is expected "
+                f"({each.metadata['unit']})"
             )
         return number
     if name == "tracking.wandb" and value.lower() in ("false", "no"):
         return "off"
     near = difflib.get_close_matches(value.lower(), words, 1)
     raise RecipeError(
-        f"{name} = {value!r}: one of {', '.join(words)} is expected" + (f"; did you mean {near[0]}?" if near else "")
+        f"{name} = {shown!r}: one of {', '.join(words)} is expected" + (f"; did you mean {near[0]}?" if near else "")
     )
 
 
@@ -319,15 +343,19 @@ def _number(name: str, value: str, *, whole: bool, words: list[str]) -> int | fl
         number = Decimal(match[1].replace("_", "")) * Decimal(SCALES[match[2]])
     except InvalidOperation:
         raise RecipeError(
-            f"{name} = {value!r}: {expected} is expected, such as {'1000 or 10M' if whole else '0.05, 5% or 1e-3'}"
+            f"{name} = {value[:80]!r}: {expected} is expected, such as {'1000 or 10M' if whole else '0.05, 5% or 1e-3'}"
         ) from None
     if whole and (abs(number) > 10**18 or number != int(number)):
-        raise RecipeError(f"{name} = {value}: {expected} is expected")
+        raise RecipeError(f"{name} = {value[:80]}: {expected} is expected")
     return int(number) if whole else float(number)
 
 
 def _sections() -> list[str]:
     return [name for name, kind in typing.get_type_hints(Recipe).items() if is_dataclass(kind)]
+
+
+def _single_keys() -> list[str]:
+    return [each.name.rstrip("_") for each in fields(Recipe) if each.name not in _sections()]
 
 
 def _keys_of(section: str) -> list[str]:
@@ -336,31 +364,42 @@ def _keys_of(section: str) -> list[str]:
 
 def _keys() -> list[str]:
     """Every key of a recipe, dotted."""
-    single = [each.name.rstrip("_") for each in fields(Recipe) if each.name not in _sections()]
-    return single + [key for section in _sections() for key in _keys_of(section)]
+    return _single_keys() + [key for section in _sections() for key in _keys_of(section)]
 
 
 def _unknown(name: str, known: list[str]) -> RecipeError:
+    """Names the key that was meant: near as a whole, of the same name in another section, or near beside it."""
     name = name[:80]
-    near = difflib.get_close_matches(name, known, 1, 0.5) or [
-        key for key in known if key.split(".")[-1] == name.split(".")[-1]
-    ]
-    return RecipeError(
-        f"{name}: did you mean {near[0]}?" if near else f"{name} is no key of a recipe; they are {', '.join(known)}"
+    section, _, leaf = name.rpartition(".")
+    beside = _keys_of(section) if section in _sections() else known
+    leaves = {key.rpartition(".")[2]: key for key in reversed(beside)}
+    near = (
+        difflib.get_close_matches(name, known, 1, 0.85)
+        or [key for key in known if key.endswith(f".{leaf}")]
+        or [leaves[each] for each in difflib.get_close_matches(leaf, leaves, 1, 0.7)]
     )
+    if near:
+        return RecipeError(f"{name}: did you mean {near[0]}?")
+    if beside is known:
+        return RecipeError(f"{name!r} is no key of a recipe: they are {', '.join([*_sections(), *_single_keys()])}")
+    return RecipeError(f"{name} is no key of a recipe: {section} has {', '.join(leaf for leaf in reversed(leaves))}")
 
 
 # ---------------------------------------------------------------------------------------------- meaning
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Fill in what follows from other keys and refuse what cannot be together; a length in epochs stays, as it needs the text."""
+    """Fill in what follows from other keys and refuse what cannot be together.
+
+    A length in epochs stays, as it needs the text.
+    """
     model, train = recipe.model, recipe.train
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", recipe.run):
+    if not re.fullmatch(NAME, recipe.run):
         raise RecipeError(
-            f"run = {recipe.run[:120]!r}: letters, digits, '.', '_' and '-' are expected, as it names a folder under runs/"
+            f"run = {recipe.run[:120]!r}: it names a folder under runs/, so at most 100 letters of a to z, digits, "
+            f"'.', '_' and '-' are expected, neither '.' nor '-' at its begin: say run=NAME"
         )
-    if recipe.from_ and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}/step-\d+", recipe.from_):
+    if recipe.from_ is not None and not re.fullmatch(rf"{NAME}/step-[0-9]{{1,15}}", recipe.from_):
         raise RecipeError(f"from = {recipe.from_[:120]!r}: RUN/step-N is expected, such as quickstart/step-000400")
     if not recipe.text.files:
         raise RecipeError("text.files is empty: name at least one text")
@@ -390,11 +429,13 @@ def resolve(recipe: Recipe) -> Recipe:
     if train.tokens_per_step % model.context:
         near = max(1, round(train.tokens_per_step / model.context)) * model.context
         raise RecipeError(
-            f"train.tokens_per_step = {train.tokens_per_step} is no multiple of model.context = {model.context}: try {near}"
+            f"train.tokens_per_step = {train.tokens_per_step} is no multiple of model.context = {model.context}: "
+            f"try {near}"
         )
     windows = train.tokens_per_step // model.context
     if isinstance(recipe.machine.micro_batch, int) and windows % recipe.machine.micro_batch:
-        near = max(n for n in range(1, min(windows, recipe.machine.micro_batch) + 1) if windows % n == 0)
+        divisors = {d for n in range(1, math.isqrt(windows) + 1) if windows % n == 0 for d in (n, windows // n)}
+        near = max(divisor for divisor in divisors if divisor <= recipe.machine.micro_batch)
         raise RecipeError(
             f"machine.micro_batch = {recipe.machine.micro_batch} does not divide the {windows} windows of a step "
             f"(train.tokens_per_step / model.context): try {near}"
@@ -442,6 +483,18 @@ def science(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in flat(recipe).items() if not name.startswith(MACHINE_HALF)}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes and escapes whatever is not printable, since PyYAML's plain styles do not give every line end back."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML that `load` reads to the same recipe."""
     tree: dict[str, Any] = {}
@@ -449,4 +502,4 @@ def dump(recipe: Recipe) -> str:
         if value is not None and not (name in LENGTHS and not value):
             *above, leaf = name.split(".")
             (tree.setdefault(above[0], {}) if above else tree)[leaf] = value
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -64,7 +64,8 @@ def arguments() -> argparse.Namespace:
 def prompts_of(given: argparse.Namespace) -> Iterable[list[str]]:
     """Lists of prompts that go side by side: one list, or one prompt after the other from a person."""
     if given.prompt is not None:
-        yield given.prompt
+        # What a terminal hands over in another encoding arrives as surrogates.
+        yield [prompt.encode(errors="surrogateescape").decode(errors="replace") for prompt in given.prompt]
     elif sys.stdin.isatty():
         print("Type a text to go on with; an empty line or Ctrl-D ends.", file=sys.stderr)
         while True:

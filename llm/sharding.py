@@ -42,7 +42,7 @@ def gather(values: Tensor) -> Tensor:
     return gathered.view(-1, *values.shape)
 
 
-def canonical_hook(state: Any, bucket: dist.GradBucket) -> "torch.futures.Future[Tensor]":
+def canonical_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: the gradients of all processes, summed (not averaged) in canonical order."""
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(all_reduce(bucket.buffer()))

@@ -5,6 +5,7 @@ file is finished once the journal names it; the manifest comes last and makes th
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from llm.tokenizer import Tokenizer
 
 FORMAT = 1
 FILE = 32 << 20  # bytes of text in a file: what is held in memory before it is written
-BLOCK = 1 << 20  # bytes of text in a row of the pipeline: small next to memory, large next to what a row costs
+BLOCK = 4 << 20  # bytes of text in a row of the pipeline: small next to memory, large next to what a row costs
 SIDES = ("train", "validation")
 
 Item = TypeVar("Item")
@@ -160,38 +161,39 @@ def blocks(documents: Iterable[bytes], share: float, done: dict[str, int]) -> It
         gathered[side].append(document)
         size[side] += len(document)
         if size[side] >= BLOCK:
-            yield {"side": side, "documents": gathered[side], "text_bytes": size[side]}
+            yield {"side": side, "text": b"".join(gathered[side]), "lengths": list(map(len, gathered[side]))}
             gathered[side], size[side] = [], 0
     for side in SIDES:
         if gathered[side]:
-            yield {"side": side, "documents": gathered[side], "text_bytes": size[side]}
+            yield {"side": side, "text": b"".join(gathered[side]), "lengths": list(map(len, gathered[side]))}
 
 
 def _encoded(source: Iterator[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype) -> Iterator[dict[str, Any]]:
-    """Each block as {side, text_bytes, tokens: ids of all documents end to end, ends: where each ends}, through `datasets`."""
+    """Each block as {side, text_bytes, tokens: ids of all documents end to end, starts: where each begins}, through `datasets`."""
     import datasets
     import pyarrow
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def encode(table: pyarrow.Table) -> pyarrow.Table:
-        texts = [document.decode() for document in table["documents"].chunk(0).values.to_pylist()]
-        encoded = tokenizer.encode_batch(texts, threads)
-        ends = np.cumsum([len(ids) + 1 for ids in encoded], dtype=np.int32)
-        tokens = np.empty(ends[-1], dtype)
-        for ids, end in zip(encoded, ends, strict=True):
-            tokens[end - len(ids) : end] = ids
-            tokens[end - len(ids) - 1] = tokenizer.bos
-        columns = {"tokens": pyarrow.array([tokens]), "ends": pyarrow.array([ends])}
-        return pyarrow.table({"side": table["side"], "text_bytes": table["text_bytes"], **columns})
+        text, ends = table["text"][0].as_py(), np.cumsum(table["lengths"].chunk(0).values.to_numpy())
+        documents = [text[begin:end].decode() for begin, end in itertools.pairwise([0, *ends.tolist()])]
+        encoded = tokenizer.encode_batch(documents, threads)
+        starts = np.cumsum([0, *(len(ids) + 1 for ids in encoded)], dtype=np.int32)
+        tokens = np.full(starts[-1], tokenizer.bos, dtype)
+        of_text = np.ones(len(tokens), bool)
+        of_text[starts[:-1]] = False
+        tokens[of_text] = np.concatenate(encoded)
+        row = {"tokens": pyarrow.array([tokens]), "starts": pyarrow.array([starts]), "text_bytes": pyarrow.array([len(text)])}
+        return pyarrow.table({"side": table["side"], **row})
 
     features = datasets.Features({
-        "side": datasets.Value("string"), "text_bytes": datasets.Value("int64"),
-        "documents": datasets.List(datasets.Value("binary"))})  # fmt: skip
+        "side": datasets.Value("string"), "text": datasets.Value("large_binary"),
+        "lengths": datasets.List(datasets.Value("int32"))})  # fmt: skip
     stream = datasets.IterableDataset.from_generator(_Blocks(source), features=features)
     for table in stream.with_format("arrow").map(encode):
         block = {name: table[name][0].as_py() for name in ("side", "text_bytes")}
-        yield block | {name: table[name].chunk(0).values.to_numpy() for name in ("tokens", "ends")}
+        yield block | {name: table[name].chunk(0).values.to_numpy() for name in ("tokens", "starts")}
 
 
 class _Blocks:
@@ -223,7 +225,7 @@ def _write_file(folder: Path, files: dict[str, list[dict[str, Any]]], side: str,
 
     tokens = np.concatenate([block["tokens"] for block in waiting])
     begins = np.cumsum([0] + [len(block["tokens"]) for block in waiting])
-    starts = np.concatenate([[0], *(block["ends"] + begin for block, begin in zip(waiting, begins, strict=False))])
+    starts = np.concatenate([*(block["starts"][:-1] + begin for block, begin in zip(waiting, begins, strict=False)), begins[-1:]])
     rows = pyarrow.ListArray.from_arrays(pyarrow.array(starts, pyarrow.int32()), pyarrow.array(tokens))
     batch = pyarrow.record_batch({"tokens": rows})
     sink = pyarrow.BufferOutputStream()

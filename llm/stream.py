@@ -1,4 +1,4 @@
-"""The batches that this process reads at a step, out of the recipe and the step alone: nothing to save, nothing to skip."""
+"""The batches that this process reads at a step, from the recipe and the step alone: nothing to save or to skip."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stream:
-    """The training side in the order of `order`, `windows_per_step` a step, dealt to `world` processes in micro-batches.
+    """The training side in the order of `order`, `windows_per_step` a step, dealt to `world` processes by micro-batch.
 
     Micro-batch m of a step holds the same windows on any world; process `rank` runs those with m = rank modulo `world`.
     """
@@ -74,7 +74,10 @@ class Tokens:
 
 
 def whole(side: Side | Tokens, context: int, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Every target of `side` but its first token once, in windows that do not overlap, `rows` at a time, dealt to `world` processes."""
+    """Every token of `side` but its first as a target once, in windows that do not overlap.
+
+    `rows` at a time, the last ones padded with IGNORED targets; dealt to `world` processes.
+    """
     for low in range(rank * rows * context, side.tokens - 1, world * rows * context):
         tokens = side.read(low, min(low + rows * context + 1, side.tokens)).astype(np.int64)
         size = -(-(len(tokens) - 1) // context) * context

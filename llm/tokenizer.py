@@ -5,9 +5,7 @@ are trained with one fixed number of threads: the same text gives the same file.
 """
 
 import codecs
-import hashlib
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -46,6 +44,11 @@ class Tokenizer:
         self._bytes = self._bytes_of_all()
         self._adds_space = b"".join(self._bytes[id] for id in self._processor.encode("a")) == b" a"
         self._sign = self._find_sign()
+        # In a vocabulary of our own: control pieces, then the symbols that are split off first, bytes, and pieces by rank.
+        bytes_at = [id for id in range(self.vocabulary) if self._processor.is_byte(id)]
+        self.unknown: int = self._processor.unk_id()
+        self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, self.bos)]
+        self.first_piece = max(bytes_at, default=-1) + 1
         self.lossless = all(self.decode(self.encode(probe)) == probe for probe in PROBES)
 
     @classmethod
@@ -90,17 +93,24 @@ class Tokenizer:
         pieces = [sp.id_to_piece(ids), [score.hex() for score in sp.get_score(ids)], types]
         return store.digest_of([pieces, self.bos, [sp.encode(probe) for probe in PROBES]])
 
+    @cached_property
+    def is_exact_bpe(self) -> bool:
+        """Whether ids follow from pieces and their ranks alone, as in the vocabularies that are trained here."""
+        scores = self._processor.get_score(list(range(self.first_piece, self.vocabulary)))
+        return self.lossless and self._sign is not None and all(score == -rank for rank, score in enumerate(scores))
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS."""
         return [int(id) for id in self.encode_batch([text], threads=1)[0]]
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """Ids of each text, without BOS: (tokens,) of int32 each."""
-        parts = [self._parts(text) for text in texts]
+        if self._sign is None or not any(len(text) > PART or SPACE in text for text in texts):
+            ids: list[np.ndarray] = self._processor.encode(texts, num_threads=threads, return_type="numpy")
+            return ids
+        parts = [_parts(text) for text in texts]
         flat = [each for some in parts for each in some]
-        encoded: list[np.ndarray] = self._processor.encode(flat, num_threads=threads, return_type="numpy")
-        if len(flat) == len(texts):
-            return encoded
+        encoded = self._processor.encode(flat, num_threads=threads, return_type="numpy")
         whole = iter([self._sign if each == SPACE else ids for each, ids in zip(flat, encoded, strict=True)])
         return [np.concatenate([next(whole) for _ in some]) for some in parts]
 
@@ -141,19 +151,6 @@ class Tokenizer:
                 table[id] = sp.decode([id]).encode()
         return table
 
-    def _parts(self, text: str) -> list[str]:
-        """Parts of `text` that are encoded alone: long text line by line, and each literal U+2581, which is written as bytes."""
-        if self._sign is None or (len(text) <= PART and SPACE not in text):
-            return [text]
-        parts = []
-        for each in re.split(f"({SPACE})", text):
-            begin = 0
-            while len(each) - begin > PART and (end := each.find("\n", begin + PART) + 1):
-                parts.append(each[begin:end])
-                begin = end
-            parts.append(each[begin:])
-        return parts
-
     def _find_sign(self) -> np.ndarray | None:
         """The byte pieces that write a literal U+2581, None for a vocabulary whose texts cannot be encoded in parts."""
         sp = self._processor
@@ -187,3 +184,15 @@ def _lines(documents: Iterable[bytes]) -> Iterator[str]:
                 yield line
             else:
                 yield from (line[begin : begin + LINE // 4] for begin in range(0, len(line), LINE // 4))
+
+
+def _parts(text: str) -> list[str]:
+    """Parts of `text` that are encoded alone: long text line by line, and each literal U+2581, which is written as bytes."""
+    parts = []
+    for each in re.split(f"({SPACE})", text):
+        begin = 0
+        while len(each) - begin > PART and (end := each.find("\n", begin + PART) + 1):
+            parts.append(each[begin:end])
+            begin = end
+        parts.append(each[begin:])
+    return parts

@@ -93,16 +93,7 @@ class Tracker:
         """A tracker that fails is named once and left behind: it is a copy of the record, never worth the run."""
         try:
             act()
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            LookupError,
-            ImportError,
-            *_wandb_errors(),
-        ) as error:
+        except _tracker_errors() as error:
             self.trackers.pop(name, None)
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             self.say(f"{name} is left out from here on ({reason}); metrics.jsonl goes on")
@@ -153,14 +144,15 @@ class Tracker:
 
         try:
             start(mode)
-        except _wandb_errors() as error:
+        except wandb.errors.Error as error:
             if mode == "offline":
                 raise
             self.say(f"wandb cannot be reached ({' '.join(str(error).split())[:120]}): the run is kept offline")
             start("offline")
 
 
-def _wandb_errors() -> tuple[type[Exception], ...]:
-    """W&B's own errors, where it was imported."""
+def _tracker_errors() -> tuple[type[Exception], ...]:
+    """Whatever a tracker may raise: W&B's own errors where it was imported, and those of its network and files."""
     wandb: Any = sys.modules.get("wandb")
-    return (wandb.Error,) if wandb else ()
+    ours = (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError)
+    return (*ours, wandb.errors.Error) if wandb else ours

@@ -5,11 +5,12 @@ Accelerate owns devices, processes, precision and wrapping; the order of the dat
 resume are ours.
 """
 
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -21,14 +22,15 @@ from torch import Tensor
 
 from llm import checkpoint, cost, group, sharding, store
 from llm.checkpoint import Checkpoint
-from llm.errors import DivergedError, RefusedError, StoppedError
+from llm.errors import DivergedError, LLMError, RecipeError, RefusedError, StoppedError
 from llm.generation import Sampling, continuations
+from llm.huggingface import model_files, tokenizer_files
 from llm.loss import IGNORED
 from llm.machine import remember, start_group
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm
 from llm.order import Order
-from llm.recipe import Recipe, dump, flat, science
+from llm.recipe import Machine, Recipe, dump, flat, science
 from llm.schedule import rate_share
 from llm.shards import Shards
 from llm.stream import Batch, Stream, whole
@@ -71,6 +73,8 @@ class Trainer:
         self.best = float("inf")  # bits per byte
         self.saved = -1  # step of the newest checkpoint
         self.stop_signal = 0
+        self.tracker: Tracker | None = None  # the main process's
+        self.beside = {**model_files(recipe.model, tokenizer), **tokenizer_files(tokenizer)}
         self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed).to(self.device)
         self.order = Order(recipe.seed, shards.train.tokens, recipe.model.context)
         lean = recipe.machine.precision != "fp32"
@@ -146,7 +150,8 @@ class Trainer:
     def fit(self) -> TrainState:
         """Train to the recipe's last step, or to the first signal (StoppedError); leave a checkpoint either way."""
         recipe, state = self.recipe, self.state
-        self.tracker = Tracker(self.run, recipe, state.step, {"world": group.world()}) if group.rank() == 0 else None
+        if group.rank() == 0:
+            self.tracker = Tracker(self.run, recipe, state.step, {"world": group.world()})
         seconds, counted_from = 0.0, state.step
         while state.step < recipe.train.steps and not self.asked_to_stop():
             began = time.perf_counter()
@@ -267,7 +272,7 @@ class Trainer:
                     weights=self.weights(),
                     moments=self.optimizer.moments,
                     manifest=self.manifest(),
-                    beside={},
+                    beside=self.beside,
                 )
                 checkpoint.retain(self.run, self.recipe.checkpoint.keep)
         self.saved = self.state.step
@@ -303,7 +308,11 @@ class Trainer:
             self.best = best.bits_per_byte if best and best.bits_per_byte is not None else float("inf")
         elif self.recipe.from_:
             run, step = self.recipe.from_.split("/step-")
-            source = checkpoint.open_checkpoint(checkpoint.folder_of(self.run.parent / run, int(step)))
+            folder = checkpoint.folder_of(self.run.parent / run, int(step))
+            if not folder.is_dir():
+                there = ", ".join(each.name for each in checkpoint.folders(self.run.parent / run)) or "none"
+                raise RecipeError(f"from = {self.recipe.from_} is not there; checkpoints of {run}: {there}")
+            source = checkpoint.open_checkpoint(folder)
             if source.manifest["tokenizer"] != self.tokenizer.fingerprint:
                 raise RefusedError(
                     f"from = {self.recipe.from_}: its tokenizer is another one; name it as tokenizer.path"
@@ -396,38 +405,68 @@ def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: s
 
 def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]]) -> Path:
     """The folder of the finished run. `prepare` gives the recipe with its length, the tokenizer and the shards."""
-    asked = recipe.machine
+    asked, run = recipe.machine, Path("runs") / recipe.run
     accelerator, council, recipe = start_group(recipe)
     recipe, tokenizer, shards = council.first(lambda: prepare(recipe))
-    run = Path("runs") / recipe.run
     with store.lock(run / "lock") if group.rank() == 0 else nullcontext(True) as mine:
         with council.together():
             if not mine:
                 raise RefusedError(
                     f"run {recipe.run} is held by another process: wait for it, or take another run=NAME"
                 )
-            if group.rank() == 0:
-                store.sweep(run / "checkpoints")
-        trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
-        with council.together():
-            trainer.resume()
-        if trainer.state.step >= recipe.train.steps:
-            group.say(
-                f"run {recipe.run} is finished: {trainer.state.step} steps are done, there is nothing to do.\n"
-                f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
-            )
-            return run
-        with council.together():
-            _begin(trainer, replace(recipe, machine=asked))
-        for name in SIGNALS:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), trainer.on_signal)
-        try:
-            trainer.fit()
-        finally:
-            if trainer.tracker is not None:
-                trainer.tracker.close()
+        with _status(run):
+            _train(recipe, asked, tokenizer, shards, accelerator, council, run)
+    council.leave()
     return run
+
+
+@contextmanager
+def _status(run: Path) -> Iterator[None]:
+    """Keep in status.json how the run ended: some launchers turn every exit status into 1."""
+    if group.rank() != 0:
+        yield
+        return
+    path = run / "status.json"
+    store.write_json(path, {"status": None, "message": "running", "process": os.getpid()})
+    try:
+        yield
+    except LLMError as error:
+        store.write_json(path, {"status": error.status, "message": str(error)})
+        raise
+    store.write_json(path, {"status": 0, "message": "finished"})
+
+
+def _train(
+    recipe: Recipe,
+    asked: Machine,
+    tokenizer: Tokenizer,
+    shards: Shards,
+    accelerator: Accelerator,
+    council: group.Council,
+    run: Path,
+) -> None:
+    """The life of a run whose folder this process holds."""
+    if group.rank() == 0:
+        store.sweep(run / "checkpoints")
+    trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
+    with council.together():
+        trainer.resume()
+    if trainer.state.step >= recipe.train.steps:
+        group.say(
+            f"run {recipe.run} is finished: {trainer.state.step} steps are done, there is nothing to do.\n"
+            f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
+        )
+        return
+    with council.together():
+        _begin(trainer, replace(recipe, machine=asked))
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), trainer.on_signal)
+    try:
+        trainer.fit()
+    finally:
+        if trainer.tracker is not None:
+            trainer.tracker.close()
 
 
 def _begin(trainer: Trainer, asked: Recipe) -> None:

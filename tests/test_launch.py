@@ -1,0 +1,170 @@
+"""The main command: what it leaves, what it says, and one clear line with the right status for whatever is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from llm import checkpoint
+from tests.forks import Ended, digest, run, script, train, write_recipe, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A folder in which the run `tiny` is finished, with its recipe beside."""
+    folder = tmp_path_factory.mktemp("trained")
+    ended = run(train(write_recipe(folder, text, **{"evaluate.prompts": "[My self Har]", "checkpoint.keep": 2})), folder)
+    assert ended.status == 0, ended.err
+    (folder / "said.txt").write_text(ended.out)
+    return folder
+
+
+def refused(ended: Ended, status: int, *words: str) -> None:
+    """One line on stderr with these words, this status, no traceback."""
+    assert ended.status == status, ended.err
+    assert len(ended.err.splitlines()) == 1, ended.err
+    assert all(word in ended.err for word in words), ended.err
+
+
+def test_a_run_says_what_is_coming_and_how_to_sample_it(trained: Path) -> None:
+    said = (trained / "said.txt").read_text()
+    before, _, after = said.partition("step  1/12")
+    assert all(word in before for word in ("parameters", "12 steps", "epochs", "about"))
+    assert "My self Har|" in after and "bits per byte" in after
+    assert after.rstrip().endswith('python -m llm.sample tiny --prompt "My self Har"')
+
+
+def test_a_run_folder_holds_all_of_the_run(trained: Path) -> None:
+    folder = trained / "runs/tiny"
+    assert {path.name for path in folder.iterdir()} >= {
+        "recipe.yaml", "tokenizer", "shards.json", "checkpoints", "metrics.jsonl", "machine.json"}  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 13))
+    assert all(line.keys() >= {"learning_rate", "gradient_norm", "tokens_per_second", "epoch"} for line in losses)
+    assert [line["step"] for line in lines if "bits_per_byte" in line] == [5, 10, 12]
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+def test_checkpoints_are_safetensors_under_hugging_faces_names(trained: Path) -> None:
+    newest = checkpoint.newest(trained / "runs/tiny", print)
+    assert newest is not None and newest.step == 12
+    with safe_open(newest.folder / "model.safetensors", "pt") as file:
+        assert {"model.embed_tokens.weight", "model.layers.1.self_attn.q_norm.weight", "model.norm.weight"} <= set(file.keys())
+    best = checkpoint.best(trained / "runs/tiny")
+    kept = {folder.name for folder in checkpoint.folders(trained / "runs/tiny")}
+    assert best is not None and kept == {"step-000012", "step-000010", best.folder.name}
+
+
+def test_a_finished_run_does_nothing_and_names_the_way_on(trained: Path) -> None:
+    before = digest(trained)
+    again = run(train(trained / "recipe.yaml"), trained)
+    assert again.status == 0 and "nothing to do" in again.out and "from=tiny/step-000012" in again.out
+    assert digest(trained) == before
+
+
+def test_another_science_half_is_refused_with_the_first_key_and_both_ways_on(trained: Path) -> None:
+    ended = run(train(trained / "recipe.yaml", "train.learning_rate=0.01", "model.dropout=0"), trained)
+    refused(ended, 4, "model.dropout = 0.1", "run=NAME", "from=tiny/step-000012")
+
+
+def test_another_machine_half_is_taken(trained: Path) -> None:
+    ended = run(train(trained / "recipe.yaml", "machine.micro_batch=4", "tracking.every=3", "evaluate.every=2"), trained)
+    assert ended.status == 0, ended.err
+
+
+def test_another_text_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+    assert run(train(recipe, stop_after=3), tmp_path).status == 75
+    write_text(tmp_path / "text.txt", documents=61)
+    refused(run(train(recipe), tmp_path), 4, "tiny", "another tokenizer")
+
+
+def test_from_takes_weights_moments_and_step_along(trained: Path) -> None:
+    ended = run(train(trained / "recipe.yaml", "run=longer", "from=tiny/step-000012", "train.steps=15"), trained)
+    assert ended.status == 0 and "from step 12" in ended.out, ended.err
+    newest = checkpoint.newest(trained / "runs/longer", print)
+    assert newest is not None and newest.step == 15 and newest.manifest["parent"]["from"] == "tiny/step-000012"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(trained: Path) -> None:
+    from llm import store
+
+    with store.lock(trained / "runs/tiny/lock") as mine:
+        assert mine
+        refused(run(train(trained / "recipe.yaml"), trained), 4, "tiny", "held")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ("train.stepz", "did you mean train.steps?")),
+        ("train.steps=many", ("train.steps", "'many'", "whole number")),
+        ("text.files=nowhere.txt", ("nowhere.txt", "is not there", "python -m llm.prepare --wiki")),
+        ("text.files=empty.txt", ("empty.txt",)),
+        ("text.files=short.txt", ("short.txt", "text.documents=blocks", "text.validation=0")),
+        ("machine.precision=fp16", ("fp16", "CUDA")),
+        ("machine.micro_batch=3", ("machine.micro_batch = 3", "try 2")),
+        ("run=../out", ("run", "../out")),
+        ("from=nowhere/step-000001", ("nowhere/step-000001",)),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_status_2(tmp_path: Path, text: Path, override: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("Too short.\n")
+    ended = run(train(write_recipe(tmp_path, text), override), tmp_path)
+    refused(ended, 2, *words)
+    assert not list((tmp_path).glob("runs/*/checkpoints/*"))
+
+
+def sample(folder: Path, *arguments: str) -> Ended:
+    return run(script("module:llm.sample", *arguments), folder)
+
+
+def test_sampling_takes_the_last_run_and_a_seed_says_the_same_twice(trained: Path) -> None:
+    first = sample(trained, "--prompt", "My self Har", "--seed", "3", "--tokens", "30")
+    assert first.status == 0 and first.out.startswith("My self Har") and len(first.out) > 20
+    assert "tokens/s" in first.err
+    assert sample(trained, "--prompt", "My self Har", "--seed", "3", "--tokens", "30").out == first.out
+
+
+@pytest.mark.parametrize("prompt", ["", "word " * 100, "漢字 ไทย 🎉", "\n\n", "\udc80"])
+def test_any_prompt_gives_text(trained: Path, prompt: str) -> None:
+    ended = sample(trained, "tiny", "--prompt", prompt, "--tokens", "20", "--temperature", "0")
+    assert ended.status == 0 and "Traceback" not in ended.err, ended.err
+
+
+def test_several_prompts_go_side_by_side_as_each_would_alone(trained: Path) -> None:
+    alone = [sample(trained, "--prompt", each, "--tokens", "12", "--temperature", "0").out for each in ("My self Har", "The")]
+    both = sample(trained, "--prompt", "My self Har", "--prompt", "The", "--tokens", "12", "--temperature", "0").out
+    assert both == "".join(f"{text}{'-' * 40}\n" for text in alone)
+
+
+@pytest.mark.parametrize("arguments", [("nowhere",), ("--top-p", "0"), ("--tokens", "-1"), ("tiny/step-000099",)])
+def test_a_wrong_argument_is_one_line(trained: Path, arguments: tuple[str, ...]) -> None:
+    refused(sample(trained, "--prompt", "x", *arguments), 2)
+
+
+def test_evaluate_says_what_training_said(trained: Path) -> None:
+    ended = run(script("module:llm.evaluate", "tiny/newest"), trained)
+    lines = [json.loads(line) for line in (trained / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    told = next(line["bits_per_byte"] for line in reversed(lines) if "bits_per_byte" in line)
+    assert f"bits per byte         {told:.4f}" in ended.out and "perplexity a word" in ended.out
+
+
+def test_evaluate_takes_any_text(trained: Path) -> None:
+    (trained / "other.txt").write_text("A text of its own, with some words.\n")
+    ended = run(script("module:llm.evaluate", "tiny", "--text", "other.txt"), trained)
+    assert ended.status == 0 and "36 bytes" in ended.out, ended.err
+
+
+@pytest.mark.parametrize("verb", ["prepare", "sample", "evaluate"])
+def test_help_is_there_before_anything_slow(tmp_path: Path, verb: str) -> None:
+    ended = run(script(f"module:llm.{verb}", "--help"), tmp_path)
+    assert ended.status == 0 and "usage: python -m llm." in ended.out
