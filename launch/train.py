@@ -6,7 +6,7 @@ from pathlib import Path
 
 try:
     from llm.errors import run
-    from llm.recipe import Recipe, load
+    from llm.recipe import Recipe, dump, load
 except ImportError as missing:
     print(
         f"error: {missing}. Another package is called `llm` too: take a fresh environment and run `pip install -e .` here",
@@ -24,8 +24,12 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the recipe, such as train.steps=60 run=try"
     )
+    parser.add_argument("--check", action="store_true", help="only check the recipe and print it with every default")
     arguments = parser.parse_args()
     recipe = load(arguments.recipe, arguments.overrides)  # refused before the slow imports, if at all
+    if arguments.check:
+        print(dump(recipe), end="")
+        return
 
     from llm.group import say
     from llm.prepare import prepare

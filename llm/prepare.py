@@ -1,10 +1,10 @@
-"""Prepare a text: survey it, train its tokenizer, write its token shards; each once, addressed by content, and kept in the cache.
+"""Prepare a text: survey it, train its tokenizer, write its token shards; each once, by content, kept in the cache.
 
     python -m llm.prepare recipes/quickstart.yaml
     python -m llm.prepare --wiki wiki.txt
 
-The text is read once to be surveyed and once to be encoded, and not at all where its files have the size, time and inode that
-they had when they were surveyed.
+The text is read once to be surveyed and once to be encoded, and not at all where its files have the size, time and
+inode that they had then.
 """
 
 import argparse
@@ -51,14 +51,15 @@ class Survey:
     """What one reading of the text finds out: its digest, and its documents and bytes on the two sides."""
 
     sha256: str
-    documents: tuple[int, int]  # train, validation
-    text_bytes: tuple[int, int]
+    rule: str
+    documents: list[int]  # train, validation
+    text_bytes: list[int]
     lowest: float  # the smallest share that holds a document out
     notes: dict[str, int]  # what was cut or left out, and how often
 
 
 def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: bool = False) -> Prepared:
-    """The recipe's text as tokens, out of the cache as far as it is there; `say` is told in lines what was found and done.
+    """The recipe's text as tokens, out of the cache as far as it is there; `say` gets lines on what was found and done.
 
     With `verify` the text is read again although its files look the same, and the shards are checked byte by byte.
     """
@@ -77,7 +78,8 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
             store.write_json(path, asdict(survey))
     _check(survey, recipe)
     left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
-    say(f"text: {_sides(*survey.documents)} documents of {_sides(*survey.text_bytes)} bytes; rule: {corpus.rule}{left_out}")
+    say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
+    say(f"bytes: {_sides(*survey.text_bytes)}")
 
     if recipe.tokenizer.path:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer.path).expanduser())
@@ -128,7 +130,7 @@ def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
 
 
 def _survey(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[bytes]]:
-    """Read the text once; the second answer are training documents of SAMPLE bytes at most, those of the smallest hashes."""
+    """Read the text once; also answers training documents of SAMPLE bytes at most, those of the smallest hashes."""
     digest, lowest, notes = hashlib.sha256(), 1.0, Counter[str]()
     documents, text_bytes = [0, 0], [0, 0]
     sample: list[tuple[float, int, bytes]] = []
@@ -146,7 +148,7 @@ def _survey(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[b
             sampled += len(document)
             while sampled > SAMPLE:
                 sampled -= len(heapq.heappop(sample)[2])
-    survey = Survey(digest.hexdigest(), tuple(documents), tuple(text_bytes), lowest, dict(notes))
+    survey = Survey(digest.hexdigest(), corpus.rule, documents, text_bytes, lowest, dict(notes))
     return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])]
 
 
@@ -159,11 +161,11 @@ def _check(survey: Survey, recipe: Recipe) -> None:
         return
     smaller = "make documents smaller (text.documents=blocks or lines)"
     if train + validation == 1:
-        raise TextError(f"{_names(recipe)}: one document is not enough for training and validation: {smaller} or text.validation=0")
+        raise TextError(f"{_names(recipe)}: one document cannot be on both sides: {smaller}, or text.validation=0")
     if not train:
         raise TextError(f"text.validation = {share} holds all {validation} documents out: say less, or {smaller}")
     enough = math.ceil(survey.lowest * 10_000 + 0.5) / 10_000
-    raise TextError(f"text.validation = {share} holds none of {train} documents out: say at least {enough:g}, or {smaller}")
+    raise TextError(f"text.validation = {share} holds none of {train} documents out: {enough:g} does, or {smaller}")
 
 
 def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
@@ -176,15 +178,14 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
         if not folder.is_dir():
             documents = sample()
             sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
-            part = f"a sample of {sampled / 1e6:,.1f} MB of {whole / 1e6:,.1f} MB" if sampled < whole else f"{whole / 1e6:,.1f} MB"
-            say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}")
+            part = f"a sample of {sampled / 1e6:,.1f} MB of " if sampled < whole else ""
+            say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
             tokenizer = Tokenizer.train(documents, vocabulary=wanted.vocabulary, terms=wanted.terms)
             with store.draft_folder(folder) as draft:
                 tokenizer.save(draft)
-                about = {"fingerprint": tokenizer.fingerprint, "sha256": store.sha256(draft / model.name), "trained_on": part}
-                store.write_json(draft / "manifest.json", about)
-        about = store.read_json(folder / "manifest.json")
-        if not model.is_file() or store.sha256(model) != about["sha256"]:
+                about = {**asdict(wanted), "text": survey.sha256, "sampled_bytes": sampled}
+                store.write_json(draft / "manifest.json", {**about, "sha256": store.sha256(draft / model.name)})
+        if not model.is_file() or store.sha256(model) != store.read_json(folder / "manifest.json")["sha256"]:
             raise RefusedError(f"{model} is missing or damaged (sha256): remove {folder} and prepare the text again")
         return Tokenizer.load(model)
 
@@ -202,13 +203,13 @@ def _sharded(
             show.say(f"shards: {folder} (made before)")
             return shards
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocabulary)
-        about = {"fingerprint": fingerprint, **about, "rule": corpus.rule, "vocabulary": tokenizer.vocabulary}
+        about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocabulary}
         written = sharding.write(corpus.documents(), folder, tokenizer, share=share, about=about)
         for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
             pass
         shards = Shards.open(folder)
-    made, surveyed = (shards.train, shards.validation), zip(survey.documents, survey.text_bytes, strict=True)
-    assert [(side.documents, side.text_bytes) for side in made] == list(surveyed), "a file that changes is refused by the corpus"
+    made = [shards.train, shards.validation]
+    assert [side.documents for side in made] == survey.documents, "a corpus gives the same documents or refuses"
     show.say(f"shards: {folder}")
     return shards
 
@@ -259,19 +260,21 @@ def write_wiki(path: Path, language: str, *, force: bool) -> None:
     if path.exists() and not force:
         raise RecipeError(f"{path} is there already: name another file, or add --force to replace it")
     store.write_bytes(path, f"{MARKER}\n".encode().join(wiki_documents(language)))
-    print(f"{path}: {path.stat().st_size:,} bytes, the lead sections of Wikipedia articles, separated by lines {MARKER}")
+    print(f"{path}: {path.stat().st_size:,} bytes, lead sections of Wikipedia articles, with lines {MARKER} between")
     print("licence: CC BY-SA 4.0, the work of Wikipedia's authors: name them where you pass the text on")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m llm.prepare", description="Make a recipe's text ready: tokenizer and token shards.")
-    parser.add_argument("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's, as text.cache=/data")
-    parser.add_argument("--verify", action="store_true", help="read the text again and check every byte of the shards")
-    parser.add_argument("--wiki", type=Path, metavar="FILE", help="only write a text file: Wikipedia's lead sections from the wiki extra")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="language of --wiki (en)")
-    parser.add_argument("--force", action="store_true", help="let --wiki replace a file")
+    about = "Make a recipe's text ready for training: split it, train its tokenizer, write its token shards."
+    parser = argparse.ArgumentParser(prog="python -m llm.prepare", description=about)
+    say = parser.add_argument
+    say("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
+    say("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's, as text.cache=data")
+    say("--verify", action="store_true", help="read the text again and check every byte of the shards")
+    say("--wiki", type=Path, metavar="FILE", help="instead write FILE: Wikipedia's lead sections, from the wiki extra")
+    say("--language", choices=LANGUAGES, default="en", help="language of --wiki (en)")
+    say("--force", action="store_true", help="let --wiki replace FILE")
     options = parser.parse_args(arguments)
     if options.wiki:
         write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)

@@ -104,6 +104,12 @@ class Machine:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", unit="auto: what the device multiplies fast")
     micro_batch: int | Auto = setting("auto", unit="windows a process runs at once", least=1, below=1e9)
     threads: int | Auto = setting("auto", unit="CPU threads a process", least=1, below=4096)
+    shard: Literal["none", "full", "hybrid"] = setting(
+        "none", unit="none, full: among all processes, hybrid: in a node"
+    )
+    recompute: bool = setting(
+        False, unit="forget each block's activations and compute them again: less memory, a third slower"
+    )
     compile: bool = setting(False, unit="compile each block; pays on long runs, needs a C++ compiler")
 
 
@@ -199,11 +205,8 @@ def _read(path: Path) -> dict[str, Any]:
                     else RecipeError(f"{name} has keys under it, but is one value")
                 )
             given.update({f"{name}.{key}": _value(leaf, f"{name}.{key}") for key, leaf in _pairs(node, name)})
-        elif name in _sections():
-            if _value(node, name) is not None:
-                raise RecipeError(
-                    f"{name} is a section: its keys stand under it, indented, such as {_keys_of(name)[0]}"
-                )
+        elif name in _sections() and _value(node, name) is None:
+            continue
         elif "." in name and name in _keys():
             section, _, key = name.partition(".")
             raise RecipeError(f"{name}: in a file, write `{key}` under `{section}:`, indented")
@@ -224,8 +227,8 @@ def _compose(where: str, text: str) -> yaml.Node | None:
         raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
         raise RecipeError(f"{where} is nested too deeply: a recipe has keys and keys under them, no more") from None
-    except (ValueError, OverflowError) as error:  # of numbers in escapes and directives
-        raise RecipeError(f"{where} is not YAML: {error}") from None
+    except (ValueError, OverflowError):
+        raise RecipeError(f"{where} is not YAML: the number in an escape or a directive is out of range") from None
 
 
 def _pairs(node: yaml.Node, where: str) -> Iterator[tuple[str, yaml.Node]]:
@@ -273,6 +276,8 @@ def _flow(name: str, value: str) -> Any:
 
 def _build(given: dict[str, Any]) -> Recipe:
     for name in given:
+        if name in _sections():
+            raise RecipeError(f"{name} is a section: give its keys their values, such as {_keys_of(name)[0]}")
         if name not in _keys():
             raise _unknown(name, _keys())
 
@@ -396,8 +401,8 @@ def resolve(recipe: Recipe) -> Recipe:
     model, train = recipe.model, recipe.train
     if not re.fullmatch(NAME, recipe.run):
         raise RecipeError(
-            f"run = {recipe.run[:120]!r}: it names a folder under runs/, so at most 100 letters of a to z, digits, "
-            f"'.', '_' and '-' are expected, neither '.' nor '-' at its begin: say run=NAME"
+            f"run = {recipe.run[:120]!r}: at most 100 of a to z, A to Z, 0 to 9, '_', '.' and '-' are expected, the "
+            f"last two not first, as it names a folder under runs/: say run=NAME"
         )
     if recipe.from_ is not None and not re.fullmatch(rf"{NAME}/step-[0-9]{{1,15}}", recipe.from_):
         raise RecipeError(f"from = {recipe.from_[:120]!r}: RUN/step-N is expected, such as quickstart/step-000400")
@@ -453,7 +458,7 @@ def resolve(recipe: Recipe) -> Recipe:
     if train.steps and train.warmup > train.steps * (1 - train.decay) + 1e-6:
         raise RecipeError(
             f"train.warmup = {train.warmup} steps and train.decay = {train.decay:g} of the run overlap in a run of "
-            f"{train.steps} steps: make one of them shorter"
+            f"{train.steps} steps: at most train.warmup={max(0, int(train.steps * (1 - train.decay) + 1e-6))}"
         )
     return replace(recipe, model=model, train=train)
 

@@ -11,6 +11,7 @@ from llm.errors import RecipeError, RefusedError
 from llm.group import warn
 from llm.model import Transformer
 from llm.recipe import Recipe, load
+from llm.sharding import held
 from llm.tokenizer import Tokenizer
 
 
@@ -79,9 +80,8 @@ def open_run(name: str | None, device: torch.device | None = None) -> Opened:
             f"{folder / 'tokenizer'} is not the tokenizer that {found.folder.name} was trained with, or is damaged"
         )
     model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed)
-    checkpoint.load_tensors(
-        found.folder / checkpoint.WEIGHTS, {name: p.detach() for name, p in model.named_parameters()}
-    )
+    weights = {name: held(p) for name, p in model.named_parameters()}
+    checkpoint.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
     return Opened(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)
 
 

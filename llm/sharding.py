@@ -1,18 +1,33 @@
-"""Sums over processes in one canonical order, and whole tensors out of slices and back.
+"""Who holds which rows of a tensor, and sums over processes in one canonical order.
 
-A library's all-reduce adds in an order of its own, which may change from one step to the next; ours exchanges parts, adds them pairwise in
-the order of the ranks and gathers them, with a ring's traffic.
+A library's all-reduce adds in an order of its own, which may change from one step to the next. Ours exchanges parts,
+adds them pairwise in the order of the ranks and gathers them, with a ring's traffic. Sharding is torch's fully_shard on
+each block and the root, called by us: accelerate's own gate opens on accelerators only, these lines run on any device.
 """
 
-from typing import Any
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, init_device_mesh
+
+Module = TypeVar("Module", bound=nn.Module)
+Group = dist.ProcessGroup | None  # None: all processes, or the only one
 
 # The name differs between the torch versions that we support.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# ------------------------------------------------------------------------------------------------- canonical sums
+
+
+def size(group: Group = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def tree_sum(parts: list[Tensor]) -> Tensor:
@@ -22,23 +37,30 @@ def tree_sum(parts: list[Tensor]) -> Tensor:
     return parts[0]
 
 
-def all_reduce(flat: Tensor) -> Tensor:
-    """Sum of the one-dimensional `flat` over all processes, in place and in canonical order."""
-    if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
+def reduce_scatter(output: Tensor, flat: Tensor, group: Group = None) -> None:
+    """Into `output`: this process's part of the sum of `flat` over the group, in canonical order."""
+    received = torch.empty_like(flat)
+    dist.all_to_all_single(received, flat, group=group)
+    output.copy_(tree_sum(list(received.view(size(group), -1))))
+
+
+def all_reduce(flat: Tensor, group: Group = None) -> Tensor:
+    """Sum of the one-dimensional `flat` over the group, in place and in canonical order."""
+    if size(group) == 1:
         return flat
-    padded = F.pad(flat, (0, -flat.numel() % world))
-    received = torch.empty_like(padded)
-    dist.all_to_all_single(received, padded)
-    _all_gather(padded, tree_sum(list(received.view(world, -1))))
+    padded = F.pad(flat, (0, -flat.numel() % size(group)))
+    part = torch.empty(padded.numel() // size(group), dtype=flat.dtype, device=flat.device)
+    reduce_scatter(part, padded, group)
+    _all_gather(padded, part, group=group)
     return flat.copy_(padded[: flat.numel()])
 
 
-def gather(values: Tensor) -> Tensor:
-    """(world, ...): `values` of every process, in the order of the ranks."""
-    if not dist.is_initialized():
+def gather(values: Tensor, group: Group = None) -> Tensor:
+    """(processes, ...): `values` of every process of the group, in the order of the ranks."""
+    if size(group) == 1:
         return values[None]
-    gathered = torch.empty((dist.get_world_size() * values.numel(),), dtype=values.dtype, device=values.device)
-    _all_gather(gathered, values.flatten())
+    gathered = torch.empty(size(group) * values.numel(), dtype=values.dtype, device=values.device)
+    _all_gather(gathered, values.flatten(), group=group)
     return gathered.view(-1, *values.shape)
 
 
@@ -47,3 +69,119 @@ def canonical_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(all_reduce(bucket.buffer()))
     return future
+
+
+class CanonicalReduceScatter:
+    """The same for fully_shard, by torch's protocol for a reduce-scatter of one's own."""
+
+    def allocate(self, shape: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        reduce_scatter(output_tensor, input_tensor, group)
+
+
+# ------------------------------------------------------------------------------------------------- who holds what
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What this process holds of a tensor of `shape`: `local`, its rows from `low` on."""
+
+    local: Tensor
+    shape: tuple[int, ...]
+    low: int
+
+    def like(self, local: Tensor) -> "Rows":
+        """The same rows of another tensor of that shape."""
+        return Rows(local, self.shape, self.low)
+
+
+def bounds(rows: int, parts: int, index: int) -> tuple[int, int]:
+    """First row and the one after the last of part `index` of `parts`, as torch.chunk cuts."""
+    each = -(-rows // parts)
+    return min(index * each, rows), min(index * each + each, rows)
+
+
+def held(tensor: Tensor) -> Rows:
+    """The rows of a parameter, sharded or not, or of its gradient."""
+    if not isinstance(tensor, DTensor):
+        return Rows(tensor.detach(), tuple(tensor.shape), 0)
+    low, _ = bounds(tensor.shape[0], tensor.device_mesh.size(), tensor.device_mesh.get_local_rank())
+    with torch.no_grad():
+        return Rows(tensor.to_local(), tuple(tensor.shape), low)
+
+
+class Layout:
+    """How a model lies on the group: whole everywhere (none), rows dealt to all (full) or within a node (hybrid)."""
+
+    def __init__(
+        self,
+        mode: Literal["none", "full", "hybrid"] = "none",
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shards: Group = None  # the processes among which rows are dealt
+        self.replicas: Group = None  # those that hold the same rows as this one
+        self.parts, self.copies, self.index = 1, size(), 0
+        self.dtype = dtype
+        if mode != "none" and size() > 1:
+            self.parts = size() if mode == "full" else int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+            self.copies = size() // self.parts
+            assert device is not None
+            mesh = init_device_mesh(device.type, (self.copies, self.parts), mesh_dim_names=("copies", "parts"))
+            self.mesh = mesh["parts"]
+            self.shards, self.replicas = mesh.get_group("parts"), mesh.get_group("copies")
+            self.index = mesh.get_local_rank("parts")
+
+    @property
+    def sharded(self) -> bool:
+        return self.parts > 1
+
+    @property
+    def first_copy(self) -> bool:
+        """Whether this process is the one to speak for its rows."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return rank < self.parts
+
+    def deal(self, module: Module, root: bool = False) -> Module:
+        """Deal the rows of what is in `module` and not yet dealt; on the root, after all blocks.
+
+        Blocks are gathered in the type in which they are multiplied, as autocast would make of them; gradients are
+        summed in fp32.
+        """
+        if not self.sharded:
+            return module
+        dtype = None if root else self.dtype
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        assert isinstance(module, FSDPModule)
+        module.set_custom_reduce_scatter(CanonicalReduceScatter())
+        module.set_gradient_divide_factor(1.0)
+        if root:
+            module.set_force_sum_reduction_for_comms(True)
+            register_fsdp_forward_method(module, "logits")
+        return module
+
+    def rest(self, model: nn.Module) -> None:
+        """Let go of what a pass without a backward pass left gathered; parameters are rows again."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+    def sum_copies(self, gradients: list[Tensor]) -> None:
+        """Add up what the copies of these rows hold (hybrid only: elsewhere the backward pass has done it)."""
+        if self.sharded and self.copies > 1:
+            flat = all_reduce(torch.cat([g.flatten() for g in gradients]), self.replicas)
+            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(total.view_as(gradient))
+
+    def whole(self, rows: Rows) -> Tensor:
+        """The whole tensor out of everybody's rows; all processes of the layout ask together."""
+        if not self.sharded:
+            return rows.local
+        each = bounds(rows.shape[0], self.parts, 0)[1]
+        padded = rows.local.new_zeros((each, *rows.shape[1:]))
+        padded[: len(rows.local)] = rows.local
+        return gather(padded, self.shards).flatten(0, 1)[: rows.shape[0]]

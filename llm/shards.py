@@ -1,16 +1,17 @@
-"""Token shards: Arrow streams whose rows are documents, each BOS and its ids, read as one long row of tokens by memory map.
+"""Token shards: Arrow streams whose rows are documents, each BOS and its ids, mapped and read as one row of tokens.
 
-A file holds one record batch, so that its tokens lie in one piece and a window is a view. How long windows are is not baked in. A
-file is finished once the journal names it; the manifest comes last and makes the folder a whole.
+A file holds one record batch, so that its tokens lie in one piece and a window is a view; how long windows are is not
+baked in. A file is finished once the journal names it; the manifest comes last and makes the folder a whole.
 """
 
 import hashlib
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -21,22 +22,22 @@ from llm.tokenizer import Tokenizer
 
 FORMAT = 1
 FILE = 32 << 20  # bytes of text in a file: what is held in memory before it is written
-BLOCK = 4 << 20  # bytes of text in a row of the pipeline: small next to memory, large next to what a row costs
+BLOCK = 1 << 20  # bytes of text in a row of the pipeline: small next to memory, large next to what a row costs
 SIDES = ("train", "validation")
 
-Item = TypeVar("Item")
+Files = dict[str, list[dict[str, Any]]]  # by side, what the manifest says of each file
 
 
 class Side:
     """The training or the validation side: its documents end to end, `tokens` of them in all."""
 
     def __init__(self, folder: Path, files: list[dict[str, Any]], dtype: str) -> None:
-        self.tokens = sum(file["tokens"] for file in files)
-        self.documents = sum(file["documents"] for file in files)
-        self.text_bytes = sum(file["text_bytes"] for file in files)
+        self.tokens: int = sum(file["tokens"] for file in files)
+        self.documents: int = sum(file["documents"] for file in files)
+        self.text_bytes: int = sum(file["text_bytes"] for file in files)
         self.dtype = np.dtype(dtype)
-        self._columns = [_open(folder / file["name"], file, self.dtype) for file in files]
-        self._starts = np.cumsum([0] + [file["tokens"] for file in files])
+        self._columns = [_map(folder / file["name"], file, self.dtype) for file in files]
+        self._begins = np.cumsum([0] + [file["tokens"] for file in files])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1: (stop - start,) of the shards' integer type, a view where they lie in one file.
@@ -47,16 +48,16 @@ class Side:
             raise IndexError(f"tokens {start}..{stop} of {self.tokens}")
         parts: list[np.ndarray] = []
         while start < stop:
-            file = int(np.searchsorted(self._starts, start, side="right")) - 1
-            begin = int(self._starts[file])
+            file = int(np.searchsorted(self._begins, start, side="right")) - 1
+            begin = int(self._begins[file])
             parts.append(self._columns[file][0][start - begin : stop - begin])
             start += len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def document_starts(self) -> np.ndarray:
         """Where each document's BOS stands: (documents,) of int64."""
-        parts = [starts[:-1].astype(np.int64) + begin for (_, starts), begin in zip(self._columns, self._starts, strict=False)]
-        return np.concatenate([*parts, np.empty(0, np.int64)])
+        columns = zip(self._columns, self._begins[:-1], strict=True)
+        return np.concatenate([np.empty(0, np.int64), *(np.add(s[:-1], at, dtype=np.int64) for (_, s), at in columns)])
 
 
 class Shards:
@@ -69,7 +70,7 @@ class Shards:
 
     @classmethod
     def open(cls, folder: Path, verify: bool = False) -> "Shards":
-        """Map the files, sizes and counts checked; every byte too with `verify`. RefusedError names the file that does not agree."""
+        """Map the files, sizes and counts checked; with `verify` every byte. RefusedError names the file at fault."""
         path = folder / "manifest.json"
         if not path.is_file():
             raise RefusedError(f"{folder} holds no finished shards: prepare the text again")
@@ -78,8 +79,8 @@ class Shards:
             raise RefusedError(f"{path} is damaged: {_mend(folder)}")
         if manifest["format"] != FORMAT:
             raise RefusedError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: {_mend(folder)}")
-        for file in (file for side in SIDES for file in manifest["files"][side] if verify):
-            if not (folder / file["name"]).is_file() or store.sha256(folder / file["name"]) != file["sha256"]:
+        for file in itertools.chain(*manifest["files"].values()):
+            if verify and not _is_whole(folder, file):
                 raise RefusedError(f"{folder / file['name']} is missing or damaged (sha256): {_mend(folder)}")
         return cls(folder, manifest)
 
@@ -88,14 +89,19 @@ def _mend(folder: Path) -> str:
     return f"remove {folder} and prepare the text again"
 
 
-def _open(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def _is_whole(folder: Path, file: dict[str, Any]) -> bool:
+    path = folder / file["name"]
+    return path.is_file() and path.stat().st_size == file["bytes"] and store.sha256(path) == file["sha256"]
+
+
+def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Views of the file's tokens and of where its documents begin (and the last one ends)."""
     import pyarrow
 
     if not path.is_file() or path.stat().st_size != file["bytes"]:
-        raise RefusedError(f"{path} is missing or has another size than {file['bytes']} bytes: {_mend(path.parent)}")
+        raise RefusedError(f"{path} is missing or has not its {file['bytes']} bytes: {_mend(path.parent)}")
     try:
-        with pyarrow.memory_map(str(path)) as source:  # the map outlives the handle
+        with pyarrow.memory_map(str(path)) as source:  # what was read keeps the map, without the open file
             column = pyarrow.ipc.open_stream(source).read_all()["tokens"].chunk(0)
         tokens, starts = column.values.to_numpy(), column.offsets.to_numpy()
     except (pyarrow.ArrowInvalid, OSError, KeyError, IndexError, AttributeError) as error:
@@ -105,52 +111,49 @@ def _open(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray
     return tokens, starts
 
 
-def write(documents: Iterable[bytes], folder: Path, tokenizer: Tokenizer, *, share: float, about: dict[str, Any]) -> Iterator[int]:
-    """Encode `documents` into shards in `folder`; yields the bytes of text as they are done, and at the end the shards are whole.
+def write(
+    documents: Iterable[bytes], folder: Path, tokenizer: Tokenizer, *, share: float, about: dict[str, Any]
+) -> Iterator[int]:
+    """Encode `documents` into shards in `folder`, which are whole at the end; yields the bytes of text done.
 
-    Files that an earlier, killed call finished are kept, if they are what its journal says. `about` goes into the manifest. The
-    caller holds the folder's lock, and gives the documents that the earlier call got.
+    Files that an earlier, killed call finished are kept where they are what its journal says. `about` goes into the
+    manifest. The caller holds the folder's lock, and gives the same documents as in the earlier call.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    store.make_folder(folder)
     files = _finished(folder)
     dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
+    yield sum(file["text_bytes"] for file in itertools.chain(*files.values()))
     done = {side: sum(file["documents"] for file in files[side]) for side in SIDES}
-    yield sum(file["text_bytes"] for side in SIDES for file in files[side])
-    open_blocks: dict[str, list[Any]] = {side: [] for side in SIDES}
-    for block in ahead(_encoded(blocks(documents, share, done), tokenizer, dtype)):
-        waiting = open_blocks[block["side"]]
-        waiting.append(block)
+    waiting: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for block in _encoded(_blocks(documents, share, done), tokenizer, dtype):
+        side = block["side"]
+        waiting[side].append(block)
         yield block["text_bytes"]
-        if sum(each["text_bytes"] for each in waiting) >= FILE:
-            _write_file(folder, files, block["side"], waiting)
+        if sum(each["text_bytes"] for each in waiting[side]) >= FILE:
+            _write_file(folder, files, side, waiting[side])
+            waiting[side] = []
     for side in SIDES:
-        if open_blocks[side]:
-            _write_file(folder, files, side, open_blocks[side])
+        if waiting[side]:
+            _write_file(folder, files, side, waiting[side])
     manifest = {"format": FORMAT, **about, "dtype": dtype.name, "files": files, "digest": None}
     store.write_json(folder / "manifest.json", {**manifest, "digest": store.digest_of(manifest)})
-    (folder / "journal.json").unlink(missing_ok=True)
+    store.remove(folder / "journal.json")
 
 
-def _finished(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The files that the journal names and that are still what it says; all else of the folder is swept away."""
-    files: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+def _finished(folder: Path) -> Files:
+    """The files that the journal names and that are still what it says; all else in the folder is swept away."""
     journal = folder / "journal.json"
-    if journal.is_file():
-        for side, named in store.read_json(journal).items():
-            for file in named:
-                path = folder / file["name"]
-                if not path.is_file() or store.sha256(path) != file["sha256"]:
-                    break
-                files[side].append(file)
-    kept = {"journal.json", *(file["name"] for side in SIDES for file in files[side])}
+    named: Files = store.read_json(journal) if journal.is_file() else {side: [] for side in SIDES}
+    files = {side: list(itertools.takewhile(lambda file: _is_whole(folder, file), named[side])) for side in SIDES}
+    kept = {journal.name, *(file["name"] for file in itertools.chain(*files.values()))}
     for path in folder.iterdir():
         if path.name not in kept:
             store.remove(path)
     return files
 
 
-def blocks(documents: Iterable[bytes], share: float, done: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Documents of one side, about BLOCK bytes of them a block, without the first `done` of each side, which are whole blocks."""
+def _blocks(documents: Iterable[bytes], share: float, done: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Documents of one side, about BLOCK bytes a block; the first `done` of each side, whole blocks, are left out."""
     gathered: dict[str, list[bytes]] = {side: [] for side in SIDES}
     size, skip = dict.fromkeys(SIDES, 0), dict(done)
     for document in documents:
@@ -161,81 +164,74 @@ def blocks(documents: Iterable[bytes], share: float, done: dict[str, int]) -> It
         gathered[side].append(document)
         size[side] += len(document)
         if size[side] >= BLOCK:
-            yield {"side": side, "text": b"".join(gathered[side]), "lengths": list(map(len, gathered[side]))}
+            yield _block(side, gathered[side])
             gathered[side], size[side] = [], 0
-    for side in SIDES:
-        if gathered[side]:
-            yield {"side": side, "text": b"".join(gathered[side]), "lengths": list(map(len, gathered[side]))}
+    yield from (_block(side, gathered[side]) for side in SIDES if gathered[side])
+
+
+def _block(side: str, documents: list[bytes]) -> dict[str, Any]:
+    return {"side": side, "text": b"".join(documents), "lengths": [len(document) for document in documents]}
 
 
 def _encoded(source: Iterator[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype) -> Iterator[dict[str, Any]]:
-    """Each block as {side, text_bytes, tokens: ids of all documents end to end, starts: where each begins}, through `datasets`."""
+    """The blocks in order, each with `tokens`, the ids of its documents end to end, and `starts`, where each begins."""
     import datasets
-    import pyarrow
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-    def encode(table: pyarrow.Table) -> pyarrow.Table:
+    def encode(table: Any) -> dict[str, Any]:
         text, ends = table["text"][0].as_py(), np.cumsum(table["lengths"].chunk(0).values.to_numpy())
         documents = [text[begin:end].decode() for begin, end in itertools.pairwise([0, *ends.tolist()])]
-        encoded = tokenizer.encode_batch(documents, threads)
-        starts = np.cumsum([0, *(len(ids) + 1 for ids in encoded)], dtype=np.int32)
+        encoded = tokenizer.encode_batch(documents, threads=1)
+        starts = np.cumsum([0, *(len(ids) + 1 for ids in encoded)])
         tokens = np.full(starts[-1], tokenizer.bos, dtype)
         of_text = np.ones(len(tokens), bool)
         of_text[starts[:-1]] = False
         tokens[of_text] = np.concatenate(encoded)
-        row = {"tokens": pyarrow.array([tokens]), "starts": pyarrow.array([starts]), "text_bytes": pyarrow.array([len(text)])}
-        return pyarrow.table({"side": table["side"], **row})
+        return {"side": table["side"][0].as_py(), "text_bytes": len(text), "tokens": tokens, "starts": starts[:-1]}
 
-    features = datasets.Features({
-        "side": datasets.Value("string"), "text": datasets.Value("large_binary"),
-        "lengths": datasets.List(datasets.Value("int32"))})  # fmt: skip
-    stream = datasets.IterableDataset.from_generator(_Blocks(source), features=features)
-    for table in stream.with_format("arrow").map(encode):
-        block = {name: table[name][0].as_py() for name in ("side", "text_bytes")}
-        yield block | {name: table[name].chunk(0).values.to_numpy() for name in ("tokens", "starts")}
+    lengths = datasets.List(datasets.Value("int32"))
+    columns = {"side": datasets.Value("string"), "text": datasets.Value("large_binary"), "lengths": lengths}
+    rows = datasets.IterableDataset.from_generator(_Unhashed(source), features=datasets.Features(columns))
+    # A block a thread keeps all cores busy to the end: sentencepiece's own threads wait for their slowest each time.
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[dict[str, Any]]] = deque()
+        for table in rows.with_format("arrow"):
+            waiting.append(pool.submit(encode, table))
+            if len(waiting) > threads + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-class _Blocks:
-    """A generator as `datasets` takes it, which hashes what it is given by pickling it and cannot pickle a generator."""
+class _Unhashed:
+    """A generator for `datasets`, which hashes by pickling, for a cache that is not used, and cannot pickle one."""
 
     def __init__(self, source: Iterator[dict[str, Any]]) -> None:
         self._source = source
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        return ahead(self._source)
+        return self._source
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return object, ()
 
 
-def ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, each next one made by a thread while the caller is busy with the last."""
-    source, end = iter(items), object()
-    with ThreadPoolExecutor(1) as maker:
-        following = maker.submit(next, source, end)
-        while (item := following.result()) is not end:
-            following = maker.submit(next, source, end)
-            yield item  # type: ignore[misc]
-
-
-def _write_file(folder: Path, files: dict[str, list[dict[str, Any]]], side: str, waiting: list[Any]) -> None:
-    """Put the blocks that wait into the side's next file, name it in the journal, and leave none waiting."""
+def _write_file(folder: Path, files: Files, side: str, blocks: list[dict[str, Any]]) -> None:
+    """Make these blocks the side's next file, and name it in the journal."""
     import pyarrow
 
-    tokens = np.concatenate([block["tokens"] for block in waiting])
-    begins = np.cumsum([0] + [len(block["tokens"]) for block in waiting])
-    starts = np.concatenate([*(block["starts"][:-1] + begin for block, begin in zip(waiting, begins, strict=False)), begins[-1:]])
-    rows = pyarrow.ListArray.from_arrays(pyarrow.array(starts, pyarrow.int32()), pyarrow.array(tokens))
-    batch = pyarrow.record_batch({"tokens": rows})
+    tokens = np.concatenate([block["tokens"] for block in blocks])
+    begins = np.cumsum([0] + [len(block["tokens"]) for block in blocks])
+    starts = [block["starts"] + begin for block, begin in zip(blocks, begins[:-1], strict=True)]
+    offsets = pyarrow.array(np.concatenate([*starts, begins[-1:]]), pyarrow.int32())
+    batch = pyarrow.record_batch({"tokens": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(tokens))})
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
     data = memoryview(sink.getvalue())
     name = f"{side}-{len(files[side]):05d}.arrow"
     store.write_bytes(folder / name, data)
-    files[side].append({
-        "name": name, "documents": len(rows), "tokens": len(tokens), "text_bytes": sum(block["text_bytes"] for block in waiting),
-        "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})  # fmt: skip
+    size = {"text_bytes": sum(block["text_bytes"] for block in blocks), "bytes": len(data)}
+    about = {"name": name, "documents": len(batch), "tokens": len(tokens), **size}
+    files[side].append({**about, "sha256": hashlib.sha256(data).hexdigest()})
     store.write_json(folder / "journal.json", files)
-    waiting.clear()

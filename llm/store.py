@@ -29,6 +29,15 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         _flush(file.fileno())
 
 
+def _write_at(path: Path, chunks: Iterable[tuple[int, bytes | memoryview]]) -> None:
+    with path.open("r+b") as file:
+        for offset, chunk in chunks:
+            file.seek(offset)
+            file.write(chunk)
+        file.flush()
+        _flush(file.fileno())
+
+
 def _flush(handle: int) -> None:
     os.fsync(handle)
 
@@ -54,6 +63,14 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """`folder` is there, and so are the names of whatever had to be made above it."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
+
+
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """`path` holds all of `data`, or what it held before."""
     write_chunks(path, [data])
@@ -61,7 +78,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """`path` holds all `chunks` one after the other, or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     draft = path.with_name(f"{DRAFT}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         _write(draft, chunks)
@@ -70,6 +87,11 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         draft.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def write_at(path: Path, chunks: Iterable[tuple[int, bytes | memoryview]]) -> None:
+    """Write each chunk of an existing draft at its offset, durably; other processes may write the rest of the file."""
+    _write_at(path, chunks)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,16 +112,23 @@ def read_json(path: Path, most_bytes: int = 64 << 20) -> Any:
 @contextmanager
 def draft_folder(final: Path) -> Iterator[Path]:
     """A folder to fill; at the end of the block it is flushed and bears the name `final`, or nothing of it is left."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     draft = final.with_name(f"{DRAFT}{final.name}-{uuid.uuid4().hex[:8]}")
     draft.mkdir()
     try:
         yield draft
-        flush_folder(draft)
-        _rename(draft, final)
+        settle(draft, final)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def settle(draft: Path, final: Path) -> None:
+    """Give the filled folder `draft` its name, durably, in place of what bore it."""
+    flush_folder(draft)
+    if final.exists():
+        remove(final)
+    _rename(draft, final)
     flush_folder(final.parent)
 
 
@@ -135,7 +164,7 @@ def digest_of(value: Any) -> str:
 @contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the lock file `path`, which the kernel frees when its holder dies. Yields False where it is another's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     file_lock = FileLock(path)
     try:
         file_lock.acquire(timeout=-1 if wait else 0)
@@ -153,11 +182,11 @@ class Lines:
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> None:
         """Keep the whole lines of `path` for which `keep` holds, drop the others."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (
-            text := "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line))
-        ) != path.read_text("utf-8"):
-            write_bytes(path, text.encode())
+        make_folder(path.parent)
+        if path.exists():
+            text = "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line)).encode()
+            if text != path.read_bytes():
+                write_bytes(path, text)
         self.file = path.open("a", encoding="utf-8", newline="\n")
 
     def append(self, line: dict[str, Any]) -> None:
@@ -176,6 +205,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a file of JSON objects."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 if isinstance(line := json.loads(text), dict):
                     yield line

@@ -74,19 +74,20 @@ class Tokens:
 
 
 def whole(side: Side | Tokens, context: int, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Every token of `side` but its first as a target once, in windows that do not overlap.
+    """Every token of `side` but its first as a target once, in windows that do not overlap, `rows` at a time.
 
-    `rows` at a time, the last ones padded with IGNORED targets; dealt to `world` processes.
+    Dealt to `world` processes, each of which gets as many batches; what is missing at the end are IGNORED targets.
     """
-    for low in range(rank * rows * context, side.tokens - 1, world * rows * context):
-        tokens = side.read(low, min(low + rows * context + 1, side.tokens)).astype(np.int64)
-        size = -(-(len(tokens) - 1) // context) * context
-        inputs = np.zeros(size, np.int64)
-        targets = np.full(size, IGNORED, np.int64)
-        inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
-        shape = (-1, context)
+    stride = rows * context
+    rounds = -(-(side.tokens - 1) // (world * stride))
+    for low in range(rank * stride, rounds * world * stride, world * stride):
+        tokens = side.read(min(low, side.tokens), min(low + stride + 1, side.tokens)).astype(np.int64)
+        count = max(len(tokens) - 1, 0)
+        size = max(1, -(-count // context)) * context
+        inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
+        inputs[:count], targets[:count] = tokens[:count], tokens[1:]
         yield Batch(
-            torch.from_numpy(inputs.reshape(shape)),
-            torch.from_numpy(targets.reshape(shape)),
+            torch.from_numpy(inputs.reshape(-1, context)),
+            torch.from_numpy(targets.reshape(-1, context)),
             torch.zeros(size // context, dtype=torch.int64),
         )

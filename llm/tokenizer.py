@@ -1,7 +1,7 @@
 """Text to token ids and back, with sentencepiece: train, encode, decode, fingerprint.
 
-Our own vocabularies are BPE with one piece for each byte and no normalisation, so that every text comes back byte for byte. They
-are trained with one fixed number of threads: the same text gives the same file.
+Our own vocabularies are BPE with one piece for each byte and no normalisation, so that every text comes back byte for
+byte. They are trained with one fixed number of threads: the same text gives the same file.
 """
 
 import codecs
@@ -22,12 +22,12 @@ LINE = 4000  # bytes of a line in training: sentencepiece leaves out longer ones
 PART = 1 << 14  # characters encoded at once: the cost a character grows with the length
 SPACE = "\u2581"  # how sentencepiece writes a space inside of pieces
 PROBES = (
-    "a", " a", "a ", "a\nb", "\n\n", "  a   b ", "\t\r\n", "\0", "Ａﬁ①é e\u0301 ß", "한국어 漢字 ไทย עברית", "🎉👩‍👩‍👧", "\ufeff\u200b\u2028\u00a0", "<s></s><unk><0x41>",
-    f"a{SPACE}b {SPACE}", "A1234.5", "\U0010ffff\ufffd")  # fmt: skip
+    "a", " a", "a ", "a\nb", "\n\n", "  a   b ", "\t\r\n", "\0", "A1234.5", "Ａﬁ①é e\u0301 ß", "한국어 漢字 ไทย עברית", 
+    "🎉👩‍👩‍👧", "\ufeff\u200b\u2028\u00a0", "<s></s><unk><0x41>", f"a{SPACE}b {SPACE}", "\U0010ffff\ufffd")  # fmt: skip
 
 
 class Tokenizer:
-    """A vocabulary of sentencepiece. Ids are 0..vocabulary-1; a document begins with `bos`, which `encode` does not add."""
+    """A vocabulary of sentencepiece, ids 0..vocabulary-1. A document begins with `bos`, which `encode` does not add."""
 
     def __init__(self, model: bytes, name: str) -> None:
         try:
@@ -38,13 +38,14 @@ class Tokenizer:
         self.vocabulary: int = self._processor.vocab_size()
         starts = [id for id in (self._processor.bos_id(), self._processor.eos_id()) if id >= 0]
         if not starts:
-            raise RecipeError(f"{name} has neither a piece for the begin nor for the end of a document: train it with bos_id or eos_id")
+            raise RecipeError(
+                f"{name} has no piece for where a document begins or ends: train it with bos_id, or name another")
         self.bos: int = starts[0]
         self.banned = tuple(id for id in range(self.vocabulary) if self._is_no_text(id))
         self._bytes = self._bytes_of_all()
         self._adds_space = b"".join(self._bytes[id] for id in self._processor.encode("a")) == b" a"
         self._sign = self._find_sign()
-        # In a vocabulary of our own: control pieces, then the symbols that are split off first, bytes, and pieces by rank.
+        # In a vocabulary of our own: control pieces, then symbols that are split off first, bytes, and pieces by rank.
         bytes_at = [id for id in range(self.vocabulary) if self._processor.is_byte(id)]
         self.unknown: int = self._processor.unk_id()
         self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, self.bos)]
@@ -60,19 +61,16 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[bytes], *, vocabulary: int, terms: Sequence[str] = ()) -> "Tokenizer":
-        """A lossless BPE vocabulary of this size, in which `terms` stay whole. TextError where the text is too little for it."""
-        for term in terms:
-            if not term.strip() or "\n" in term or SPACE in term:
-                raise RecipeError(f"tokenizer.terms: {term!r} cannot be one piece: say a word or words of one line")
+        """A lossless BPE vocabulary of this size, in which `terms` stay whole. TextError where the text forbids it."""
         out = io.BytesIO()
         sentencepiece.set_min_log_level(2)
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_lines(documents), model_writer=out, model_type="bpe", vocab_size=vocabulary,
                 user_defined_symbols=["\n", *dict.fromkeys(term.replace(" ", SPACE) for term in terms)],
-                byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-                add_dummy_prefix=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1, pad_id=-1,
-                num_threads=4, minloglevel=2)  # fmt: skip
+                byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
+                remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1,
+                pad_id=-1, num_threads=4, minloglevel=2)  # fmt: skip
         except RuntimeError as error:
             if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
                 raise TextError(
@@ -82,7 +80,7 @@ class Tokenizer:
                 raise TextError(
                     f"tokenizer.vocabulary = {vocabulary} is too small for the bytes and letters of this text: "
                     f"use at least tokenizer.vocabulary={least[1]}") from error
-            raise
+            raise TextError(f"no tokenizer can be trained with these tokenizer.terms on this text: {error}") from error
         return cls(out.getvalue(), "the new vocabulary")
 
     @cached_property
@@ -128,11 +126,12 @@ class Tokenizer:
         return self._bytes[id]
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.model and tokenizer.vocab (a piece, a tab and its score on a line), as sentencepiece itself does."""
+        """Write tokenizer.model, and tokenizer.vocab for people: a piece, a tab and its score on a line."""
         ids = list(range(self.vocabulary))
         rows = zip(self._processor.id_to_piece(ids), self._processor.get_score(ids), strict=True)
+        vocab = "".join(f"{piece}\t{score:g}\n" for piece, score in rows)
         store.write_bytes(folder / "tokenizer.model", self._model)
-        store.write_bytes(folder / "tokenizer.vocab", "".join(f"{piece}\t{score:g}\n" for piece, score in rows).encode())
+        store.write_bytes(folder / "tokenizer.vocab", vocab.encode())
 
     def _is_no_text(self, id: int) -> bool:
         """Whether a model should never say this id: the unknown, unused ones, and controls other than BOS."""
@@ -187,7 +186,7 @@ def _lines(documents: Iterable[bytes]) -> Iterator[str]:
 
 
 def _parts(text: str) -> list[str]:
-    """Parts of `text` that are encoded alone: long text line by line, and each literal U+2581, which is written as bytes."""
+    """Parts of `text` that are encoded alone: long text line by line, and each literal U+2581, which becomes bytes."""
     parts = []
     for each in re.split(f"({SPACE})", text):
         begin = 0

@@ -37,6 +37,8 @@ class Tracker:
             total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
         self.trackers: dict[str, Any] = {}
+        lines = store.read_lines(run / "metrics.jsonl")
+        self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
@@ -77,7 +79,11 @@ class Tracker:
         """Record what the model makes of each of the recipe's prompts."""
         for prompt, text in texts.items():
             self.record.append({"step": step, "prompt": prompt, "sample": text})
+            self.texts.append([step, prompt, text])
             self.say(f"  {prompt}|{text.replace(chr(10), chr(10) + '  ')}")
+        if "wandb" in self.trackers:
+            log = self.trackers["wandb"].log_table
+            self._guard("wandb", partial(log, "samples", columns=["step", "prompt", "text"], data=self.texts))
 
     def flush(self) -> None:
         """Make the record durable, as a checkpoint is about to rest on it."""

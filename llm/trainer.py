@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,10 +29,11 @@ from llm.huggingface import model_files, tokenizer_files
 from llm.loss import IGNORED
 from llm.machine import remember, start_group
 from llm.model import Transformer
-from llm.optimizer import Optimizer, gradient_norm
+from llm.optimizer import Optimizer, gradient_norm, wide
 from llm.order import Order
 from llm.recipe import Machine, Recipe, dump, flat, science
 from llm.schedule import rate_share
+from llm.sharding import Layout, Rows, held
 from llm.shards import Shards
 from llm.stream import Batch, Stream, whole
 from llm.tokenizer import Tokenizer
@@ -39,6 +41,7 @@ from llm.tracking import Tracker, readable
 
 SAMPLE_TOKENS = 80
 FP16_SCALE, FP16_GROWTH_STEPS = 65536.0, 2000
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -75,18 +78,23 @@ class Trainer:
         self.stop_signal = 0
         self.tracker: Tracker | None = None  # the main process's
         self.beside = {**model_files(recipe.model, tokenizer), **tokenizer_files(tokenizer)}
-        self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed).to(self.device)
+        dtype = TYPES[recipe.machine.precision]
+        self.layout = Layout(recipe.machine.shard, self.device, dtype)
+        with self.device:
+            self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, self.layout.deal)
+        self.layout.deal(self.model, root=True)
         self.order = Order(recipe.seed, shards.train.tokens, recipe.model.context)
-        lean = recipe.machine.precision != "fp32"
-        self.optimizer = Optimizer(self.model, recipe.train, torch.bfloat16 if lean else torch.float32)
+        lean = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self.optimizer = Optimizer(self.model, recipe.train, lean, self.layout)
         self.scale = torch.tensor(FP16_SCALE if recipe.machine.precision == "fp16" else 1.0, device=self.device)
         self.good_steps = torch.zeros((), device=self.device)
         self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.model.model.recompute = recipe.machine.recompute
         if recipe.machine.compile:
             for block in self.model.model.layers:
                 block.compile()
-        self.wrapped = accelerator.prepare_model(self.model)
-        if group.world() > 1:
+        self.wrapped: Any = self.model if self.layout.sharded else accelerator.prepare_model(self.model)
+        if group.world() > 1 and not self.layout.sharded:
             self.wrapped.register_comm_hook(None, sharding.canonical_hook)
 
     # ------------------------------------------------------------------ one step
@@ -106,11 +114,12 @@ class Trainer:
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step`; mean loss (nats a token) and norm of the gradient, on the device, of the whole group."""
         recipe, assumed = self.recipe, self.recipe.train.tokens_per_step
-        counted = self.gradients([batch.to(self.device) for batch in self.stream.at(step)])
-        loss, tokens = counted
+        loss, tokens = self.accumulate([batch.to(self.device) for batch in self.stream.at(step)])
+        gradients = [held(p.grad) for p in self.model.parameters() if p.grad is not None]
+        self.layout.sum_copies([rows.local for rows in gradients])
         # Gradients were summed as if every target counted; this makes them the mean over those that do.
         scale = assumed / tokens / self.scale
-        norm = gradient_norm([p.grad for p in self.model.parameters() if p.grad is not None]) * scale
+        norm = gradient_norm(gradients, self.layout) * scale
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self.diverged |= ~finite if recipe.machine.precision != "fp16" else ~torch.isfinite(loss)
         if recipe.train.clip:
@@ -121,21 +130,22 @@ class Trainer:
             self.rescale(finite)
         return loss / tokens, norm
 
-    def gradients(self, batches: list[Batch]) -> Tensor:
+    def accumulate(self, batches: list[Batch]) -> Tensor:
         """Leave the group's sum of scale x loss / tokens_per_step in every .grad.
 
         Sum of the losses (nats) and count of the targets: (2,) of fp64.
         """
-        counted = torch.zeros(2, dtype=torch.float64, device=self.device)
+        counted = torch.zeros(2, dtype=wide(self.device), device=self.device)
         self.model.zero_grad(set_to_none=True)
         for index, batch in enumerate(batches):
-            # Gradients are exchanged once a step, with the last micro-batch.
-            quiet = self.accelerator.no_sync(self.wrapped) if index + 1 < len(batches) else nullcontext()
-            with quiet:
+            # Whole gradients are exchanged once a step, with the last micro-batch; sharded ones are dealt after each,
+            # as no process has room for them whole.
+            waits = index + 1 < len(batches) and not self.layout.sharded
+            with self.accelerator.no_sync(self.wrapped) if waits else nullcontext():
                 with self.accelerator.autocast():
                     loss = self.wrapped(batch.tokens, batch.targets, batch.windows)
                 (loss * (self.scale / self.recipe.train.tokens_per_step)).backward()
-            counted += torch.stack([loss.detach().double(), (batch.targets != IGNORED).sum().double()])
+            counted += torch.stack([loss.detach(), (batch.targets != IGNORED).sum()]).to(counted.dtype)
         return sharding.gather(counted).sum(0)
 
     def rescale(self, finite: Tensor) -> None:
@@ -200,6 +210,7 @@ class Trainer:
             tokens_per_second=recipe.train.tokens_per_step / step_seconds,
             epoch=step * recipe.windows_per_step / self.order.windows,
             seconds_left=(recipe.train.steps - step) * step_seconds,
+            utilisation=self.step_flops / step_seconds / self.measured_flops,
         )
 
     @torch.no_grad()
@@ -208,7 +219,7 @@ class Trainer:
         if not self.shards.validation.tokens:
             return
         assert isinstance(self.recipe.machine.micro_batch, int)
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        total = torch.zeros(1, dtype=wide(self.device), device=self.device)
         for batch in whole(
             self.shards.validation,
             self.recipe.model.context,
@@ -229,10 +240,12 @@ class Trainer:
         self.best = min(self.best, bits)
         if self.tracker is not None:
             self.tracker.log(self.state.step, **self.metrics)
-            if self.recipe.evaluate.prompts:
-                self.tracker.samples(
-                    self.state.step, dict(zip(self.recipe.evaluate.prompts, self.samples(), strict=True))
-                )
+        # A sharded model speaks with all its processes.
+        if self.recipe.evaluate.prompts and (self.tracker is not None or self.layout.sharded):
+            texts = self.samples()
+            if self.tracker is not None:
+                self.tracker.samples(self.state.step, dict(zip(self.recipe.evaluate.prompts, texts, strict=True)))
+        self.layout.rest(self.model)
 
     def samples(self) -> list[str]:
         prompts = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)] for prompt in self.recipe.evaluate.prompts]
@@ -264,21 +277,23 @@ class Trainer:
         """Leave a checkpoint of this step, unless there is one."""
         if self.saved == self.state.step:
             return
-        with self.council.together():
-            if self.tracker is not None:
-                self.tracker.flush()
-                checkpoint.save(
-                    checkpoint.folder_of(self.run, self.state.step),
-                    weights=self.weights(),
-                    moments=self.optimizer.moments,
-                    manifest=self.manifest(),
-                    beside=self.beside,
-                )
-                checkpoint.retain(self.run, self.recipe.checkpoint.keep)
+        if self.tracker is not None:
+            self.tracker.flush()
+        checkpoint.save(
+            checkpoint.folder_of(self.run, self.state.step),
+            weights=self.weights(),
+            moments=self.optimizer.moments,
+            manifest=self.manifest(),
+            beside=self.beside,
+            council=self.council,
+            layout=self.layout,
+        )
+        if self.council.writes:
+            checkpoint.retain(self.run, self.recipe.checkpoint.keep)
         self.saved = self.state.step
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+    def weights(self) -> dict[str, Rows]:
+        return {name: held(p) for name, p in self.model.named_parameters()}
 
     def manifest(self) -> dict[str, Any]:
         machine = {name: value for name, value in flat(self.recipe).items() if name not in science(self.recipe)}
@@ -298,7 +313,7 @@ class Trainer:
 
         RefusedError where the checkpoint belongs to another science half, text or tokenizer.
         """
-        found = checkpoint.newest(self.run, group.warn if group.rank() == 0 else lambda text: None)
+        found = self.newest()
         if found is not None:
             refuse_difference(found, self.recipe, self.tokenizer.fingerprint, self.shards.fingerprint)
             self.load(found)
@@ -325,6 +340,26 @@ class Trainer:
                 "data": source.manifest["data"],
             }
 
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is valid on every disk of the group."""
+        bound, council = sys.maxsize, self.council
+        while True:
+            with council.together():
+                found = checkpoint.newest(self.run, group.warn, bound) if council.writes else None
+            mine = found.step if found else -1
+            newest = council.largest(mine)
+            oldest = -council.largest(-(mine if council.writes else newest))
+            if oldest == newest:
+                folder = checkpoint.folder_of(self.run, newest)
+                return Checkpoint(folder, checkpoint.read_manifest(folder)) if newest >= 0 else None
+            with council.together():
+                if council.writes and mine < 0:
+                    raise RefusedError(
+                        f"{self.run} has no checkpoint on the disk of process {group.rank()}, others have "
+                        f"step {newest}: copy it there"
+                    )
+            bound = oldest
+
     def load(self, source: Checkpoint) -> None:
         checkpoint.load_tensors(source.folder / checkpoint.WEIGHTS, self.weights())
         checkpoint.load_tensors(source.folder / checkpoint.MOMENTS, self.optimizer.moments)
@@ -334,6 +369,18 @@ class Trainer:
         self.good_steps.fill_(good_steps)
 
     # ------------------------------------------------------------------ before the first step
+
+    @cached_property
+    def measured_flops(self) -> float:
+        """Operations a second of this machine's own matrix product, in the type that the model is multiplied in."""
+        dtype = TYPES[self.recipe.machine.precision]
+        return cost.measured_flops(self.device, dtype, 1024 if self.device.type == "cpu" else 8192)
+
+    @cached_property
+    def step_flops(self) -> float:
+        """Operations of a step in each process."""
+        each = cost.flops_per_token(self.recipe.model, self.tokenizer.vocabulary)
+        return each * self.recipe.train.tokens_per_step / group.world()
 
     def rehearse(self) -> float:
         """Seconds of a step to expect, from one micro-batch run twice; weights and moments are left alone.
@@ -362,7 +409,7 @@ class Trainer:
         """Seconds of a step in micro-batches of this size, by running one of them and an update that is masked."""
         began = time.perf_counter()
         tokens = torch.zeros(micro_batch, self.recipe.model.context, dtype=torch.int64, device=self.device)
-        with self.accelerator.no_sync(self.wrapped):
+        with nullcontext() if self.layout.sharded else self.accelerator.no_sync(self.wrapped):
             with self.accelerator.autocast():
                 loss = self.wrapped(tokens, tokens, tokens[:, 0])
             loss.backward()
@@ -408,7 +455,8 @@ def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, S
     asked, run = recipe.machine, Path("runs") / recipe.run
     accelerator, council, recipe = start_group(recipe)
     recipe, tokenizer, shards = council.first(lambda: prepare(recipe))
-    with store.lock(run / "lock") if group.rank() == 0 else nullcontext(True) as mine:
+    council.meet_on_disk(run)
+    with store.lock(run / "lock") if council.writes else nullcontext(True) as mine:
         with council.together():
             if not mine:
                 raise RefusedError(
@@ -446,7 +494,7 @@ def _train(
     run: Path,
 ) -> None:
     """The life of a run whose folder this process holds."""
-    if group.rank() == 0:
+    if council.writes:
         store.sweep(run / "checkpoints")
     trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
     with council.together():
@@ -473,12 +521,11 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
     """Keep the recipe as it was asked for, tokenizer and manifest in the run, and say what is coming."""
     step_seconds = trainer.rehearse()
     recipe, run, steps = trainer.recipe, trainer.run, trainer.recipe.train.steps
-    if group.rank() != 0:
-        return
-    store.write_bytes(run / "recipe.yaml", dump(asked).encode())
-    store.write_json(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
-    remember(recipe, run)
-    trainer.tokenizer.save(run / "tokenizer")
+    if trainer.council.writes:
+        store.write_bytes(run / "recipe.yaml", dump(asked).encode())
+        store.write_json(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
+        remember(recipe, run)
+        trainer.tokenizer.save(run / "tokenizer")
     left, per_step = steps - trainer.state.step, recipe.train.tokens_per_step
     epochs = steps * recipe.windows_per_step / trainer.order.windows
     numbers = cost.parameters(recipe.model, trainer.tokenizer.vocabulary)

@@ -125,15 +125,22 @@ def run(act: Callable[[], None], folder: Path) -> Ended:
     return ended(start(act, folder), folder)
 
 
-def run_group(act: Callable[[], None], folder: Path, world: int) -> list[Ended]:
-    """The same act in `world` processes that form a group, as torchrun would start them."""
+def run_group(act: Callable[[], None], folder: Path, world: int, node: int = 0) -> list[Ended]:
+    """The same act in `world` processes that form a group, as torchrun would start them on nodes of `node` processes."""
     if world == 1:
         return [run(act, folder)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    children = [start(act, folder, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}, f"-{r}") for r in range(world)]
+    node = node or world
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(node),
+    }
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank % node)} for rank in range(world)]
+    children = [start(act, folder, common | each, f"-{each['RANK']}") for each in ranks]
     return [ended(child, folder, f"-{rank}") for rank, child in enumerate(children)]
 
 

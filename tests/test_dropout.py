@@ -96,7 +96,10 @@ def test_every_seed_position_and_site_has_a_mask_of_its_own(mask: Mask) -> None:
 
 @pytest.mark.parametrize("other", [{"seed": 2}, {"site": 4}, {"site": 5}, {"seed": 3, "site": 1}])
 def test_masks_of_other_seeds_and_sites_are_not_related(mask: Mask, other: dict[str, int]) -> None:
-    assert correlation(mask(POSITIONS), mask(POSITIONS, **other)) < 4
+    first, second = mask(POSITIONS).flatten(1), mask(POSITIONS, **other).flatten(1)
+    for apart in range(40):  # nor is one the other, some elements on: a counter's masks could overlap
+        assert correlation(first[:, apart:], second[:, : TOKENS * DIM - apart]) < 5
+        assert correlation(second[:, apart:], first[:, : TOKENS * DIM - apart]) < 5
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -121,6 +124,20 @@ def test_a_mask_is_the_same_compiled() -> None:
     assert torch.equal(eager[0], compiled[0])
     assert torch.equal(eager[1], compiled[1])
     assert torch.equal(eager[0] != 0, on_the_cpu(POSITIONS))
+
+
+def test_every_place_of_the_model_is_a_site_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the embedding, and after attention and MLP of each layer; all from the model's seed."""
+    asked: list[tuple[int, int]] = []
+
+    def spy(hidden: Tensor, positions: Tensor, *, seed: int, site: int, rate: float) -> Tensor:
+        asked.append((seed, site))
+        return dropout(hidden, positions, seed=seed, site=site, rate=rate)
+
+    monkeypatch.setattr("llm.model.dropout", spy)
+    model = tiny.transformer(seed=7, layers=3, dropout=0.1)
+    model(tiny.ids(2, 16), tiny.ids(2, 16), torch.arange(2))
+    assert sorted(asked) == [(7, site) for site in range(1 + 2 * 3)]
 
 
 def test_a_block_that_is_computed_again_drops_the_same() -> None:

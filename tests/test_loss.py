@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm import loss
 from llm.loss import IGNORED, cross_entropy_sum
@@ -58,7 +59,9 @@ def test_a_chunk_holds_at_least_one_row(monkeypatch: pytest.MonkeyPatch) -> None
     assert off(ours(*world())[0], exact(*world())[0]) < 1e-6
 
 
-def test_bf16_costs_the_rounding_of_its_logits_and_no_more() -> None:
+@pytest.mark.parametrize("rows", [1, ROWS - 1, 1000])
+def test_bf16_costs_the_rounding_of_its_logits_and_no_more(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(loss, "CHUNK_NUMBERS", rows * VOCABULARY)
     total, hidden_gradient, weight_gradient = ours(*world(torch.bfloat16))
     true = exact(*world(torch.bfloat16))
     assert (total.dtype, hidden_gradient.dtype, weight_gradient.dtype) == (torch.float32, torch.bfloat16, torch.float32)
@@ -89,12 +92,13 @@ def test_where_no_target_counts_loss_and_gradients_are_zero() -> None:
     assert not any(part.any() for part in ours(hidden, weight, torch.full_like(targets, IGNORED)))
 
 
-def test_without_gradients_the_value_is_the_same_and_nothing_is_kept() -> None:
+def test_without_gradients_the_value_is_the_same_and_none_is_made() -> None:
     hidden, weight, targets = world()
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         alone = cross_entropy_sum(hidden, weight, targets)
     assert torch.equal(alone, ours(hidden, weight, targets)[0])
     assert alone.grad_fn is None
+    assert counter.get_total_flops() == 2 * ROWS * DIM * VOCABULARY  # the logits, and nothing else
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
-"""The model is Qwen3 to the letter, starts as the identity, sees only the past, learns, and adds up over micro-batches."""
+"""The model is Qwen3 to the letter, starts as the identity, sees only the past, learns, and adds up over batches."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from llm.optimizer import Optimizer
 from llm.recipe import Model, Train
 from tests import tiny
 
-RECIPES = {name: recipe.load(Path(__file__).parent.parent / f"recipes/{name}.yaml") for name in ("classic", "quickstart", "small")}
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = {name: recipe.load(FOLDER / f"{name}.yaml") for name in ("classic", "quickstart", "small")}
 SHAPES = {name: (each.model, each.tokenizer.vocabulary) for name, each in RECIPES.items()} | {
     "tied": (tiny.shape(), 32),
     "untied": (tiny.shape(tied=False, kv_heads=2), 33),
@@ -32,9 +34,19 @@ def off(found: Tensor, true: Tensor) -> float:
     return ((found - true).norm() / true.norm()).item()
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("classic", 15_507_332), ("quickstart", 0), ("small", 0)])
-def test_the_recipes_have_as_many_parameters_as_they_say(name: str, parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("classic", 15_400_308), ("quickstart", 2_558_144), ("small", 33_697_536)]
+)
+def test_the_recipes_have_the_size_that_they_had(name: str, parameters: int) -> None:
     assert cost.parameters(*SHAPES[name]) == parameters
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_says_how_many_parameters_it_has(path: Path) -> None:
+    said = re.search(r"^model: +# ([\d.]+) M parameters$", path.read_text("utf-8"), re.MULTILINE)
+    assert said is not None
+    each, decimals = recipe.load(path), len(said[1].partition(".")[2])
+    assert said[1] == f"{cost.parameters(each.model, each.tokenizer.vocabulary) / 1e6:.{decimals}f}"
 
 
 @each_shape
@@ -135,18 +147,21 @@ def test_bf16_costs_little() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(tokens[:, :-1], tokens[:, 1:])
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact.item(), rel=0.01)  # bf16 rounds by 0.4 %
+    assert loss.item() == pytest.approx(exact.item(), rel=0.002)  # bf16 rounds by 0.4 %; 64 targets even it out
     loss.backward()
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
-@pytest.mark.parametrize("train", [
-    Train(optimizer="muon", learning_rate=0.02), Train(optimizer="adamw", learning_rate=0.01)], ids=["muon", "adamw"])
+@pytest.mark.parametrize(
+    "train",
+    [Train(optimizer="muon", learning_rate=0.02), Train(optimizer="adamw", learning_rate=0.01)],
+    ids=["muon", "adamw"],
+)
 def test_one_batch_is_memorised(train: Train) -> None:
     model = Transformer(tiny.shape(dim=32, ffn_dim=64), tiny.VOCABULARY, seed=1)
     optimizer = Optimizer(model, train)
     tokens = tiny.ids(4, 17)
-    for step in range(150):
+    for step in range(150):  # twice what either needs
         model.zero_grad()
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 64
         loss.backward()

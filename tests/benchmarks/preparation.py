@@ -4,8 +4,8 @@
     python tests/benchmarks/preparation.py memory [MB]    peak memory of the whole preparation, of 10 MB and of MB
     python tests/benchmarks/preparation.py windows        random windows of 513 tokens
 
-The text is the packaged English one, over and over, the words of each article in another order every time: as long as wanted, and
-no article equals another.
+The text is the packaged English one, over and over, the words of each article in another order every time: as long as
+wanted, and no article equals another.
 """
 
 import os
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +44,20 @@ def varied_text(path: Path, megabytes: int) -> None:
 
 def recipe_file(folder: Path, text: Path) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(f"text: {{files: [{text}], cache: {folder / 'data'}, validation: 5%}}\ntokenizer: {{vocabulary: 8192}}\ntrain: {{steps: 1}}\n")
+    path.write_text(
+        f"text: {{files: [{text}], cache: {folder / 'data'}, validation: 5%}}\n"
+        "tokenizer: {vocabulary: 8192}\ntrain: {steps: 1}\n"
+    )
     return path
 
 
 def spread(values: list[float]) -> str:
     return f"min {min(values):.3f} median {statistics.median(values):.3f} max {max(values):.3f}"
+
+
+def write_all(documents: Iterable[bytes], folder: Path, tokenizer: Tokenizer) -> None:
+    for _ in write(documents, folder / "shards", tokenizer, share=0.05, about={"fingerprint": ""}):
+        pass
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -74,8 +82,7 @@ def rate(folder: Path, megabytes: int) -> None:
             raw.encode(texts[begin : begin + 20_000], num_threads=threads, return_type="numpy")
 
     def whole() -> None:
-        for _ in write(Corpus(recipe.text).documents(), folder / "shards", tokenizer, share=0.05, about={"fingerprint": ""}):
-            pass
+        write_all(Corpus(recipe.text).documents(), folder, tokenizer)
 
     alone_seconds, whole_seconds = [], []
     for _ in range(REPEATS):
@@ -102,8 +109,7 @@ def memory(folder: Path, megabytes: int) -> None:
 def windows(folder: Path) -> None:
     documents = list(wiki_documents("en-us"))
     tokenizer = Tokenizer.train(documents, vocabulary=8192)
-    for _ in write(documents, folder / "shards", tokenizer, share=0.05, about={"fingerprint": ""}):
-        pass
+    write_all(documents, folder, tokenizer)
     train = Shards.open(folder / "shards").train
     starts = np.random.default_rng(1).integers(0, train.tokens - 513, 100_000).tolist()
 
@@ -111,7 +117,8 @@ def windows(folder: Path) -> None:
         for start in starts:
             train.read(start, start + 513)
 
-    print("random windows of 513, million tokens/s:", spread([len(starts) * 513 / seconds(read) / 1e6 for _ in range(REPEATS)]))
+    rates = [len(starts) * 513 / seconds(read) / 1e6 for _ in range(REPEATS)]
+    print("random windows of 513, million tokens/s:", spread(rates))
 
 
 def main() -> None:

@@ -1,0 +1,163 @@
+"""Every text comes back byte for byte, an id means the same wherever it is made, and too little text is said clearly."""
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.corpus import wiki_documents
+from llm.errors import RecipeError, RefusedError, TextError
+from llm.tokenizer import PART, PROBES, TextStream, Tokenizer
+from tests.test_corpus import needs_wiki
+
+WORDS = "the river rises in the north and flows to the sea New York héé 漢字 1897 Har".split()
+DOCUMENTS = [" ".join(WORDS[(i * 7 + j * (i + 3)) % len(WORDS)] for j in range(60)).encode() + b"\n" for i in range(200)]
+HOSTILE = [
+    *PROBES, "", " ", "\n", "\r", "\x00\x01\x7f", "\u2581", "\u2581\u2581 \u2581", " \u2581\n", "a" * 50_000, "é\n" * 40_000,
+    "x\u2581" * 3_000, "\u202eabc\u202c", "e\u0301\u0323", "ß ẞ ſ ﬃ ½ Å Å", "\ud7ff\ue000\U00010000\U0010fffd", "<unk>", "<s>",
+    "<0x0A>", "\t\t  \t", "  \n  \n\n   ", "1234567890" * 9, "New York", "NewYork", " New  York ", "مرحبا بالعالم", "👨‍👩‍👧‍👦🇩🇪",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(DOCUMENTS, vocabulary=330, terms=("New York", "Har", "a,b", 'q"'))
+
+
+def trained(**settings: object) -> bytes:
+    """A vocabulary as others train it."""
+    out = io.BytesIO()
+    lines = [document.decode().strip() for document in DOCUMENTS]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, minloglevel=2, **({"vocab_size": 60} | settings)
+    )
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= id < tokenizer.vocabulary for id in ids) and tokenizer.bos not in ids
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_back_whole_in_batches_and_in_streams(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert [each.tolist() for each in tokenizer.encode_batch([text, "the sea", text], threads=2)][::2] == [ids, ids]
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.feed, ids)) == text and stream.flush() == ""
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 329)))
+def test_a_stream_gives_what_decode_gives_for_any_ids(tokenizer: Tokenizer, ids: list[int]) -> None:
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.feed, ids)) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_a_stream_holds_back_an_unfinished_character(tokenizer: Tokenizer) -> None:
+    ids, stream = tokenizer.encode("🎉"), TextStream(tokenizer)
+    assert [stream.feed(id) for id in ids] == ["", "", "", "🎉"]
+    assert stream.feed(ids[0]) == "" and stream.flush() == "\ufffd"
+
+
+def test_long_text_has_the_ids_that_sentencepiece_gives_it_whole(tokenizer: Tokenizer) -> None:
+    text = "".join(document.decode() for document in DOCUMENTS)
+    assert len(text) > 3 * PART
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)
+    assert tokenizer.encode(text) == processor.encode(text)
+
+
+@needs_wiki
+@pytest.mark.parametrize(
+    "language", ["en-us", *(pytest.param(language, marks=pytest.mark.slow) for language in ("fr-fr", "es-es"))]
+)
+def test_every_packaged_document_comes_back(language: str) -> None:
+    documents = list(wiki_documents(language))
+    tokenizer = Tokenizer.train(documents[::5], vocabulary=2048)
+    encoded = tokenizer.encode_batch([document.decode() for document in documents], threads=2)
+    assert all(tokenizer.decode(ids).encode() == text for ids, text in zip(encoded, documents, strict=True))
+
+
+def test_terms_stay_whole(tokenizer: Tokenizer) -> None:
+    pieces = [tokenizer.piece(id) for id in tokenizer.encode('in New York, Harx a,b q"')]
+    assert {"New\u2581York", "Har", "a,b", 'q"'} <= set(pieces)
+
+
+def test_the_same_text_gives_the_same_file_and_another_text_another_fingerprint(tmp_path: Path) -> None:
+    one, two = (Tokenizer.train(DOCUMENTS, vocabulary=320) for _ in range(2))
+    other = Tokenizer.train(DOCUMENTS[:50], vocabulary=320)
+    one.save(tmp_path)
+    assert one._model == two._model and one.fingerprint == two.fingerprint != other.fingerprint
+    again = Tokenizer.load(tmp_path / "tokenizer.model")
+    assert again.fingerprint == one.fingerprint and again.lossless and again.vocabulary == 320
+    lines = (tmp_path / "tokenizer.vocab").read_text(encoding="utf-8").split("\n")
+    assert lines[1] == "<s>\t0" and len(lines) == 322  # one for each piece; the newline's own piece breaks its line
+
+
+def test_the_fingerprint_is_over_the_meaning_and_not_over_the_file() -> None:
+    settings = {"model_type": "bpe", "vocab_size": 80}
+    one, two = (Tokenizer(trained(num_threads=threads, **settings), "x") for threads in (1, 2))
+    assert one._model != two._model and one.fingerprint == two.fingerprint
+    assert Tokenizer(trained(add_dummy_prefix=False, **settings), "x").fingerprint != one.fingerprint
+
+
+def test_a_vocabulary_of_others_is_used_and_known_to_lose_text() -> None:
+    plain = Tokenizer(trained(), "plain")
+    assert not plain.lossless and plain.bos == 1 and plain.decode(plain.encode("the sea")) == "the sea"
+    no_bos = Tokenizer(trained(bos_id=-1, byte_fallback=True, vocab_size=320), "no bos")
+    assert no_bos.bos == 1 and no_bos.piece(1) == "</s>"
+    with pytest.raises(RecipeError, match="bos_id"):
+        Tokenizer(trained(bos_id=-1, eos_id=-1), "neither")
+
+
+@pytest.mark.parametrize("documents", [DOCUMENTS[:3], [b"a"], ["一二三四五六七八九十".encode()], [b"\t\t", b"ab ab ab"]])
+def test_too_little_text_says_the_largest_vocabulary_that_fits(documents: list[bytes]) -> None:
+    with pytest.raises(TextError, match="so little text") as raised:
+        Tokenizer.train(documents, vocabulary=5000)
+    fits = int(re.findall(r"tokenizer.vocabulary=(\d+)", str(raised.value))[0])
+    assert Tokenizer.train(documents, vocabulary=fits).vocabulary == fits
+    with pytest.raises(TextError, match=f"at most tokenizer.vocabulary={fits}"):
+        Tokenizer.train(documents, vocabulary=fits + 1)
+
+
+def test_too_small_a_vocabulary_says_the_smallest_that_fits() -> None:
+    letters = ["".join(chr(0x4E00 + 40 * i + j) for j in range(40)).encode() for i in range(10)]
+    with pytest.raises(TextError, match="too small") as raised:
+        Tokenizer.train(letters, vocabulary=300)
+    fits = int(re.findall(r"tokenizer.vocabulary=(\d+)", str(raised.value))[0])
+    assert Tokenizer.train(letters, vocabulary=fits).vocabulary == fits
+
+
+def test_a_term_that_cannot_be_a_piece_is_one_line() -> None:
+    with pytest.raises(TextError, match=r"tokenizer\.terms"):
+        Tokenizer.train(DOCUMENTS, vocabulary=320, terms=("<s>",))
+
+
+def test_long_lines_and_tabs_are_not_left_out_of_training() -> None:
+    tokenizer = Tokenizer.train([b"river " * 10_000, b"sea\twind\n" * 50], vocabulary=275)
+    assert [tokenizer.piece(id) for id in tokenizer.encode("river river")] == ["r\u0069ver", "\u2581river"]
+    assert len(tokenizer.encode("wind")) == 1
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.model").write_bytes(trained()[:200])
+    with pytest.raises(RefusedError, match="damaged"):
+        Tokenizer.load(tmp_path / "a.model")
+    (tmp_path / "b.model").write_bytes(b"")
+    with pytest.raises(RefusedError, match="damaged"):
+        Tokenizer.load(tmp_path / "b.model")
+    with pytest.raises(RecipeError, match="is not there"):
+        Tokenizer.load(tmp_path / "c.model")
+
+
+def test_batches_are_of_small_integers(tokenizer: Tokenizer) -> None:
+    assert [each.dtype for each in tokenizer.encode_batch(["a", "", "\u2581"], threads=1)] == [np.int32] * 3
