@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from llm.errors import GroupError, LLMError, as_disk_error
 
+HUNG = timedelta(minutes=15)  # a step and an evaluation that take longer than this do not pass for a hung process
 PATIENCE = timedelta(days=365)  # the preparation of a large text takes as long as it takes
 
 
@@ -43,18 +44,44 @@ class Council:
     """A CPU-side group beside the device's: what it agrees on waits for no device. One process agrees with itself."""
 
     def __init__(self) -> None:
-        self.group: Any = dist.new_group(backend="gloo") if world() > 1 else None
         self.writes = rank() == 0  # whether this process leads those that share its disk
         self.one_disk = True
-        self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if world() > 1 else None
+        alone = world() == 1
+        self.group: Any = None if alone else dist.new_group(backend="gloo", timeout=HUNG)
+        self.patient: Any = None if alone else dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.notes: Any = None if alone else dist.PrefixStore("council", dist.distributed_c10d._get_default_store())
 
-    def largest(self, number: int, *, patient: bool = False) -> int:
-        """The largest of every process's `number`."""
+    def largest(self, number: int, *, patient: bool = False, after: str = "") -> int:
+        """The largest of every process's `number`; `after` tells the others how far this process has come.
+
+        GroupError names the process that others wait for in vain.
+        """
         if self.group is None:
             return number
+        if after:
+            self.notes.set(str(rank()), after)
         box = torch.tensor([number], dtype=torch.int64)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
+        try:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
+        except RuntimeError as error:
+            raise self.blamed(error, after) from error
         return int(box)
+
+    def blamed(self, error: RuntimeError, after: str) -> Exception:
+        """`error` itself, or the GroupError that it is where a peer has ended; it names the process.
+
+        `after` is how far this process has come: who is behind it, by the note that each leaves, is the one.
+        """
+        if self.group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return error
+        everyone = range(world())
+        try:
+            last = {each: self.notes.get(str(each)).decode() for each in everyone if self.notes.check([str(each)])}
+        except RuntimeError:
+            return GroupError("process 0 is gone; the same command goes on")
+        behind = [each for each in everyone if last.get(each) != after] or [each for each in everyone if each != rank()]
+        said = ", ".join(f"process {each} (last heard of after {last.get(each, 'its start')})" for each in behind)
+        return GroupError(f"{said} is gone or hangs; the same command goes on ({str(error).splitlines()[0][:160]})")
 
     def meet_on_disk(self, folder: Path) -> None:
         """Find out, by trying, which processes see the same `folder`: `writes` and `one_disk` say so from here on."""

@@ -3,7 +3,10 @@
 Precision, threads and micro-batch are part of what decides a run's bits, so what was found once is kept in the run.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,12 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
             f"make train.tokens_per_step a multiple of {group.world() * recipe.model.context}"
         )
     return accelerator, council, recipe
+
+
+def die_with_parent() -> None:
+    """Ask to be told (SIGTERM) when the launcher dies, which would otherwise leave an orphan. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def remember(recipe: Recipe, run: Path) -> None:

@@ -173,6 +173,10 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.initialise(seed)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.layers)
+
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw each tensor from a generator of its own, so that no tensor's draw depends on another's."""

@@ -58,7 +58,7 @@ class Order:
         return max(1, self.tokens // self.context - 1)
 
     def offset(self, epoch: int) -> int:
-        """Token at which the first window of `epoch` begins: any that leaves room, so that the last tokens are read too."""
+        """Token at which the first window of `epoch` begins: any that leaves room, so that the end is read too."""
         slack = self.tokens - 1 - self.windows * self.context
         return mix(self.seed, epoch, 1) % (slack + 1)
 

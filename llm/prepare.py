@@ -119,7 +119,7 @@ def _sides(train: int, validation: int) -> str:
 @contextmanager
 def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
     """Hold the lock of what will lie at `path`; whoever waits for another process says so."""
-    lock = path.parent / "locks" / f"{path.stem}.lock"
+    lock = path.parent.parent / "locks" / f"{path.parent.name}-{path.stem}.lock"
     with store.lock(lock) as alone:
         if alone:
             yield

@@ -10,9 +10,10 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from decimal import Decimal, InvalidOperation
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -78,6 +79,7 @@ class Train:
     )
     weight_decay: float = setting(0.1, unit="a step, times the rate", least=0, below=100)
     clip: float = setting(1.0, unit="largest norm of the gradient; 0: none", least=0, below=1e9)
+    on_nonfinite: Literal["stop", "skip"] = setting("stop", unit="what a loss or gradient that is not finite does")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,7 @@ class Tracking:
 class Machine:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", unit="auto: what the device multiplies fast")
     micro_batch: int | Auto = setting("auto", unit="windows a process runs at once", least=1, below=1e9)
+    stop_after: float = setting(0.0, unit="hours after which the run saves and stops; 0: never", least=0, below=1e6)
     threads: int | Auto = setting("auto", unit="CPU threads a process", least=1, below=4096)
     shard: Literal["none", "full", "hybrid"] = setting(
         "none", unit="none, full: among all processes, hybrid: in a node"
@@ -260,7 +263,7 @@ def _value(node: yaml.Node, name: str) -> Any:
         if not all(isinstance(item, str) for item in items):
             raise RecipeError(f"{name}: a list here holds single values, none of them empty or a list")
         return items
-    if isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.ScalarNode):
         raise RecipeError(f"{name} has keys under it, but is one value")
     return None if node.style is None and node.value in NOTHING else node.value
 
@@ -355,24 +358,27 @@ def _number(name: str, value: str, *, whole: bool, words: list[str]) -> int | fl
     return int(number) if whole else float(number)
 
 
-def _sections() -> list[str]:
-    return [name for name, kind in typing.get_type_hints(Recipe).items() if is_dataclass(kind)]
+@cache
+def _sections() -> tuple[str, ...]:
+    return tuple(name for name, kind in typing.get_type_hints(Recipe).items() if is_dataclass(kind))
 
 
-def _single_keys() -> list[str]:
-    return [each.name.rstrip("_") for each in fields(Recipe) if each.name not in _sections()]
+@cache
+def _keys_of(section: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{each.name}" for each in fields(typing.get_type_hints(Recipe)[section]))
 
 
-def _keys_of(section: str) -> list[str]:
-    return [f"{section}.{each.name}" for each in fields(typing.get_type_hints(Recipe)[section])]
-
-
-def _keys() -> list[str]:
+@cache
+def _keys() -> tuple[str, ...]:
     """Every key of a recipe, dotted."""
-    return _single_keys() + [key for section in _sections() for key in _keys_of(section)]
+    return _single_keys() + tuple(key for section in _sections() for key in _keys_of(section))
 
 
-def _unknown(name: str, known: list[str]) -> RecipeError:
+def _single_keys() -> tuple[str, ...]:
+    return tuple(each.name.rstrip("_") for each in fields(Recipe) if each.name not in _sections())
+
+
+def _unknown(name: str, known: Sequence[str]) -> RecipeError:
     """Names the key that was meant: near as a whole, of the same name in another section, or near beside it."""
     name = name[:80]
     section, _, leaf = name.rpartition(".")

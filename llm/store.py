@@ -1,7 +1,7 @@
 """The only module that makes files durable: write beside, flush, rename. Whatever bears its final name is whole.
 
-Every durable operation goes through the four functions `_write`, `_flush`, `_rename` and `_remove`, so that a test can
-let each single one of them fail.
+Every durable operation goes through `_write`, `_write_at`, `_flush`, `_rename` and `_remove`, so that a test can let
+each single one of them fail.
 """
 
 import hashlib

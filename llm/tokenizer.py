@@ -17,6 +17,8 @@ import sentencepiece
 from llm import store
 from llm.errors import RecipeError, RefusedError, TextError
 
+sentencepiece.set_min_log_level(3)  # what goes wrong is raised, and said by us
+
 SETTINGS = 1  # counts the changes of how vocabularies are trained
 LINE = 4000  # bytes of a line in training: sentencepiece leaves out longer ones than 4,192 without a word
 PART = 1 << 14  # characters encoded at once: the cost a character grows with the length
@@ -32,8 +34,10 @@ class Tokenizer:
     def __init__(self, model: bytes, name: str) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            if not model:  # which is taken for a vocabulary of nothing
+                raise RuntimeError
         except RuntimeError as error:
-            raise RefusedError(f"{name} is damaged or no sentencepiece model") from error
+            raise RefusedError(f"{name} is damaged or no sentencepiece model: name another") from error
         self._model = model
         self.vocabulary: int = self._processor.vocab_size()
         starts = [id for id in (self._processor.bos_id(), self._processor.eos_id()) if id >= 0]
@@ -62,15 +66,16 @@ class Tokenizer:
     @classmethod
     def train(cls, documents: Iterable[bytes], *, vocabulary: int, terms: Sequence[str] = ()) -> "Tokenizer":
         """A lossless BPE vocabulary of this size, in which `terms` stay whole. TextError where the text forbids it."""
+        if taken := [term for term in terms if re.fullmatch(r"<s>|<unk>|<0x[0-9A-F]{2}>", term)]:
+            raise RecipeError(f"tokenizer.terms: {taken[0]} is the name of a piece of its own: leave it out")
         out = io.BytesIO()
-        sentencepiece.set_min_log_level(2)
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_lines(documents), model_writer=out, model_type="bpe", vocab_size=vocabulary,
                 user_defined_symbols=["\n", *dict.fromkeys(term.replace(" ", SPACE) for term in terms)],
                 byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
                 remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1,
-                pad_id=-1, num_threads=4, minloglevel=2)  # fmt: skip
+                pad_id=-1, num_threads=4)  # fmt: skip
         except RuntimeError as error:
             if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
                 raise TextError(

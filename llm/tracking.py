@@ -4,9 +4,12 @@ metrics.jsonl is the record: one object a line, its steps only ever rising, also
 for the eye, and none of them can end the run.
 """
 
+import math
 import os
+import statistics
 import sys
 import uuid
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from tqdm import tqdm
 from llm import store
 from llm.recipe import Recipe, flat
 
+SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
 
 
@@ -37,8 +41,9 @@ class Tracker:
             total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
         self.trackers: dict[str, Any] = {}
-        lines = store.read_lines(run / "metrics.jsonl")
+        lines = list(store.read_lines(run / "metrics.jsonl"))
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
+        self.losses = deque((line["loss"] for line in lines if "loss" in line), maxlen=SPIKE_WINDOW)
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
@@ -54,6 +59,8 @@ class Tracker:
         """Record `values` of `step`; tensors are read here, so this is where the device is waited for."""
         numbers = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
         self.record.append({"step": step, **numbers})
+        if "loss" in numbers:
+            self._look_for_spike(step, numbers["loss"])
         self.bar.update(step - self.bar.n)
         if "val_loss" in numbers:
             self.say(
@@ -74,6 +81,22 @@ class Tracker:
         plain = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
         for name, tracker in list(self.trackers.items()):
             self._guard(name, partial(tracker.log, {"step": step, **plain}, step=step))
+
+    def _look_for_spike(self, step: int, loss: float) -> None:
+        if len(self.losses) >= SPIKE_WINDOW // 2:
+            spread = statistics.pstdev(self.losses)
+            above = loss - statistics.fmean(self.losses)
+            if above > SPIKE_SIGMAS * spread > 0:
+                self.event(
+                    step, f"spike: loss {loss:.4f} is {above / spread:.1f} sigma above the last {len(self.losses)}"
+                )
+        if math.isfinite(loss):
+            self.losses.append(loss)
+
+    def event(self, step: int, event: str, **details: Any) -> None:
+        """Record something out of the ordinary."""
+        self.record.append({"step": step, "event": event, **details})
+        self.say(f"step {step}: {event}" + "".join(f"\n  | {text!r}" for text in details.get("texts", [])))
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
         """Record what the model makes of each of the recipe's prompts."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -27,7 +28,7 @@ from llm.errors import DivergedError, LLMError, RecipeError, RefusedError, Stopp
 from llm.generation import Sampling, continuations
 from llm.huggingface import model_files, tokenizer_files
 from llm.loss import IGNORED
-from llm.machine import remember, start_group
+from llm.machine import die_with_parent, remember, start_group
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm, wide
 from llm.order import Order
@@ -42,6 +43,7 @@ from llm.tracking import Tracker, readable
 SAMPLE_TOKENS = 80
 FP16_SCALE, FP16_GROWTH_STEPS = 65536.0, 2000
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OUT_OF_TIME = 1 << 20  # larger than any signal
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -75,7 +77,8 @@ class Trainer:
         self.metrics: dict[str, Any] = {}  # of the evaluation at this very step
         self.best = float("inf")  # bits per byte
         self.saved = -1  # step of the newest checkpoint
-        self.stop_signal = 0
+        self.stop = 0  # the signal that asked to stop, or OUT_OF_TIME
+        self.began = self.stopped_at = time.monotonic()
         self.tracker: Tracker | None = None  # the main process's
         self.beside = {**model_files(recipe.model, tokenizer), **tokenizer_files(tokenizer)}
         dtype = TYPES[recipe.machine.precision]
@@ -88,10 +91,11 @@ class Trainer:
         self.optimizer = Optimizer(self.model, recipe.train, lean, self.layout)
         self.scale = torch.tensor(FP16_SCALE if recipe.machine.precision == "fp16" else 1.0, device=self.device)
         self.good_steps = torch.zeros((), device=self.device)
+        self.sound: list[Tensor] = []  # of each update since the last look: whether loss and gradient were finite
         self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
         self.model.model.recompute = recipe.machine.recompute
         if recipe.machine.compile:
-            for block in self.model.model.layers:
+            for block in self.model.blocks:
                 block.compile()
         self.wrapped: Any = self.model if self.layout.sharded else accelerator.prepare_model(self.model)
         if group.world() > 1 and not self.layout.sharded:
@@ -121,7 +125,11 @@ class Trainer:
         scale = assumed / tokens / self.scale
         norm = gradient_norm(gradients, self.layout) * scale
         finite = torch.isfinite(norm) & torch.isfinite(loss)
-        self.diverged |= ~finite if recipe.machine.precision != "fp16" else ~torch.isfinite(loss)
+        # An overflow that fp16's scale answers is no event; a loss that is not finite always is.
+        sound = torch.isfinite(loss) if recipe.machine.precision == "fp16" else finite
+        self.sound.append(sound)
+        if recipe.train.on_nonfinite == "stop":
+            self.diverged |= ~sound
         if recipe.train.clip:
             scale = scale * (recipe.train.clip / (norm + 1e-6)).clamp(max=1.0)
         share = rate_share(step, steps=recipe.train.steps, warmup=recipe.train.warmup, decay=recipe.train.decay)
@@ -170,7 +178,7 @@ class Trainer:
             self.metrics = {}
             last = state.step == recipe.train.steps
             if last or state.step % recipe.tracking.every == 0:
-                self.check(loss, norm)
+                self.check()
                 seconds += time.perf_counter() - began
                 self.log(loss, norm, seconds / (state.step - counted_from))
                 seconds, counted_from = 0.0, state.step
@@ -183,19 +191,34 @@ class Trainer:
         if state.step < recipe.train.steps:
             self.save()
             raise StoppedError(
-                f"stopped by {signal.Signals(self.council.largest(self.stop_signal)).name} after step {state.step} of "
-                f"{recipe.train.steps}; all is saved, the same command goes on"
+                f"stopped ({self.why_stop()}) after step {state.step} of {recipe.train.steps}; all is saved, "
+                "the same command goes on"
             )
         return state
 
-    def check(self, loss: Tensor, norm: Tensor) -> None:
-        """DivergedError where a loss or a gradient was not finite; nothing of it has reached the weights."""
-        if bool(self.diverged):
-            raise DivergedError(
-                f"a loss or a gradient was not finite (seen at step {self.state.step}: loss {loss.item()}, "
-                f"norm {norm.item()}); the weights are as before it. Lower train.learning_rate, with another run=NAME "
-                f"and from=RUN/step-N of {self.run / 'checkpoints'}"
-            )
+    def check(self) -> None:
+        """Read which of the last updates were masked, as their loss or gradient was not finite; record or end by it.
+
+        DivergedError under train.on_nonfinite = stop; nothing since has touched the weights.
+        """
+        sound = torch.stack(self.sound).tolist() if self.sound else []
+        self.sound.clear()
+        masked = [self.state.step - len(sound) + index for index, fine in enumerate(sound) if not fine]
+        for step in masked:
+            texts = self.texts(step)
+            if self.tracker is not None:
+                self.tracker.event(step + 1, "loss or gradient not finite: the update was left out", texts=texts)
+            if self.recipe.train.on_nonfinite == "stop":
+                raise DivergedError(
+                    f"the loss or the gradient of step {step + 1} was not finite and has touched nothing; "
+                    f"{self.run / 'checkpoints'} holds what was saved before. Lower train.learning_rate under another "
+                    "run=NAME, or take train.on_nonfinite=skip"
+                )
+
+    def texts(self, step: int, most: int = 4) -> list[str]:
+        """Beginnings of the first windows that the group reads at `step`."""
+        starts = self.order.starts(np.arange(most) + step * self.recipe.windows_per_step).tolist()
+        return [self.tokenizer.decode(self.shards.train.read(start, start + 60).tolist()) for start in starts]
 
     def log(self, loss: Tensor, norm: Tensor, step_seconds: float) -> None:
         if self.tracker is None:
@@ -264,19 +287,33 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether any process was; agreed on the CPU's side, so that no step waits for the device."""
-        return self.council.largest(self.stop_signal) > 0
+        if self.recipe.machine.stop_after and time.monotonic() - self.began > self.recipe.machine.stop_after * 3600:
+            self.stop = self.stop or OUT_OF_TIME
+        self.stop = self.council.largest(self.stop, after=f"step {self.state.step}")
+        return self.stop > 0
+
+    def why_stop(self) -> str:
+        return "machine.stop_after" if self.stop == OUT_OF_TIME else signal.Signals(self.stop).name
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_signal and number == signal.SIGINT:
+        """Remember to stop; a person's second Ctrl-C leaves at once.
+
+        A launcher passes Ctrl-C on to its children, who have it from the terminal already, and its death arrives as
+        SIGTERM: neither is a person.
+        """
+        now = time.monotonic()
+        if self.stop and number == signal.SIGINT and now - self.stopped_at > 1:
             raise KeyboardInterrupt
-        self.stop_signal = number
-        if group.rank() == 0:
-            print("\nasked to stop: finishing the step and saving ...", file=sys.stderr, flush=True)
+        if not self.stop:
+            self.stop, self.stopped_at = number, now
+            if group.rank() == 0:
+                os.write(2, b"\nasked to stop: finishing the step and saving ...\n")
 
     def save(self) -> None:
         """Leave a checkpoint of this step, unless there is one."""
         if self.saved == self.state.step:
             return
+        self.check()
         if self.tracker is not None:
             self.tracker.flush()
         checkpoint.save(
@@ -507,11 +544,14 @@ def _train(
         return
     with council.together():
         _begin(trainer, replace(recipe, machine=asked))
+    die_with_parent()
     for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), trainer.on_signal)
     try:
         trainer.fit()
+    except RuntimeError as error:
+        raise council.blamed(error, f"step {trainer.state.step}") from error
     finally:
         if trainer.tracker is not None:
             trainer.tracker.close()

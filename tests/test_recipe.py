@@ -100,6 +100,7 @@ SCIENCE = {
     "train.decay": "10%",
     "train.weight_decay": "0",
     "train.clip": "0",
+    "train.on_nonfinite": "skip",
 }
 MACHINE = {
     "run": "other",
@@ -116,7 +117,9 @@ MACHINE = {
     "machine.precision": "bf16",
     "machine.micro_batch": "2",
     "machine.threads": "1",
+    "machine.shard": "full",
     "machine.recompute": "yes",
+    "machine.stop_after": "2",
     "machine.compile": "yes",
 }
 

@@ -1,6 +1,7 @@
 """A step's windows follow from the step alone: the same on any world, in any micro-batch, and nothing is read twice."""
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,16 @@ def test_steps_go_on_where_the_last_one_ended_and_an_epoch_reads_each_window_onc
 )
 def test_whole_covers_every_target_but_the_first_exactly_once(tokens: int, context: int, rows: int, world: int) -> None:
     side = Tokens(np.arange(1000, 1000 + tokens, dtype=np.uint16))
-    batches = [batch for rank in range(world) for batch in whole(side, context, rows, rank, world)]
+    ranks = [list(whole(side, context, rows, rank, world)) for rank in range(world)]
     seen: Counter[int] = Counter()
-    for batch in batches:
+    for batch in chain(*ranks):
         assert batch.tokens.shape == batch.targets.shape == (len(batch.windows), context)
         assert 1 <= len(batch.windows) <= rows
         counted = batch.targets != IGNORED
         assert torch.equal(batch.targets[counted], batch.tokens[counted] + 1)
         seen.update(batch.targets[counted].tolist())
     assert seen == Counter(range(1001, 1000 + tokens))
-    assert sum(len(batch.windows) for batch in batches) == -(-max(0, tokens - 1) // context)  # no window for nothing
+    rounds = -(-max(0, tokens - 1) // (world * rows * context))
+    assert [len(batches) for batches in ranks] == [
+        rounds
+    ] * world  # a process with fewer would leave the others waiting

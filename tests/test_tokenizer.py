@@ -1,6 +1,7 @@
-"""Every text comes back byte for byte, an id means the same wherever it is made, and too little text is said clearly."""
+"""Every text comes back byte for byte, an id means the same wherever it is made, and what cannot be is one line."""
 
 import io
+import random
 import re
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from llm.errors import RecipeError, RefusedError, TextError
 from llm.tokenizer import PART, PROBES, TextStream, Tokenizer
 from tests.test_corpus import needs_wiki
 
-WORDS = "the river rises in the north and flows to the sea New York héé 漢字 1897 Har".split()
-DOCUMENTS = [" ".join(WORDS[(i * 7 + j * (i + 3)) % len(WORDS)] for j in range(60)).encode() + b"\n" for i in range(200)]
+draw = random.Random(1)
+WORDS = ["New York", "héé", "漢字", "1897", "the sea", *("".join(draw.choices("abdeiklnorst", k=4)) for _ in range(99))]
+DOCUMENTS = [(" ".join(draw.choices(WORDS, k=60)) + "\n").encode() for _ in range(200)]
 HOSTILE = [
-    *PROBES, "", " ", "\n", "\r", "\x00\x01\x7f", "\u2581", "\u2581\u2581 \u2581", " \u2581\n", "a" * 50_000, "é\n" * 40_000,
-    "x\u2581" * 3_000, "\u202eabc\u202c", "e\u0301\u0323", "ß ẞ ſ ﬃ ½ Å Å", "\ud7ff\ue000\U00010000\U0010fffd", "<unk>", "<s>",
-    "<0x0A>", "\t\t  \t", "  \n  \n\n   ", "1234567890" * 9, "New York", "NewYork", " New  York ", "مرحبا بالعالم", "👨‍👩‍👧‍👦🇩🇪",
-]  # fmt: skip
+    *PROBES, "", " ", "\n", "\r", "\x00\x01\x7f", "\u2581", "\u2581\u2581 \u2581", " \u2581\n", "a" * 50_000,
+    "é\n" * 40_000, "x\u2581" * 3_000, "\u202eabc\u202c", "e\u0301\u0323", "ß ẞ ſ ﬃ ½ Å Å", "<unk>", "<s>", "<0x0A>",
+    "\ud7ff\ue000\U00010000\U0010fffd", "\t\t  \t", "  \n  \n\n   ", "1234567890" * 9, "NewYork", " New  York ",
+    "مرحبا بالعالم", "👨‍👩‍👧‍👦🇩🇪"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def trained(**settings: object) -> bytes:
     out = io.BytesIO()
     lines = [document.decode().strip() for document in DOCUMENTS]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=out, minloglevel=2, **({"vocab_size": 60} | settings)
+        sentence_iterator=iter(lines), model_writer=out, minloglevel=2, **({"vocab_size": 100} | settings)
     )
     return out.getvalue()
 
@@ -104,7 +106,7 @@ def test_the_same_text_gives_the_same_file_and_another_text_another_fingerprint(
 
 
 def test_the_fingerprint_is_over_the_meaning_and_not_over_the_file() -> None:
-    settings = {"model_type": "bpe", "vocab_size": 80}
+    settings = {"model_type": "bpe", "vocab_size": 200}
     one, two = (Tokenizer(trained(num_threads=threads, **settings), "x") for threads in (1, 2))
     assert one._model != two._model and one.fingerprint == two.fingerprint
     assert Tokenizer(trained(add_dummy_prefix=False, **settings), "x").fingerprint != one.fingerprint
@@ -113,13 +115,13 @@ def test_the_fingerprint_is_over_the_meaning_and_not_over_the_file() -> None:
 def test_a_vocabulary_of_others_is_used_and_known_to_lose_text() -> None:
     plain = Tokenizer(trained(), "plain")
     assert not plain.lossless and plain.bos == 1 and plain.decode(plain.encode("the sea")) == "the sea"
-    no_bos = Tokenizer(trained(bos_id=-1, byte_fallback=True, vocab_size=320), "no bos")
-    assert no_bos.bos == 1 and no_bos.piece(1) == "</s>"
+    no_bos = Tokenizer(trained(bos_id=-1, byte_fallback=True, vocab_size=380), "no bos")
+    assert no_bos.piece(no_bos.bos) == "</s>"
     with pytest.raises(RecipeError, match="bos_id"):
         Tokenizer(trained(bos_id=-1, eos_id=-1), "neither")
 
 
-@pytest.mark.parametrize("documents", [DOCUMENTS[:3], [b"a"], ["一二三四五六七八九十".encode()], [b"\t\t", b"ab ab ab"]])
+@pytest.mark.parametrize("documents", [DOCUMENTS[:3], [b"a"], ["一二三四五六七八".encode()], [b"\t\t", b"ab ab ab"]])
 def test_too_little_text_says_the_largest_vocabulary_that_fits(documents: list[bytes]) -> None:
     with pytest.raises(TextError, match="so little text") as raised:
         Tokenizer.train(documents, vocabulary=5000)
@@ -138,14 +140,13 @@ def test_too_small_a_vocabulary_says_the_smallest_that_fits() -> None:
 
 
 def test_a_term_that_cannot_be_a_piece_is_one_line() -> None:
-    with pytest.raises(TextError, match=r"tokenizer\.terms"):
-        Tokenizer.train(DOCUMENTS, vocabulary=320, terms=("<s>",))
+    with pytest.raises(RecipeError, match=r"tokenizer\.terms: <s>"):
+        Tokenizer.train(DOCUMENTS, vocabulary=320, terms=("Har", "<s>"))
 
 
 def test_long_lines_and_tabs_are_not_left_out_of_training() -> None:
-    tokenizer = Tokenizer.train([b"river " * 10_000, b"sea\twind\n" * 50], vocabulary=275)
-    assert [tokenizer.piece(id) for id in tokenizer.encode("river river")] == ["r\u0069ver", "\u2581river"]
-    assert len(tokenizer.encode("wind")) == 1
+    tokenizer = Tokenizer.train([b"river " * 10_000, b"sea\twind\n" * 50], vocabulary=280)
+    assert len(tokenizer.encode(" river")) == len(tokenizer.encode("wind")) == 1
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
