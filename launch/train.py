@@ -1,4 +1,4 @@
-"""The script that `accelerate launch` or torchrun starts, or a person: python launch/train.py RECIPE. Recipe in, run out."""
+"""Recipe in, run out: what `accelerate launch` or torchrun starts, or a person by python launch/train.py RECIPE."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ try:
     from llm.recipe import Recipe, dump, load
 except ImportError as missing:
     print(
-        f"error: {missing}. Another package is called `llm` too: take a fresh environment and run `pip install -e .` here",
+        f"error: {missing}. Another package is called `llm` too: in a fresh environment run `pip install -e .`",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -63,13 +63,16 @@ class StoppedError(LLMError):
 
 
 def as_disk_error(error: OSError) -> LLMError | None:
-    """The DiskError that this failure of the operating system is, None where the disk is not to blame."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-        where = f" at {error.filename}" if error.filename else ""
-        return DiskError(
-            f"the disk failed{where}: {os.strerror(error.errno)}; make room and run the same command again"
-        )
-    return None
+    """The DiskError that this failure of the operating system is, None where neither disk nor permissions are to blame."""
+    mends = {
+        **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run the same command again"),
+        **dict.fromkeys((errno.EIO, errno.EROFS), "mend the disk or name another place, and run the same command again"),
+        **dict.fromkeys((errno.EACCES, errno.EPERM), "allow writing there, or run it in a folder of your own"),
+    }
+    if error.errno not in mends:
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}; {mends[error.errno]}")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -78,7 +81,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = main() or 0
         sys.stdout.flush()  # here, where it may fail, rather than at the interpreter's end
     except LLMError as error:
-        print(f"{'' if isinstance(error, StoppedError) else 'error: '}{error}", file=sys.stderr, flush=True)
+        if str(error):
+            who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+            kind = "" if isinstance(error, StoppedError) else "error: "
+            print(f"{who}{kind}{error}", file=sys.stderr, flush=True)
         status = error.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from llm.errors import GroupError, LLMError, as_disk_error
 
 HUNG = timedelta(minutes=15)  # a step and an evaluation that take longer than this do not pass for a hung process
+MAIN = 1000  # added to an exit status by the main process
 PATIENCE = timedelta(days=365)  # the preparation of a large text takes as long as it takes
 
 
@@ -114,18 +115,21 @@ class Council:
 
     @contextmanager
     def together(self, *, patient: bool = False) -> Iterator[None]:
-        """All processes leave the block, or all end: one that fails in it with an LLMError takes the others along."""
+        """All processes leave the block, or all end: one that fails in it with an LLMError takes the others along.
+
+        Those that only follow stay silent, as do those that fail where the main process fails too.
+        """
         try:
             yield
-        except LLMError as error:
-            self.largest(error.status, patient=patient)
-            raise
-        except OSError as error:
-            disk = as_disk_error(error)
-            self.largest(disk.status if disk else 1, patient=patient)
-            raise disk or error from error
-        if status := self.largest(0, patient=patient):
-            raise _Followed(status)
+        except (LLMError, OSError) as error:
+            known = error if isinstance(error, LLMError) else as_disk_error(error)
+            status = known.status if known else 1
+            worst = self.largest(status + (MAIN if rank() == 0 else 0), patient=patient)
+            if worst >= MAIN and rank() != 0:
+                raise Followed(worst - MAIN) from error
+            raise known or error from error
+        if worst := self.largest(0, patient=patient):
+            raise Followed(worst % MAIN)
 
     def leave(self) -> None:
         """Part, once all are ready to."""
@@ -144,7 +148,9 @@ class Council:
             return result if first else act()
 
 
-class _Followed(GroupError):
+class Followed(GroupError):
+    """Another process failed and has said why."""
+
     def __init__(self, status: int) -> None:
-        super().__init__(f"process {rank()} ends, as another process failed with status {status}")
+        super().__init__("")
         self.status = status

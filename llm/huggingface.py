@@ -1,7 +1,7 @@
 """The files that make a checkpoint a Hugging Face model folder, written as plain JSON, without their library.
 
-The architecture is Qwen3's, which is exactly ours. The tokenizer is written as byte-fallback BPE, whose ids are those of
-sentencepiece on any text without a literal U+2581, which that format cannot tell from a space.
+The architecture is Qwen3's, which is exactly ours. The tokenizer is written as byte-fallback BPE, whose ids are those
+of sentencepiece on any text without a literal U+2581, which that format cannot tell from a space.
 """
 
 import json

@@ -87,6 +87,8 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # read by torchrun's processes before the first Accelerator
     if group.world() > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
     council = group.Council()
     run = Path("runs") / recipe.run
@@ -102,13 +104,26 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
             f"{group.world()} processes were asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}: "
             "launch with torchrun, or with `accelerate launch --multi_gpu`"
         )
-    if recipe.windows_per_step % group.world():
-        raise RecipeError(
-            f"{recipe.windows_per_step} windows a step (train.tokens_per_step / model.context) cannot be shared by "
-            f"{group.world()} processes: "
-            f"make train.tokens_per_step a multiple of {group.world() * recipe.model.context}"
-        )
+    with council.together():
+        _refuse_uneven(recipe)
     return accelerator, council, recipe
+
+
+def _refuse_uneven(recipe: Recipe) -> None:
+    """RecipeError where a step's windows cannot be dealt to the processes in micro-batches of one size."""
+    windows, world = recipe.windows_per_step, group.world()
+    if windows % world:
+        raise RecipeError(
+            f"{windows} windows a step (train.tokens_per_step / model.context) cannot be shared by {world} processes: "
+            f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
+        )
+    micro_batch, share = recipe.machine.micro_batch, windows // world
+    if isinstance(micro_batch, int) and share % micro_batch:
+        nearest = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+        raise RecipeError(
+            f"{windows} windows a step (train.tokens_per_step / model.context) cannot be split into micro-batches of "
+            f"machine.micro_batch = {micro_batch} on {world} processes: try {nearest}"
+        )
 
 
 def die_with_parent() -> None:

@@ -97,9 +97,11 @@ class Trainer:
         if recipe.machine.compile:
             for block in self.model.blocks:
                 block.compile()
-        self.wrapped: Any = self.model if self.layout.sharded else accelerator.prepare_model(self.model)
-        if group.world() > 1 and not self.layout.sharded:
-            self.wrapped.register_comm_hook(None, sharding.canonical_hook)
+        self.wrapped: Any = self.model
+        if not self.layout.sharded:
+            self.wrapped = accelerator.prepare_model(self.model)
+            if group.world() > 1:
+                self.wrapped.register_comm_hook(None, sharding.canonical_hook)
 
     # ------------------------------------------------------------------ one step
 

@@ -295,12 +295,14 @@ def test_a_missing_extra_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 LONG_LINE = """if True:
     import resource, sys
+    from pathlib import Path
     from llm.prepare import prepare
     from llm.recipe import load
-    def peak(text):
-        prepare(load(sys.argv[1], [*sys.argv[3:], f"text.files=[{text}]"]))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak(sys.argv[2] + "/text.txt") - 2 * peak(sys.argv[2] + "/text.txt") + peak(sys.argv[2] + "/line.txt"))
+    peaks = []
+    for name in ("text.txt", "line.txt"):
+        prepare(load(Path(sys.argv[1]), [*sys.argv[3:], f"text.files=[{sys.argv[2]}/{name}]"]))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peaks[1] - peaks[0])
 """
 
 

@@ -11,6 +11,7 @@ from tests.forks import digest, run_group, train, write_recipe, write_text
 
 NODE = 2  # processes of a node, for hybrid
 LAYOUTS = [(1, "none"), (2, "none"), (4, "none"), (2, "full"), (4, "full"), (4, "hybrid")]
+FAST = [(1, "none"), (2, "none"), (2, "full")]
 
 
 @pytest.fixture(scope="module")
@@ -36,38 +37,62 @@ def go(folder: Path, recipe: Path, world: int, shard: str, status: int = 0, **op
 
 
 # AdamW's update is smooth in the gradient; Muon's orthogonalisation amplifies the rounding of the sums.
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 1e-4)])
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_curve_is_the_same_on_any_world_and_layout(
-    tmp_path: Path, text: Path, optimizer: str, tolerance: float, tied: bool
-) -> None:
-    changes = {"train.optimizer": optimizer, "model.tied": tied, "train.steps": 50, "train.learning_rate": 0.003}
-    recipe = write_recipe(tmp_path, text, **changes, **{"machine.micro_batch": "auto", "checkpoint.every": 50})
-    for world, shard in LAYOUTS:
-        folder = tmp_path / f"{world}-{shard}"
-        go(folder, recipe, world, shard)
-        curve = losses(folder)
-        assert len(curve) == 50 and curve[-1] < curve[0]
-        assert curve == pytest.approx(losses(tmp_path / "1-none"), rel=tolerance)
+TOLERANCES = {"adamw": 1e-5, "muon": 1e-4}
 
 
+def one_curve(folder: Path, text: Path, optimizer: str, tied: bool, steps: int, layouts: list[tuple[int, str]]) -> None:
+    """Dropout is on, and the micro-batch is another one on each world."""
+    changes = {"train.optimizer": optimizer, "model.tied": tied, "train.steps": steps, "train.learning_rate": 0.003}
+    recipe = write_recipe(folder, text, **changes, **{"machine.micro_batch": "auto", "checkpoint.every": steps})
+    for world, shard in layouts:
+        go(folder / f"{world}-{shard}", recipe, world, shard)
+        curve = losses(folder / f"{world}-{shard}")
+        assert len(curve) == steps and curve[-1] < curve[0]
+        assert curve == pytest.approx(losses(folder / "1-none"), rel=TOLERANCES[optimizer])
+
+
+@pytest.mark.parametrize(("optimizer", "tied"), [("muon", True), ("adamw", False)])
+def test_the_curve_is_the_same_on_1_and_2_processes(tmp_path: Path, text: Path, optimizer: str, tied: bool) -> None:
+    one_curve(tmp_path, text, optimizer, tied, 30, FAST)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize(("world", "shard"), LAYOUTS[1:])
-def test_a_group_that_is_stopped_ends_in_the_same_bits(
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_curve_is_the_same_on_any_world_and_layout(tmp_path: Path, text: Path, optimizer: str, tied: bool) -> None:
+    one_curve(tmp_path, text, optimizer, tied, 50, LAYOUTS)
+
+
+def same_bits(folder: Path, text: Path, optimizer: str, world: int, shard: str, stops: list[int]) -> None:
+    """The signal goes to every process here; that it may go to any one is shown elsewhere."""
+    recipe = write_recipe(folder, text, **{"train.optimizer": optimizer, "machine.micro_batch": 1})
+    go(folder / "whole", recipe, world, shard)
+    for stop in stops:
+        go(folder / "parts", recipe, world, shard, status=75, stop_after=stop)
+    go(folder / "parts", recipe, world, shard)
+    assert digest(folder / "parts") == digest(folder / "whole")
+
+
+@pytest.mark.parametrize(("world", "shard"), [(2, "none"), (2, "full")])
+def test_two_processes_that_are_stopped_end_in_the_same_bits(
+    tmp_path: Path, text: Path, world: int, shard: str
+) -> None:
+    same_bits(tmp_path, text, "muon", world, shard, [7])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(("world", "shard"), LAYOUTS)
+def test_stopped_at_every_step_any_world_ends_in_the_same_bits(
     tmp_path: Path, text: Path, optimizer: str, world: int, shard: str
 ) -> None:
-    """The signal goes to every process here; that it may go to any one is shown elsewhere."""
-    recipe = write_recipe(tmp_path, text, **{"train.optimizer": optimizer, "machine.micro_batch": 1})
-    go(tmp_path / "whole", recipe, world, shard)
-    for stop in (1, 7):
-        go(tmp_path / "parts", recipe, world, shard, status=75, stop_after=stop)
-    go(tmp_path / "parts", recipe, world, shard)
-    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+    same_bits(tmp_path, text, optimizer, world, shard, list(range(1, 11)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_opens_on_any_other_world_and_layout(tmp_path: Path, text: Path, tied: bool) -> None:
-    """Saved on one layout and gone on with on the next, the curve is the undisturbed one's; what is loaded is what was saved."""
+    """Saved on one layout and gone on with on the next, the curve is the undisturbed one's."""
     recipe = write_recipe(
         tmp_path, text, **{"machine.micro_batch": "auto", "model.tied": tied, "train.learning_rate": 0.003}
     )
@@ -84,3 +109,10 @@ def test_only_the_main_process_speaks(tmp_path: Path, text: Path) -> None:
     first, second = run_group(train(write_recipe(tmp_path, text)), tmp_path, 2)
     assert "12 steps" in first.out and "2 x 1 threads" in first.out
     assert second.out == "" and second.err == ""
+
+
+def test_a_micro_batch_that_does_not_fit_the_world_is_refused_in_one_line(tmp_path: Path, text: Path) -> None:
+    first, second = run_group(train(write_recipe(tmp_path, text), "machine.micro_batch=4"), tmp_path, 2)
+    assert first.status == second.status == 2
+    assert "machine.micro_batch = 4 on 2 processes: try 2" in first.err and len(first.err.splitlines()) == 1
+    assert second.err == ""

@@ -60,10 +60,10 @@ def write_all(documents: Iterable[bytes], folder: Path, tokenizer: Tokenizer) ->
         pass
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def rate(folder: Path, megabytes: int) -> None:
@@ -84,16 +84,18 @@ def rate(folder: Path, megabytes: int) -> None:
     def whole() -> None:
         write_all(Corpus(recipe.text).documents(), folder, tokenizer)
 
-    alone_seconds, whole_seconds = [], []
-    for _ in range(REPEATS):
-        alone_seconds.append(seconds(alone))
-        shutil.rmtree(folder / "shards", ignore_errors=True)
-        whole_seconds.append(seconds(whole))
-    ratios = [a / w for a, w in zip(alone_seconds, whole_seconds, strict=True)]
+    write_all(documents[:100], folder, tokenizer)  # `datasets` imports torch when it is first used
     print(f"{size:.0f} MB, {len(texts)} documents, {threads} threads, {REPEATS} repeats")
-    print("sentencepiece alone, MB/s:", spread([size / each for each in alone_seconds]))
-    print("text into shards, MB/s:   ", spread([size / each for each in whole_seconds]))
-    print("ratio:                    ", spread(ratios))
+    # On a machine that does other work at the same time, only processor time can be compared.
+    for name, clock in (("wall", time.perf_counter), ("processor", time.process_time)):
+        rates: list[tuple[float, float]] = []
+        for _ in range(REPEATS):
+            raw_rate = size / seconds(alone, clock)
+            shutil.rmtree(folder / "shards", ignore_errors=True)
+            rates.append((raw_rate, size / seconds(whole, clock)))
+        print(f"{name} time, MB/s: sentencepiece alone", spread([a for a, _ in rates]))
+        print(f"{name} time, MB/s: text into shards   ", spread([w for _, w in rates]))
+        print(f"{name} time: ratio                    ", spread([w / a for a, w in rates]))
 
 
 def memory(folder: Path, megabytes: int) -> None:
