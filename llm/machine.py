@@ -20,13 +20,16 @@ from llm.errors import GroupError, RecipeError
 from llm.recipe import Recipe
 
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
+EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
 
 
-def threads_of(recipe: Recipe) -> int:
+def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
     """CPU threads of this process: the cores that it may use, shared among the processes of this machine."""
     if recipe.machine.threads != "auto":
         return recipe.machine.threads
+    if recipe.machine.exact and "threads" in known:  # part of what decides the bits
+        return int(known["threads"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -59,7 +62,7 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
     """
     record = run / RECORD
     known = store.read_json(record) if record.exists() else {}
-    torch.set_num_threads(threads_of(recipe))
+    torch.set_num_threads(threads_of(recipe, known))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate chooses one
     names: tuple[Any, ...] = ("fp32", "bf16", "fp16")
     precision = known.get("precision") if recipe.machine.precision == "auto" else None
@@ -70,7 +73,12 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
         fitting = [
             n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * recipe.model.context <= CPU_TOKENS)
         ]
-        micro_batch = known.get("micro_batch") if known.get("world") == group.world() else None
+        if recipe.machine.exact:  # part of what decides the bits, so it must not depend on the world
+            windows = recipe.windows_per_step
+            fitting = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n in EXACT_MICRO_BATCHES]
+            fitting = fitting[:1] or [1]
+        kept = known.get("world") == group.world() or recipe.machine.exact
+        micro_batch = known.get("micro_batch") if kept else None
         micro_batch = micro_batch or (max(fitting, default=1) if not has_accelerator() else "auto")
     return replace(
         recipe,
@@ -118,6 +126,13 @@ def _refuse_uneven(recipe: Recipe) -> None:
             f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
         )
     micro_batch, share = recipe.machine.micro_batch, windows // world
+    if recipe.machine.exact and isinstance(micro_batch, int):
+        count = windows // micro_batch
+        if count & (count - 1) or world & (world - 1):
+            raise RecipeError(
+                f"machine.exact sums a balanced tree over {count} micro-batches on {world} processes: both must be "
+                "powers of two; choose train.tokens_per_step and machine.micro_batch so"
+            )
     if isinstance(micro_batch, int) and share % micro_batch:
         nearest = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
         raise RecipeError(
@@ -135,5 +150,5 @@ def die_with_parent() -> None:
 def remember(recipe: Recipe, run: Path) -> None:
     """Keep what `settled` and a rehearsal found, for the next start of this run."""
     machine = recipe.machine
-    found = {"precision": machine.precision, "micro_batch": machine.micro_batch, "world": group.world()}
-    store.write_json(run / RECORD, found)
+    found = {name: getattr(machine, name) for name in ("precision", "micro_batch", "threads")}
+    store.write_json(run / RECORD, {**found, "world": group.world()})

@@ -79,6 +79,7 @@ class Train:
     )
     weight_decay: float = setting(0.1, unit="a step, times the rate", least=0, below=100)
     clip: float = setting(1.0, unit="largest norm of the gradient; 0: none", least=0, below=1e9)
+    skip: tuple[str, ...] = setting((), unit="ranges of steps, such as 1200-1210, whose windows are left out")
     on_nonfinite: Literal["stop", "skip"] = setting("stop", unit="what a loss or gradient that is not finite does")
 
 
@@ -110,6 +111,7 @@ class Machine:
     shard: Literal["none", "full", "hybrid"] = setting(
         "none", unit="none, full: among all processes, hybrid: in a node"
     )
+    exact: bool = setting(False, unit="the same bits on 1, 2, 4 ... processes, for more memory and exchange")
     recompute: bool = setting(
         False, unit="forget each block's activations and compute them again: less memory, a third slower"
     )
@@ -459,6 +461,7 @@ def resolve(recipe: Recipe) -> Recipe:
     model = replace(
         model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=model.ffn_dim or -(-model.dim * 8 // 3 // 64) * 64
     )
+    skipped(recipe)
     if train.tokens:
         train = replace(train, tokens=0, steps=-(-train.tokens // train.tokens_per_step))
     if train.steps and train.warmup > train.steps * (1 - train.decay) + 1e-6:
@@ -487,6 +490,18 @@ def flat(recipe: Recipe) -> dict[str, Any]:
         else:
             values[each.name.rstrip("_")] = value
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
+    """The ranges of train.skip, first and last step each; RecipeError for one that is none."""
+    ranges: list[tuple[int, int]] = []
+    for text in recipe.train.skip:
+        match = re.fullmatch(r"([0-9]{1,12})(?:-([0-9]{1,12}))?", text.strip())
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if high < low or any(low <= other[1] and other[0] <= high for other in ranges):
+            raise RecipeError(f"train.skip = {text!r}: ranges that do not overlap are expected, such as 1200-1210")
+        ranges.append((low, high))
+    return tuple(ranges)
 
 
 def science(recipe: Recipe) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Stream:
     """The training side in the order of `order`, `windows_per_step` a step, dealt to `world` processes by micro-batch.
 
     Micro-batch m of a step holds the same windows on any world; process `rank` runs those with m = rank modulo `world`.
+    The windows of `skipped` steps (first, last) are left out: those steps read what follows.
     """
 
     side: Side
@@ -39,10 +40,18 @@ class Stream:
     micro_batch: int
     rank: int = 0
     world: int = 1
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    def first(self, step: int) -> int:
+        """Position of the first window that the group reads at `step`."""
+        for low, high in sorted(self.skipped):
+            if step >= low:
+                step += high - low + 1
+        return step * self.windows_per_step
 
     def positions(self, step: int) -> list[np.ndarray]:
         """Positions of this process's windows at `step`, an int64 array for each micro-batch."""
-        first = step * self.windows_per_step
+        first = self.first(step)
         stride = self.micro_batch * self.world
         return [
             np.arange(low, low + self.micro_batch)

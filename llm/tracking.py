@@ -35,13 +35,17 @@ class Tracker:
     """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it."""
 
     def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any]) -> None:
-        self.record = store.Lines(run / "metrics.jsonl", keep=lambda line: line.get("step", 0) <= step)
+        path = run / "metrics.jsonl"
+        lines = list(store.read_lines(path)) if path.exists() else []
+        # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is not sent twice.
+        self.told = max((line.get("step", 0) for line in lines), default=0)
+        self.record = store.Lines(path, keep=lambda line: line.get("step", 0) <= step)
+        lines = [line for line in lines if line.get("step", 0) <= step]
         self.steps = recipe.train.steps
         self.bar = tqdm(
             total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
         self.trackers: dict[str, Any] = {}
-        lines = list(store.read_lines(run / "metrics.jsonl"))
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
         self.losses = deque((line["loss"] for line in lines if "loss" in line), maxlen=SPIKE_WINDOW)
         config = {**flat(recipe), **shown}
@@ -78,6 +82,8 @@ class Tracker:
             self.bar.set_postfix_str(
                 f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s", refresh=False
             )
+        if step < self.told:
+            return
         plain = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
         for name, tracker in list(self.trackers.items()):
             self._guard(name, partial(tracker.log, {"step": step, **plain}, step=step))
@@ -147,6 +153,8 @@ class Tracker:
         id_file = run / "wandb.json"
         if not id_file.exists():
             store.write_json(id_file, {"id": uuid.uuid4().hex[:8]})
+        for kind in ("CACHE", "DATA"):  # else it leaves files in the home folder
+            os.environ.setdefault(f"WANDB_{kind}_DIR", str((run / "wandb").resolve()))
         mode = recipe.tracking.wandb
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
             self.say(
@@ -156,8 +164,8 @@ class Tracker:
 
         def start(mode: str) -> None:
             tracker = WandBTracker(
-                recipe.run,
-                project="onetext-llm",
+                "onetext-llm",  # the project
+                name=recipe.run,
                 id=store.read_json(id_file)["id"],
                 resume="allow",
                 mode=mode,

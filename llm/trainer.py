@@ -22,17 +22,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llm import checkpoint, cost, group, sharding, store
+from llm import checkpoint, cost, fingerprints, group, sharding, store
 from llm.checkpoint import Checkpoint
 from llm.errors import DivergedError, LLMError, RecipeError, RefusedError, StoppedError
 from llm.generation import Sampling, continuations
+from llm.gradients import Counter
 from llm.huggingface import model_files, tokenizer_files
 from llm.loss import IGNORED
 from llm.machine import die_with_parent, remember, start_group
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm, wide
 from llm.order import Order
-from llm.recipe import Machine, Recipe, dump, flat, science
+from llm.recipe import Machine, Recipe, dump, flat, science, skipped
 from llm.schedule import rate_share
 from llm.sharding import Layout, Rows, held
 from llm.shards import Shards
@@ -80,6 +81,7 @@ class Trainer:
         self.stop = 0  # the signal that asked to stop, or OUT_OF_TIME
         self.began = self.stopped_at = time.monotonic()
         self.tracker: Tracker | None = None  # the main process's
+        self.record: fingerprints.Record | None = None  # likewise
         self.beside = {**model_files(recipe.model, tokenizer), **tokenizer_files(tokenizer)}
         dtype = TYPES[recipe.machine.precision]
         self.layout = Layout(recipe.machine.shard, self.device, dtype)
@@ -115,17 +117,16 @@ class Trainer:
             self.recipe.machine.micro_batch,
             group.rank(),
             group.world(),
+            skipped(self.recipe),
         )
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step`; mean loss (nats a token) and norm of the gradient, on the device, of the whole group."""
         recipe, assumed = self.recipe, self.recipe.train.tokens_per_step
         loss, tokens = self.accumulate([batch.to(self.device) for batch in self.stream.at(step)])
-        gradients = [held(p.grad) for p in self.model.parameters() if p.grad is not None]
-        self.layout.sum_copies([rows.local for rows in gradients])
         # Gradients were summed as if every target counted; this makes them the mean over those that do.
         scale = assumed / tokens / self.scale
-        norm = gradient_norm(gradients, self.layout) * scale
+        norm = gradient_norm(self.gradients(), self.layout) * scale
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         # An overflow that fp16's scale answers is no event; a loss that is not finite always is.
         sound = torch.isfinite(loss) if recipe.machine.precision == "fp16" else finite
@@ -145,18 +146,30 @@ class Trainer:
 
         Sum of the losses (nats) and count of the targets: (2,) of fp64.
         """
-        counted = torch.zeros(2, dtype=wide(self.device), device=self.device)
-        self.model.zero_grad(set_to_none=True)
+        exact, counter, counted = self.recipe.machine.exact, Counter(), []
         for index, batch in enumerate(batches):
+            if index == 0 or exact:
+                self.model.zero_grad(set_to_none=True)
             # Whole gradients are exchanged once a step, with the last micro-batch; sharded ones are dealt after each,
             # as no process has room for them whole.
-            waits = index + 1 < len(batches) and not self.layout.sharded
+            waits = index + 1 < len(batches) and not self.layout.sharded and not exact
             with self.accelerator.no_sync(self.wrapped) if waits else nullcontext():
                 with self.accelerator.autocast():
                     loss = self.wrapped(batch.tokens, batch.targets, batch.windows)
                 (loss * (self.scale / self.recipe.train.tokens_per_step)).backward()
-            counted += torch.stack([loss.detach(), (batch.targets != IGNORED).sum()]).to(counted.dtype)
-        return sharding.gather(counted).sum(0)
+            counted.append(torch.stack([loss.detach(), (batch.targets != IGNORED).sum()]).to(wide(self.device)))
+            if exact or index + 1 == len(batches):
+                self.layout.sum_copies([rows.local for rows in self.gradients()])
+            if exact:
+                counter.add([rows.local.clone() for rows in self.gradients()])
+        if exact:
+            for rows, total in zip(self.gradients(), counter.total(), strict=True):
+                rows.local.copy_(total)
+        # In the order of the micro-batches' numbers, whatever the world.
+        return sharding.gather(torch.stack(counted)).transpose(0, 1).flatten(0, 1).sum(0)
+
+    def gradients(self) -> list[Rows]:
+        return [held(p.grad) for p in self.model.parameters() if p.grad is not None]
 
     def rescale(self, finite: Tensor) -> None:
         """fp16's scale: halved after an overflow, doubled after FP16_GROWTH_STEPS steps without; all on the device."""
@@ -172,6 +185,7 @@ class Trainer:
         recipe, state = self.recipe, self.state
         if group.rank() == 0:
             self.tracker = Tracker(self.run, recipe, state.step, {"world": group.world()})
+            self.record = fingerprints.Record(self.run, state.step)
         seconds, counted_from = 0.0, state.step
         while state.step < recipe.train.steps and not self.asked_to_stop():
             began = time.perf_counter()
@@ -181,6 +195,7 @@ class Trainer:
             last = state.step == recipe.train.steps
             if last or state.step % recipe.tracking.every == 0:
                 self.check()
+                self.sign(loss)
                 seconds += time.perf_counter() - began
                 self.log(loss, norm, seconds / (state.step - counted_from))
                 seconds, counted_from = 0.0, state.step
@@ -219,8 +234,22 @@ class Trainer:
 
     def texts(self, step: int, most: int = 4) -> list[str]:
         """Beginnings of the first windows that the group reads at `step`."""
-        starts = self.order.starts(np.arange(most) + step * self.recipe.windows_per_step).tolist()
+        starts = self.order.starts(np.arange(most) + self.stream.first(step)).tolist()
         return [self.tokenizer.decode(self.shards.train.read(start, start + 60).tolist()) for start in starts]
+
+    def sign(self, loss: Tensor) -> None:
+        """Add this step to the run's rolling record."""
+        sums = fingerprints.checksum(self.weights(), self.layout)
+        if self.record is not None:
+            first, last = self.record.step, self.state.step
+            order, per_step = self.order, self.recipe.windows_per_step
+            positions = [self.stream.first(step) + np.arange(per_step) for step in range(first, last)]
+            self.record.add(
+                self.state.step,
+                windows=fingerprints.windows(order, np.concatenate(positions)) if positions else "",
+                loss=float(loss).hex(),
+                weights=[f"{number & (1 << 64) - 1:016x}" for number in sums.tolist()],
+            )
 
     def log(self, loss: Tensor, norm: Tensor, step_seconds: float) -> None:
         if self.tracker is None:
@@ -318,6 +347,8 @@ class Trainer:
         self.check()
         if self.tracker is not None:
             self.tracker.flush()
+        if self.record is not None:
+            self.record.flush()
         checkpoint.save(
             checkpoint.folder_of(self.run, self.state.step),
             weights=self.weights(),
@@ -557,6 +588,8 @@ def _train(
     finally:
         if trainer.tracker is not None:
             trainer.tracker.close()
+        if trainer.record is not None:
+            trainer.record.close()
 
 
 def _begin(trainer: Trainer, asked: Recipe) -> None:
@@ -579,3 +612,8 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
         f"{epochs:.2f} epochs of {trainer.shards.train.tokens / 1e6:.2f} M; "
         f"{f'from step {trainer.state.step:,}, ' if trainer.state.step else ''}about {readable(left * step_seconds)}"
     )
+    if not trainer.tokenizer.is_exact_bpe:
+        group.say(
+            "the vocabulary is not byte-fallback BPE: checkpoints go without tokenizer.json, transformers opens "
+            "their model alone; the run keeps tokenizer/tokenizer.model for sentencepiece"
+        )

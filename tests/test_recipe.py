@@ -101,6 +101,7 @@ SCIENCE = {
     "train.weight_decay": "0",
     "train.clip": "0",
     "train.on_nonfinite": "skip",
+    "train.skip": "[3-4]",
 }
 MACHINE = {
     "run": "other",
@@ -119,6 +120,7 @@ MACHINE = {
     "machine.threads": "1",
     "machine.shard": "full",
     "machine.recompute": "yes",
+    "machine.exact": "yes",
     "machine.stop_after": "2",
     "machine.compile": "yes",
 }

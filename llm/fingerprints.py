@@ -1,0 +1,82 @@
+"""A rolling record of a run, by which two runs can be compared to the first step at which they part.
+
+fingerprints.jsonl has one line each `tracking.every` steps: the windows read since the line before, the loss to the
+last bit, a checksum of all weights, and a digest that chains the line to all before it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm import store
+from llm.errors import RefusedError
+from llm.order import Order, mix
+from llm.sharding import Layout, Rows, gather
+
+FILE = "fingerprints.jsonl"
+ODD = -7046029254386353131  # 0x9E3779B97F4A7C15: spreads a row's number over 64 bits
+
+
+def checksum(weights: dict[str, Rows], layout: Layout) -> Tensor:
+    """A number for each tensor (in the order of the names) that a changed or moved bit changes: int64, on the device.
+
+    Sums wrap and do not depend on how rows are dealt.
+    """
+    sums = []
+    for _, rows in sorted(weights.items()):
+        local = rows.local.reshape(len(rows.local), -1)
+        row_sums = local.view(torch.int32).sum(1, dtype=torch.int64)
+        numbers = torch.arange(rows.low, rows.low + len(local), device=local.device) * 2 + 1
+        sums.append((row_sums * (numbers * ODD)).sum())
+    total = torch.stack(sums)
+    return gather(total, layout.shards).sum(0) if layout.sharded else total
+
+
+def windows(order: Order, positions: np.ndarray) -> str:
+    """Digest of which windows stand at `positions`."""
+    return f"{mix(*order.starts(positions).tolist()):016x}"
+
+
+class Record:
+    """The record of a run that goes on after `step`."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.lines = store.Lines(run / FILE, keep=lambda line: line.get("step", 0) <= step)
+        last = list(read(run))[-1:]
+        self.chain = str(last[0]["chain"]) if last else ""
+        self.step = int(last[0]["step"]) if last else step
+
+    def add(self, step: int, **values: Any) -> None:
+        self.chain = _link(self.chain, step, values)
+        self.lines.append({"step": step, **values, "chain": self.chain})
+        self.step = step
+
+    def flush(self) -> None:
+        self.lines.flush()
+
+    def close(self) -> None:
+        self.lines.close()
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's record; none where it keeps none."""
+    return list(store.read_lines(run / FILE)) if (run / FILE).exists() else []
+
+
+def verify_chain(run: Path) -> int:
+    """How many lines the record has. RefusedError names the first that does not follow from those before it."""
+    chain = ""
+    lines = read(run)
+    for line in lines:
+        values = {name: value for name, value in line.items() if name not in ("step", "chain")}
+        chain = _link(chain, line["step"], values)
+        if chain != line["chain"]:
+            raise RefusedError(f"{run / FILE}: the line of step {line['step']} does not follow from those before it")
+    return len(lines)
+
+
+def _link(chain: str, step: int, values: dict[str, Any]) -> str:
+    return store.digest_of([chain, step, values])[:32]

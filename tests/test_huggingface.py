@@ -1,0 +1,157 @@
+"""A checkpoint is a Hugging Face model as it lies: their ids, their logits and their greedy text are ours, to the bit."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm import checkpoint
+from llm.generation import Sampling, generate
+from llm.group import Council
+from llm.huggingface import model_files, tokenizer_files
+from llm.model import Transformer
+from llm.optimizer import Optimizer
+from llm.recipe import Model
+from llm.runs import open_run
+from llm.sharding import Layout, held
+from llm.tokenizer import SPACE, Tokenizer
+from tests import tiny
+from tests.forks import run, train, write_recipe, write_text
+from tests.test_model import RECIPES
+from tests.test_tokenizer import DOCUMENTS, HOSTILE, trained
+
+transformers = pytest.importorskip("transformers", reason="compares with transformers: install the extra `test`")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+SHAPES = {
+    f"{name}, {'tied' if tied else 'untied'}": replace(each.model, tied=tied)
+    for name, each in RECIPES.items()
+    for tied in (True, False)
+}
+TERMS = ("New York", "Har", "a,b", 'q"', " of the ", "<b>")
+SCRIPTS = ("abc XYZ", "éßŁø", "αβγ Ω", "привет", "שלום", "مرحبا", "नमस्ते", "ไทย", "漢字かな", "한국어", "𝔘𐍈", "e\u0301\u0323", "½Å℃")
+ODD = (" ", "  ", "\n", "\n\n", "\r\n", "\t", "\x00", "\x07\x1b", "\x7f", "\u00a0", "\u200b", "\u2028", "\ufeff", "\ufffd",
+       "🎉", "👩‍👩‍👧", "🇩🇪", "<s>", "</s>", "<unk>", "<0x41>", "<|endoftext|>", "▂", "_", "1234567", "...", *TERMS)  # fmt: skip
+
+
+def tough_texts(count: int) -> Iterator[str]:
+    """Hostile texts by hand, then mixtures of scripts, spaces, controls, terms and long runs, drawn from a seed."""
+    yield from (text for text in HOSTILE if SPACE not in text and len(text) < 10_000)
+    yield from ("a" * 5_000, " " * 3_000, "\n" * 3_000, "ab" * 2_000, "<s>" * 500, "New York" * 300)
+    draw = random.Random(4)
+    words = [word for document in DOCUMENTS[:20] for word in document.decode().split(" ")]
+    for _ in range(count):
+        parts = []
+        for _ in range(draw.randint(0, 12)):
+            kind = draw.random()
+            if kind < 0.35:
+                parts.append(draw.choice(words))
+            elif kind < 0.6:
+                parts.append("".join(draw.choices(draw.choice(SCRIPTS), k=draw.randint(1, 8))))
+            elif kind < 0.9:
+                parts.append(draw.choice(ODD) * draw.choice((1, 1, 1, 2, 7)))
+            else:
+                code = draw.randrange(0x110000)
+                parts.append(chr(code) if not 0xD800 <= code < 0xE000 and chr(code) != SPACE else "x")
+        yield draw.choice(("", " ")).join(parts)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    scripts = " ".join(SCRIPTS).encode()
+    return Tokenizer.train([*DOCUMENTS, scripts * 3], vocabulary=480, terms=TERMS)
+
+
+def saved(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
+    """The model's checkpoint, as the trainer would leave it."""
+    layout = Layout("none", torch.device("cpu"), torch.float32)
+    moments = Optimizer(model, RECIPES["quickstart"].train, torch.float32, layout).moments
+    weights = {name: held(p) for name, p in model.named_parameters()}
+    beside = {**model_files(model.shape, tokenizer), **tokenizer_files(tokenizer)}
+    manifest = {"step": 1, "metrics": {}}
+    checkpoint.save(
+        folder, weights=weights, moments=moments, manifest=manifest, beside=beside, council=Council(), layout=layout
+    )
+    return folder
+
+
+def opened(folder: Path) -> Any:
+    """What transformers makes of the folder; nothing may be missing, left over or of another size."""
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    assert not any(told.get(each) for each in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), told
+    return theirs.eval()
+
+
+def ours_and_theirs_agree(ours: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    """Logits to the bit at every position of the context, and 100 greedy tokens."""
+    theirs = opened(folder)
+    tokens = tiny.ids(1, ours.shape.context, vocabulary=tokenizer.vocabulary)
+    with torch.no_grad():
+        assert torch.equal(ours.logits(tokens), theirs(tokens).logits)
+    ids = [tokenizer.bos, *tokenizer.encode("the sea")]
+    banned = (*tokenizer.banned, tokenizer.bos)  # as neither may end the text before its time
+    mine = [row[0] for row in generate(ours, [ids], 100, Sampling(temperature=0), banned=banned)]
+    text = theirs.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
+        min_new_tokens=100, max_new_tokens=100, temperature=None, top_k=None, min_p=None,
+        pad_token_id=tokenizer.bos)[0].tolist()  # fmt: skip
+    assert text == [*ids, *mine] and len(mine) == 100
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_transformers_opens_a_checkpoint_and_says_the_same(tmp_path: Path, tokenizer: Tokenizer, shape: Model) -> None:
+    model = tiny.stirred(Transformer(shape, tokenizer.vocabulary), seed=5)
+    ours_and_theirs_agree(model, tokenizer, saved(tmp_path / "step-000001", model, tokenizer))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_that_was_trained_opens_as_it_lies(tmp_path: Path, tied: bool) -> None:
+    text = write_text(tmp_path / "text.txt")
+    recipe = write_recipe(tmp_path, text, **{"model.tied": str(tied).lower(), "model.context": 128, "train.tokens_per_step": 256})
+    assert run(train(recipe), tmp_path).status == 0
+    of_run = open_run(str(tmp_path / "runs" / "tiny" / "step-000012"))
+    ours_and_theirs_agree(of_run.model, of_run.tokenizer, of_run.checkpoint.folder)
+
+
+def test_2000_tough_texts_have_their_ids_and_come_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """All but those with a literal U+2581, which their format cannot tell from a space."""
+    theirs = transformers.AutoTokenizer.from_pretrained(saved(tmp_path / "s", tiny.transformer(vocabulary=480), tokenizer))
+    texts = list(tough_texts(2_400))
+    assert len(set(texts)) > 2_000 and {"", "<s>", "<0x0A>"} <= set(texts)
+    assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.bos and len(theirs) == tokenizer.vocabulary
+    for text, ids, found in zip(texts, tokenizer.encode_batch(texts, threads=2), theirs(texts)["input_ids"], strict=True):
+        assert found == [tokenizer.bos, *ids.tolist()], repr(text[:200])
+        assert theirs.decode(found[1:]) == text == theirs.decode(found, skip_special_tokens=True), repr(text[:200])
+    assert theirs("x")["input_ids"] == theirs.encode("x") == [tokenizer.bos, *tokenizer.encode("x")]
+    assert all(found in theirs.convert_ids_to_tokens(range(480)) for found in ("New York", "Har", " of the "))
+
+
+def test_their_sampling_starts_from_ours(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The pieces that we never say are never said there, and a text ends where the next document would begin."""
+    model = tiny.stirred(Transformer(tiny.shape(context=128), 480))
+    theirs = opened(saved(tmp_path / "s", model, tokenizer))
+    assert theirs.generation_config.eos_token_id == tokenizer.bos and tokenizer.banned
+    assert list(theirs.generation_config.suppress_tokens) == list(tokenizer.banned)
+
+
+def test_a_vocabulary_of_another_kind_leaves_the_tokenizer_files_out_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "unigram.model").write_bytes(trained(vocab_size=300, byte_fallback=True, character_coverage=1.0))
+    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **{"tokenizer.path": "unigram.model", "train.steps": 4})
+    ended = run(train(recipe), tmp_path)
+    assert ended.status == 0, ended.err
+    lines = [line for line in ended.out.splitlines() if "tokenizer.json" in line]
+    assert len(lines) == 1 and "not byte-fallback BPE" in lines[0] and "tokenizer/tokenizer.model" in lines[0]
+    of_run = open_run(str(tmp_path / "runs" / "tiny"))
+    assert not list(of_run.checkpoint.folder.glob("tokenizer*"))
+    theirs = opened(of_run.checkpoint.folder)  # the model opens all the same
+    tokens = tiny.ids(1, 16, vocabulary=of_run.tokenizer.vocabulary)
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, of_run.model.logits(tokens))
