@@ -6,7 +6,7 @@ from pathlib import Path
 
 try:
     from llm.errors import run
-    from llm.recipe import Recipe, dump, load
+    from llm.recipe import dump, load
 except ImportError as missing:
     print(
         f"error: {missing}. Another package is called `llm` too: in a fresh environment run `pip install -e .`",
@@ -32,17 +32,10 @@ def main() -> None:
         return
 
     from llm.group import say
-    from llm.prepare import prepare
-    from llm.recipe import with_steps
-    from llm.shards import Shards
-    from llm.tokenizer import Tokenizer
+    from llm.prepare import ready
     from llm.trainer import train
 
-    def ready(recipe: Recipe) -> tuple[Recipe, Tokenizer, Shards]:
-        prepared = prepare(recipe, say)
-        return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
-
-    folder = train(recipe, ready)
+    folder = train(recipe, lambda recipe: ready(recipe, say))
     say(f'the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt "My self Har"')
 
 

@@ -21,13 +21,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm import store
-from llm.errors import RefusedError
+from llm.errors import DiskError, RefusedError
 from llm.group import Council
 from llm.sharding import Layout, Rows
 
 MANIFEST = "checkpoint.json"
 WEIGHTS = "model.safetensors"
 MOMENTS = "optimizer.safetensors"
+SLACK = 64 << 10  # bytes of a manifest, and of what a file system keeps of each file
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -78,6 +79,7 @@ def save(
             if council.writes:
                 if draft.exists():
                     store.remove(draft)
+                _check_space(folder, sum(end for _, _, end in heads.values()) + sum(map(len, beside.values())))
                 draft.mkdir(parents=True)
                 for name, (head, _, end) in heads.items():
                     store.write_chunks(draft / name, [head])
@@ -102,13 +104,23 @@ def save(
                 files = {
                     name: {"bytes": path.stat().st_size, "sha256": store.sha256(path)} for name, path in paths.items()
                 }
-                whole = {"format": 1, **manifest, "files": files}
-                store.write_json(draft / MANIFEST, {**whole, "digest": store.digest_of(whole)})
+                store.write_sealed(draft / MANIFEST, {"format": 1, **manifest, "files": files})
                 store.settle(draft, folder)
     except BaseException:
         if council.writes:
             shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _check_space(folder: Path, size: int) -> None:
+    """DiskError where a checkpoint of `size` bytes and its manifest would not fit beside those that are there."""
+    store.make_folder(folder.parent)
+    needed, free = size + size // 50 + SLACK, shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise DiskError(
+            f"the checkpoint {folder} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; those before it are "
+            "whole. Make room and run the same command again"
+        )
 
 
 def _header(tensors: dict[str, Rows]) -> tuple[bytes, dict[str, int], int]:
@@ -175,11 +187,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest alone, its own digest and its form verified."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise RefusedError(f"{path} is missing")
-    manifest = store.read_json(path)
-    if not isinstance(manifest, dict) or manifest.pop("digest", None) != store.digest_of(manifest):
-        raise RefusedError(f"{path} is damaged: it does not match its own digest")
+    manifest = store.read_sealed(path, most_bytes=1 << 20)
     files = manifest.get("files")
     if manifest.get("format") != 1 or not isinstance(files, dict) or not {WEIGHTS, MOMENTS} <= files.keys():
         raise RefusedError(
@@ -187,15 +195,48 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if any(Path(name).name != name or name in ("", ".", "..") for name in files):
         raise RefusedError(f"{path} names a file outside of its folder: refused")
-    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("metrics"), dict):
-        raise RefusedError(f"{path} lacks its step or its metrics")
+    if not _has_form(manifest):
+        raise RefusedError(f"{path} is none of ours: what it says has not the form of a checkpoint's manifest")
+    if folder.name.startswith("step-") and folder.name != f"step-{manifest['step']:06d}":
+        raise RefusedError(f"{folder} holds another checkpoint, that of step {manifest['step']}: give it its name back")
     return manifest
+
+
+def _has_form(manifest: dict[str, Any]) -> bool:
+    """Whether everything that is read from a manifest is there and of its kind, whoever wrote it."""
+
+    def number(value: Any, least: float = 0) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1 << 62
+
+    science, metrics, scale, best = (manifest.get(name) for name in ("science", "metrics", "scale", "best"))
+    return (
+        isinstance(manifest.get("step"), int)
+        and number(manifest["step"])
+        and isinstance(science, dict)
+        and isinstance(metrics, dict)
+        and number(metrics.get("bits_per_byte") or 0)
+        and number(best or 0)
+        and all(isinstance(manifest.get(name), str) for name in ("tokenizer", "data"))
+        and isinstance(manifest.get("machine"), dict)
+        and "parent" in manifest
+        and isinstance(scale, list)
+        and len(scale) == 2
+        and all(map(number, scale))
+        and all(
+            isinstance(file, dict) and number(file.get("bytes")) and isinstance(file.get("sha256"), str)
+            for file in manifest["files"].values()
+        )
+    )
 
 
 def folders(run: Path) -> list[Path]:
     """Checkpoint folders of a run, the newest first, valid or not."""
     found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(found, key=lambda path: -int(path.name[5:]))
+
+
+def up_to(run: Path, bound: int) -> list[Path]:
+    return [folder for folder in folders(run) if int(folder.name[5:]) <= bound]
 
 
 def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> Checkpoint | None:
@@ -205,7 +246,7 @@ def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> 
 
     RefusedError where there are some and all are damaged.
     """
-    candidates = [folder for folder in folders(run) if int(folder.name[5:]) <= bound]
+    candidates = up_to(run, bound)
     for folder in candidates:
         try:
             return open_checkpoint(folder)
@@ -219,10 +260,10 @@ def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> 
     return None
 
 
-def best(run: Path) -> Checkpoint | None:
-    """The checkpoint with the fewest bits per byte among those that were evaluated at their step."""
+def best(run: Path, bound: int = sys.maxsize) -> Checkpoint | None:
+    """The one with the fewest bits per byte among those of at most step `bound` that were evaluated at their step."""
     found = []
-    for folder in folders(run):
+    for folder in up_to(run, bound):
         try:
             checkpoint = Checkpoint(folder, read_manifest(folder))
         except RefusedError:
@@ -232,9 +273,12 @@ def best(run: Path) -> Checkpoint | None:
     return min(found, key=lambda c: (c.bits_per_byte, c.step), default=None)
 
 
-def retain(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    best_one = best(run)
-    for folder in folders(run)[keep:]:
+def retain(run: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one, of at most `step`, which was just saved.
+
+    Later ones were passed over as damaged: they count for nothing, and are replaced when their step is reached.
+    """
+    best_one = best(run, step)
+    for folder in up_to(run, step)[keep:]:
         if best_one is None or folder != best_one.folder:
             store.remove(folder)

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class Corpus:
     def documents(self, notes: Counter[str] | None = None) -> Iterator[bytes]:
         """Every document in order, its bytes exactly as in the text; `notes` counts what was cut or left out."""
         counted: Counter[str] = Counter() if notes is None else notes
-        return (document for source in self.sources for document in source.documents(self._rule, counted))
+        return chain.from_iterable(source.documents(self._rule, counted) for source in self.sources)
 
 
 def _sources(text: Text) -> Iterator[Source]:

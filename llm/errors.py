@@ -6,8 +6,11 @@ stays an assertion and keeps its traceback.
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -63,16 +66,19 @@ class StoppedError(LLMError):
 
 
 def as_disk_error(error: OSError) -> LLMError | None:
-    """The DiskError that this failure of the operating system is, None where neither disk nor permissions are to blame."""
+    """The DiskError that this failure of the system is, None where neither disk nor permissions are to blame."""
     mends = {
         **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run the same command again"),
-        **dict.fromkeys((errno.EIO, errno.EROFS), "mend the disk or name another place, and run the same command again"),
+        **dict.fromkeys((errno.EIO, errno.EROFS), "mend it or name another place, and run the same command again"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "allow writing there, or run it in a folder of your own"),
     }
     if error.errno not in mends:
         return None
-    where = f" at {error.filename}" if error.filename else ""
-    return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}; {mends[error.errno]}")
+    where, found = f" at {error.filename}" if error.filename else "", ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename:
+        with suppress(OSError):
+            found = f", {shutil.disk_usage(Path(error.filename).parent).free / 1e6:,.1f} MB are free"
+    return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}{found}; {mends[error.errno]}")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -76,9 +76,9 @@ def _own_text(opened: "Opened", files: list[str]) -> tuple["Side | Tokens", int,
 def _validation(opened: "Opened") -> tuple["Side | Tokens", int, int, int, str]:
     """The same of the validation side that the run was evaluated on."""
     from llm.shards import Shards
-    from llm.store import read_json
+    from llm.store import read_sealed
 
-    side = Shards.open(Path(read_json(opened.folder / "shards.json")["folder"])).validation
+    side = Shards.open(Path(read_sealed(opened.folder / "shards.json")["folder"])).validation
     if not side.tokens:
         raise TextError(
             f"run {opened.folder.name} has no validation side (text.validation = 0): name a text with --text"

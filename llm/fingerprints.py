@@ -21,7 +21,7 @@ ODD = -7046029254386353131  # 0x9E3779B97F4A7C15: spreads a row's number over 64
 
 
 def checksum(weights: dict[str, Rows], layout: Layout) -> Tensor:
-    """A number for each tensor (in the order of the names) that a changed or moved bit changes: int64, on the device.
+    """A number for each tensor, in the order of their names, that a changed bit changes: int64, on the device.
 
     Sums wrap and do not depend on how rows are dealt.
     """

@@ -3,6 +3,7 @@
 Nothing here is reached by a gradient. One process alone passes through all of it.
 """
 
+import json
 import os
 import secrets
 import sys
@@ -108,10 +109,20 @@ class Council:
         dist.all_reduce(box, group=self.group)
         return int(box)
 
-    def same(self, digest: str) -> bool:
-        """Whether every process gave the same hexadecimal digest."""
-        head = int(digest[:15], 16)
-        return self.largest(head) == head and self.largest(-head) == -head
+    def agree(self, what: str, facts: dict[str, Any], mend: str) -> None:
+        """GroupError that names the first process whose `facts` are not the main process's, and the first fact."""
+        if self.group is None:
+            return
+        facts = {name: str(value) for name, value in facts.items()}
+        if rank() == 0:
+            self.notes.set(what, json.dumps(facts))
+        theirs = json.loads(self.notes.get(what))
+        odd = next((name for name in {**theirs, **facts} if theirs.get(name) != facts.get(name)), None)
+        if odd is not None:
+            line = f"process {rank()} has {odd} = {facts.get(odd)}, process 0 has {theirs.get(odd)}: {mend}"
+            self.notes.set(f"{what} of {rank()}", line)
+        if others := self.largest(0 if odd is None else world() - rank()):
+            raise GroupError(self.notes.get(f"{what} of {world() - others}").decode())
 
     @contextmanager
     def together(self, *, patient: bool = False) -> Iterator[None]:
@@ -144,6 +155,8 @@ class Council:
         with self.together(patient=True):
             if first:
                 result = act()
+            if int(os.environ.get("LOCAL_WORLD_SIZE", world())) < world():
+                say("waiting until every machine is as far")
         with self.together(patient=True):
             return result if first else act()
 

@@ -5,19 +5,21 @@ Precision, threads and micro-batch are part of what decides a run's bits, so wha
 
 import ctypes
 import os
+import re
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from llm import cost, group, store
+from llm import __version__, cost, group, store
 from llm.errors import GroupError, RecipeError
-from llm.recipe import Recipe
+from llm.recipe import Recipe, flat
 
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
@@ -32,6 +34,27 @@ def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
         return int(known["threads"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def asked_for() -> int | None:
+    """How many processes the `accelerate launch` above this process was asked for, where that can be seen (Linux)."""
+    try:
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    launchers = ("accelerate", "accelerate-launch")
+    if not any(Path(word).name in launchers or "accelerate.commands" in word for word in line):
+        return None
+    options = " ".join(line[: line.index(sys.argv[0])] if sys.argv[0] in line else line)
+    if found := re.search(r"--num[_-]processes[ =]+(\d+)", options):
+        return int(found[1])
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    named = re.search(r"--config[_-]file[ =]+(\S+)", options)
+    config = Path(named[1]) if named else home / "accelerate" / "default_config.yaml"
+    if not config.expanduser().is_file() or ("--cpu" in options and not named):  # then accelerate reads no default
+        return None
+    found = re.search(r"(?m)^num_processes: *(\d+)", config.expanduser().read_text(errors="replace"))
+    return int(found[1]) if found else None
 
 
 def has_accelerator() -> bool:
@@ -61,7 +84,7 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
     What the run settled before stays. The first process decides for all.
     """
     record = run / RECORD
-    known = store.read_json(record) if record.exists() else {}
+    known = store.read_sealed(record) if record.exists() else {}
     torch.set_num_threads(threads_of(recipe, known))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate chooses one
     names: tuple[Any, ...] = ("fp32", "bf16", "fp16")
@@ -78,7 +101,7 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
             fitting = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n in EXACT_MICRO_BATCHES]
             fitting = fitting[:1] or [1]
         kept = known.get("world") == group.world() or recipe.machine.exact
-        micro_batch = known.get("micro_batch") if kept else None
+        micro_batch = council.largest(known.get("micro_batch", 0) if kept and group.rank() == 0 else 0)
         micro_batch = micro_batch or (max(fitting, default=1) if not has_accelerator() else "auto")
     return replace(
         recipe,
@@ -89,6 +112,13 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
 def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     """The processes, met and counted. GroupError where they are not those that were asked for."""
     on_cpu = not has_accelerator()
+    asked = asked_for()
+    if asked is not None and asked != group.world():
+        raise GroupError(
+            f"{asked} processes were asked for, but this launch line starts {group.world()}: say "
+            f"`accelerate launch --multi_gpu --num_processes {asked}`, without --cpu on a machine without GPUs too, or "
+            f"`torchrun --nproc_per_node {asked}`"
+        )
     if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true" and recipe.machine.shard == "none":
         group.say("the accelerate configuration asks for FSDP: machine.shard = full")
         recipe = replace(recipe, machine=replace(recipe.machine, shard="full"))
@@ -97,10 +127,14 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     if group.world() > 1 and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+        torch.distributed.init_process_group("gloo" if on_cpu else "nccl", timeout=group.HUNG)
     council = group.Council()
     run = Path("runs") / recipe.run
     with council.together():
+        versions = {"torch": torch.__version__, "accelerate": accelerate.__version__, "onetext-llm": __version__}
+        council.agree("versions", versions, "install the same version everywhere")
+        same = {name: value for name, value in flat(recipe).items() if name != "text.cache"}  # may be a disk of its own
+        council.agree("recipe", same, "start every process with the same recipe and overrides")
         recipe = settled(recipe, run, council)
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -142,8 +176,12 @@ def _refuse_uneven(recipe: Recipe) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask to be told (SIGTERM) when the launcher dies, which would otherwise leave an orphan. Linux only."""
-    if sys.platform == "linux":
+    """Ask to be told (SIGTERM) when the launcher dies, which would otherwise leave an orphan. Linux only.
+
+    Without a launcher the parent is a shell, which a person may close while the run goes on.
+    """
+    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    if sys.platform == "linux" and launched:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
@@ -151,4 +189,4 @@ def remember(recipe: Recipe, run: Path) -> None:
     """Keep what `settled` and a rehearsal found, for the next start of this run."""
     machine = recipe.machine
     found = {name: getattr(machine, name) for name in ("precision", "micro_batch", "threads")}
-    store.write_json(run / RECORD, {**found, "world": group.world()})
+    store.write_sealed(run / RECORD, {**found, "world": group.world()})

@@ -25,11 +25,12 @@ from llm import shards as sharding
 from llm import store
 from llm.corpus import Corpus, fraction, wiki_documents
 from llm.errors import DiskError, RecipeError, RefusedError, TextError, run
-from llm.recipe import Recipe, load
+from llm.recipe import Recipe, load, with_steps
 from llm.shards import Shards
-from llm.tokenizer import SETTINGS, Tokenizer
+from llm.tokenizer import MANIFEST, SETTINGS, Tokenizer
 
 SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory
+SMALL = 128 << 20  # bytes of shards that are checked against their sha256 at every start: a blink
 MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
 
 LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}
@@ -72,10 +73,10 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     sample: list[bytes] = []
     with _alone(path, "this text", say):
         if path.is_file() and not verify:
-            survey = Survey(**store.read_json(path))
+            survey = Survey(**store.read_sealed(path))
         else:
             survey, sample = _survey(corpus, share, show)
-            store.write_json(path, asdict(survey))
+            store.write_sealed(path, asdict(survey))
     _check(survey, recipe)
     left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
     say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
@@ -97,6 +98,12 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
             f"{_names(recipe)}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
             f"{recipe.model.context + 1:,}: use more text, or at most model.context={train.tokens - 1}")
     return Prepared(tokenizer, shards)
+
+
+def ready(recipe: Recipe, say: Say = print) -> tuple[Recipe, Tokenizer, Shards]:
+    """The same for the trainer, with the recipe's length in steps, which may depend on the text."""
+    prepared = prepare(recipe, say)
+    return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
 
 
 def _cache(name: str) -> Path:
@@ -122,10 +129,12 @@ def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
     lock = path.parent.parent / "locks" / f"{path.parent.name}-{path.stem}.lock"
     with store.lock(lock) as alone:
         if alone:
+            store.sweep(path.parent, of=path.name)
             yield
             return
     say(f"another process prepares {what}: waiting for it")
     with store.lock(lock, wait=True):
+        store.sweep(path.parent, of=path.name)
         yield
 
 
@@ -182,12 +191,12 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
             say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
             tokenizer = Tokenizer.train(documents, vocabulary=wanted.vocabulary, terms=wanted.terms)
             with store.draft_folder(folder) as draft:
-                tokenizer.save(draft)
-                about = {**asdict(wanted), "text": survey.sha256, "sampled_bytes": sampled}
-                store.write_json(draft / "manifest.json", {**about, "sha256": store.sha256(draft / model.name)})
-        if not model.is_file() or store.sha256(model) != store.read_json(folder / "manifest.json")["sha256"]:
-            raise RefusedError(f"{model} is missing or damaged (sha256): remove {folder} and prepare the text again")
-        return Tokenizer.load(model)
+                tokenizer.save(draft, **asdict(wanted), text=survey.sha256, sampled_bytes=sampled)
+        try:
+            store.read_sealed(folder / MANIFEST)
+            return Tokenizer.load(model)
+        except (RefusedError, RecipeError) as error:
+            raise RefusedError(f"{error}: remove {folder} and prepare the text again") from error
 
 
 def _sharded(
@@ -199,7 +208,9 @@ def _sharded(
     folder = cache / "shards" / fingerprint
     with _alone(folder, "these token shards", show.say):
         if (folder / "manifest.json").is_file():
-            shards = Shards.open(folder, verify)
+            store.sweep(folder)
+            small = sum(path.stat().st_size for path in folder.glob("*.arrow")) <= SMALL
+            shards = Shards.open(folder, verify or small)
             show.say(f"shards: {folder} (made before)")
             return shards
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocabulary)
@@ -251,7 +262,8 @@ class _Show:
             now = time.monotonic()
             if self.progress and now - told >= 10:
                 told, rate = now, done / (now - began)
-                left = f" of {total / 1e6:,.0f} MB, {max(total - done, 0) / rate:,.0f} s left" if total else " MB"
+                seconds = max((total or 0) - done, 0) / max(rate, 1)
+                left = f" of {total / 1e6:,.0f} MB, {seconds:,.0f} s left" if total else " MB"
                 self.say(f"{what}: {done / 1e6:,.0f}{left}, {rate / 1e6:,.1f} MB/s")
 
 

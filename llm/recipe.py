@@ -6,6 +6,7 @@ what a person means by them.
 """
 
 import difflib
+import hashlib
 import math
 import re
 import types
@@ -19,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from llm.errors import RecipeError
+from llm.errors import RecipeError, RefusedError
 
 Auto: TypeAlias = Literal["auto"]
 MOST_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst of that size
@@ -174,7 +175,7 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
                 given.pop(other, None)
         given[name] = _flow(name, value.strip())
     recipe = resolve(_build(given))
-    if (size := len(dump(recipe).encode())) > MOST_BYTES:  # the run keeps it, and must be able to read it again
+    if (size := len(signed(dump(recipe)).encode())) > MOST_BYTES:  # the run keeps it, and must be able to read it again
         raise RecipeError(f"{path} has {size} bytes when it is written out, {MOST_BYTES} at most: shorten its lists")
     return recipe
 
@@ -193,6 +194,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{str(path)[:200]} cannot be read: {reason}; name a recipe file") from None
     if len(data) > MOST_BYTES:
         raise RecipeError(f"{path} has more than {MOST_BYTES} bytes: that is no recipe")
+    *_, last = data.rstrip(b"\n").rpartition(b"\n")
+    if (last.startswith(b"# sha2") or re.fullmatch(rb".*[0-9a-f]{64}", last)) and data != signed(
+        data[: -len(last) - 1].decode(errors="replace")
+    ).encode():
+        raise RefusedError(
+            f"{path} is damaged, or was edited: it does not match the digest in its last line. Where you edited it, "
+            "take that line out"
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -519,6 +528,11 @@ _Dumper.add_representer(
         "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
     ),
 )
+
+
+def signed(text: str) -> str:
+    """The text of a recipe and, as a comment, its digest, which is held against it when it is read."""
+    return f"{text}# sha256 of the lines above: {hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def dump(recipe: Recipe) -> str:

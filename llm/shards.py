@@ -74,9 +74,10 @@ class Shards:
         path = folder / "manifest.json"
         if not path.is_file():
             raise RefusedError(f"{folder} holds no finished shards: prepare the text again")
-        manifest = store.read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("digest") != store.digest_of({**manifest, "digest": None}):
-            raise RefusedError(f"{path} is damaged: {_mend(folder)}")
+        try:
+            manifest = store.read_sealed(path)
+        except RefusedError as error:
+            raise RefusedError(f"{error}: {_mend(folder)}") from error
         if manifest["format"] != FORMAT:
             raise RefusedError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: {_mend(folder)}")
         for file in itertools.chain(*manifest["files"].values()):
@@ -135,8 +136,7 @@ def write(
     for side in SIDES:
         if waiting[side]:
             _write_file(folder, files, side, waiting[side])
-    manifest = {"format": FORMAT, **about, "dtype": dtype.name, "files": files, "digest": None}
-    store.write_json(folder / "manifest.json", {**manifest, "digest": store.digest_of(manifest)})
+    store.write_sealed(folder / "manifest.json", {"format": FORMAT, **about, "dtype": dtype.name, "files": files})
     store.remove(folder / "journal.json")
 
 

@@ -81,8 +81,9 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     make_folder(path.parent)
     draft = path.with_name(f"{DRAFT}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        _write(draft, chunks)
-        _rename(draft, path)
+        with _named(path):
+            _write(draft, chunks)
+            _rename(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
@@ -91,12 +92,43 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 def write_at(path: Path, chunks: Iterable[tuple[int, bytes | memoryview]]) -> None:
     """Write each chunk of an existing draft at its offset, durably; other processes may write the rest of the file."""
-    _write_at(path, chunks)
+    with _named(path):
+        _write_at(path, chunks)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What fails in the block says at which file: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as readable JSON, in the order given, under the promise of `write_bytes`."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """`value` as readable JSON with its own digest in it, for `read_sealed`."""
+    write_json(path, {**value, "digest": digest_of(value)})
+
+
+def read_sealed(path: Path, most_bytes: int = 64 << 20) -> dict[str, Any]:
+    """What `write_sealed` wrote. RefusedError where `path` is missing, or where a single bit of it is another."""
+    if not path.is_file():
+        raise RefusedError(f"{path} is missing")
+    value = read_json(path, most_bytes)
+    whole = isinstance(value, dict) and _json(value) == path.read_bytes()  # JSON has several ways to write one number
+    if not whole or value.pop("digest", None) != digest_of(value):
+        raise RefusedError(f"{path} is damaged: it does not match its own digest")
+    return dict(value)
 
 
 def read_json(path: Path, most_bytes: int = 64 << 20) -> Any:
@@ -141,9 +173,9 @@ def remove(path: Path) -> None:
     _remove(doomed)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the drafts that a killed process left in `folder`. The caller holds the folder's lock."""
-    for draft in folder.glob(f"{DRAFT}*"):
+def sweep(folder: Path, of: str = "") -> None:
+    """Remove the drafts (`of` a name) that a killed process left in `folder`. The caller holds the lock of these."""
+    for draft in folder.glob(f"{DRAFT}{of}*"):
         _remove(draft)
 
 
@@ -187,12 +219,13 @@ class Lines:
             text = "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line)).encode()
             if text != path.read_bytes():
                 write_bytes(path, text)
-        self.file = path.open("a", encoding="utf-8", newline="\n")
+        self.path, self.file = path, path.open("a", encoding="utf-8", newline="\n")
 
     def append(self, line: dict[str, Any]) -> None:
         """Add one line. It reaches the operating system at once, and the disk by `flush`."""
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with _named(self.path):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
 
     def flush(self) -> None:
         _flush(self.file.fileno())

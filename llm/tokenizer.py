@@ -5,11 +5,13 @@ byte. They are trained with one fixed number of threads: the same text gives the
 """
 
 import codecs
+import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -19,6 +21,7 @@ from llm.errors import RecipeError, RefusedError, TextError
 
 sentencepiece.set_min_log_level(3)  # what goes wrong is raised, and said by us
 
+MANIFEST = "manifest.json"  # beside a .model of our own
 SETTINGS = 1  # counts the changes of how vocabularies are trained
 LINE = 4000  # bytes of a line in training: sentencepiece leaves out longer ones than 4,192 without a word
 PART = 1 << 14  # characters encoded at once: the cost a character grows with the length
@@ -58,9 +61,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """The vocabulary in a .model file. RefusedError where it is damaged, RecipeError where it is not there."""
+        """The vocabulary in a .model file. RefusedError where it is damaged, RecipeError where it is not there.
+
+        One that we saved must be what its manifest says, to the bit.
+        """
         if not path.is_file():
             raise RecipeError(f"{path} is not there: name a sentencepiece .model")
+        manifest = path.with_name(MANIFEST)
+        if manifest.is_file() and store.read_sealed(manifest).get("sha256") != store.sha256(path):
+            raise RefusedError(f"{path} is damaged: its sha256 is not the recorded one")
         return cls(path.read_bytes(), str(path))
 
     @classmethod
@@ -130,13 +139,14 @@ class Tokenizer:
         """The bytes of text that this id stands for; none for BOS and the like."""
         return self._bytes[id]
 
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.model, and tokenizer.vocab for people: a piece, a tab and its score on a line."""
+    def save(self, folder: Path, **about: Any) -> None:
+        """Write tokenizer.model, tokenizer.vocab for people (a piece, a tab and its score on a line), a manifest."""
         ids = list(range(self.vocabulary))
         rows = zip(self._processor.id_to_piece(ids), self._processor.get_score(ids), strict=True)
         vocab = "".join(f"{piece}\t{score:g}\n" for piece, score in rows)
         store.write_bytes(folder / "tokenizer.model", self._model)
         store.write_bytes(folder / "tokenizer.vocab", vocab.encode())
+        store.write_sealed(folder / MANIFEST, {**about, "sha256": hashlib.sha256(self._model).hexdigest()})
 
     def _is_no_text(self, id: int) -> bool:
         """Whether a model should never say this id: the unknown, unused ones, and controls other than BOS."""

@@ -128,7 +128,7 @@ class Tracker:
         """A tracker that fails is named once and left behind: it is a copy of the record, never worth the run."""
         try:
             act()
-        except _tracker_errors() as error:
+        except Exception as error:  # they raise what they like, and no number depends on them
             self.trackers.pop(name, None)
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             self.say(f"{name} is left out from here on ({reason}); metrics.jsonl goes on")
@@ -155,8 +155,10 @@ class Tracker:
             store.write_json(id_file, {"id": uuid.uuid4().hex[:8]})
         for kind in ("CACHE", "DATA"):  # else it leaves files in the home folder
             os.environ.setdefault(f"WANDB_{kind}_DIR", str((run / "wandb").resolve()))
+        quiet = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off")
+        wandb.setup(settings=quiet)
         mode = recipe.tracking.wandb
-        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False)):
             self.say(
                 "wandb has no key (`wandb login` stores one): the run is kept offline, `wandb sync` sends it later"
             )
@@ -171,10 +173,10 @@ class Tracker:
                 mode=mode,
                 config=config,
                 dir=str(run),
-                settings=wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off"),
+                settings=quiet,
             )
             tracker.start()
-            # Steps of our own: W&B's must always rise, ours go back to the checkpoint that a run resumes from.
+            # Curves over our steps, whichever of W&B's own counts a sync makes of several starts.
             tracker.run.define_metric("step")
             tracker.run.define_metric("*", step_metric="step")
             self.trackers["wandb"] = tracker
@@ -185,11 +187,5 @@ class Tracker:
             if mode == "offline":
                 raise
             self.say(f"wandb cannot be reached ({' '.join(str(error).split())[:120]}): the run is kept offline")
+            wandb.teardown()  # its service would refuse the id, which the attempt still holds
             start("offline")
-
-
-def _tracker_errors() -> tuple[type[Exception], ...]:
-    """Whatever a tracker may raise: W&B's own errors where it was imported, and those of its network and files."""
-    wandb: Any = sys.modules.get("wandb")
-    ours = (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError)
-    return (*ours, wandb.errors.Error) if wandb else ours

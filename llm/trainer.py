@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llm import checkpoint, cost, fingerprints, group, sharding, store
 from llm.checkpoint import Checkpoint
-from llm.errors import DivergedError, LLMError, RecipeError, RefusedError, StoppedError
+from llm.errors import DivergedError, LLMError, RecipeError, RefusedError, StoppedError, as_disk_error
 from llm.generation import Sampling, continuations
 from llm.gradients import Counter
 from llm.huggingface import model_files, tokenizer_files
@@ -32,8 +32,8 @@ from llm.loss import IGNORED
 from llm.machine import die_with_parent, remember, start_group
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm, wide
-from llm.order import Order
-from llm.recipe import Machine, Recipe, dump, flat, science, skipped
+from llm.order import Order, mix
+from llm.recipe import Machine, Recipe, dump, flat, science, signed, skipped
 from llm.schedule import rate_share
 from llm.sharding import Layout, Rows, held
 from llm.shards import Shards
@@ -78,6 +78,7 @@ class Trainer:
         self.metrics: dict[str, Any] = {}  # of the evaluation at this very step
         self.best = float("inf")  # bits per byte
         self.saved = -1  # step of the newest checkpoint
+        self.until = -1  # a step to stop after, as if asked to
         self.stop = 0  # the signal that asked to stop, or OUT_OF_TIME
         self.began = self.stopped_at = time.monotonic()
         self.tracker: Tracker | None = None  # the main process's
@@ -248,7 +249,7 @@ class Trainer:
                 self.state.step,
                 windows=fingerprints.windows(order, np.concatenate(positions)) if positions else "",
                 loss=float(loss).hex(),
-                weights=[f"{number & (1 << 64) - 1:016x}" for number in sums.tolist()],
+                weights=f"{mix(*sums.tolist()):016x}",
             )
 
     def log(self, loss: Tensor, norm: Tensor, step_seconds: float) -> None:
@@ -320,6 +321,8 @@ class Trainer:
         """Whether any process was; agreed on the CPU's side, so that no step waits for the device."""
         if self.recipe.machine.stop_after and time.monotonic() - self.began > self.recipe.machine.stop_after * 3600:
             self.stop = self.stop or OUT_OF_TIME
+        if self.state.step == self.until:
+            self.stop = self.stop or signal.SIGTERM
         self.stop = self.council.largest(self.stop, after=f"step {self.state.step}")
         return self.stop > 0
 
@@ -359,7 +362,7 @@ class Trainer:
             layout=self.layout,
         )
         if self.council.writes:
-            checkpoint.retain(self.run, self.recipe.checkpoint.keep)
+            checkpoint.retain(self.run, self.recipe.checkpoint.keep, self.state.step)
         self.saved = self.state.step
 
     def weights(self) -> dict[str, Rows]:
@@ -375,6 +378,7 @@ class Trainer:
             "data": self.shards.fingerprint,
             "parent": self.parent,
             "metrics": self.metrics,
+            "best": None if self.best == float("inf") else self.best,
             "scale": [self.scale.item(), self.good_steps.item()],
         }
 
@@ -389,8 +393,7 @@ class Trainer:
             self.load(found)
             self.saved = found.step
             self.parent = found.manifest["parent"]
-            best = checkpoint.best(self.run)
-            self.best = best.bits_per_byte if best and best.bits_per_byte is not None else float("inf")
+            self.best = found.manifest.get("best") or float("inf")  # not looked for: disks may have kept others
         elif self.recipe.from_:
             run, step = self.recipe.from_.split("/step-")
             folder = checkpoint.folder_of(self.run.parent / run, int(step))
@@ -451,6 +454,24 @@ class Trainer:
         """Operations of a step in each process."""
         each = cost.flops_per_token(self.recipe.model, self.tokenizer.vocabulary)
         return each * self.recipe.train.tokens_per_step / group.world()
+
+    def costs(self) -> tuple[cost.Memory, cost.Traffic]:
+        """By formula: what the first process holds, and what each sends a step."""
+        recipe, layout = self.recipe, self.layout
+        shape, vocabulary, muon = recipe.model, self.tokenizer.vocabulary, recipe.train.optimizer == "muon"
+        assert isinstance(recipe.machine.micro_batch, int)
+        traffic = cost.traffic(
+            shape,
+            vocabulary,
+            muon=muon,
+            parts=layout.parts,
+            copies=layout.copies,
+            micro_batches=recipe.windows_per_step // recipe.machine.micro_batch // group.world(),
+            gathered=layout.dtype.itemsize,
+            orthogonalised=self.optimizer.orthogonalise_in.itemsize,
+            exact=recipe.machine.exact,
+        )
+        return cost.memory(shape, vocabulary, muon=muon, parts=layout.parts), traffic
 
     def rehearse(self) -> float:
         """Seconds of a step to expect, from one micro-batch run twice; weights and moments are left alone.
@@ -520,11 +541,18 @@ def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: s
 # ---------------------------------------------------------------------------------------------- a run from its recipe
 
 
-def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]]) -> Path:
-    """The folder of the finished run. `prepare` gives the recipe with its length, the tokenizer and the shards."""
+def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]], until: int = -1) -> Path:
+    """The folder of the finished run. `prepare` gives the recipe with its length, the tokenizer and the shards.
+
+    With `until` it stops after that step as a signal would stop it.
+    """
     asked, run = recipe.machine, Path("runs") / recipe.run
+    die_with_parent()
     accelerator, council, recipe = start_group(recipe)
     recipe, tokenizer, shards = council.first(lambda: prepare(recipe))
+    with council.together():
+        data = {"the text's fingerprint": shards.fingerprint[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
+        council.agree("data", data, "give every machine the same files")
     council.meet_on_disk(run)
     with store.lock(run / "lock") if council.writes else nullcontext(True) as mine:
         with council.together():
@@ -533,7 +561,7 @@ def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, S
                     f"run {recipe.run} is held by another process: wait for it, or take another run=NAME"
                 )
         with _status(run):
-            _train(recipe, asked, tokenizer, shards, accelerator, council, run)
+            _train(recipe, asked, tokenizer, shards, accelerator, council, run, until)
     council.leave()
     return run
 
@@ -548,8 +576,11 @@ def _status(run: Path) -> Iterator[None]:
     store.write_json(path, {"status": None, "message": "running", "process": os.getpid()})
     try:
         yield
-    except LLMError as error:
-        store.write_json(path, {"status": error.status, "message": str(error)})
+    except (LLMError, OSError, KeyboardInterrupt) as error:
+        known = as_disk_error(error) or error if isinstance(error, OSError) else error
+        status = known.status if isinstance(known, LLMError) else 130 if isinstance(known, KeyboardInterrupt) else 1
+        with suppress(OSError):  # a full disk is what there is to say
+            store.write_json(path, {"status": status, "message": str(known) or type(known).__name__})
         raise
     store.write_json(path, {"status": 0, "message": "finished"})
 
@@ -562,11 +593,14 @@ def _train(
     accelerator: Accelerator,
     council: group.Council,
     run: Path,
+    until: int,
 ) -> None:
     """The life of a run whose folder this process holds."""
     if council.writes:
-        store.sweep(run / "checkpoints")
+        for folder in (run, run / "checkpoints", run / "tokenizer"):
+            store.sweep(folder)
     trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
+    trainer.until = until
     with council.together():
         trainer.resume()
     if trainer.state.step >= recipe.train.steps:
@@ -577,7 +611,6 @@ def _train(
         return
     with council.together():
         _begin(trainer, replace(recipe, machine=asked))
-    die_with_parent()
     for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), trainer.on_signal)
@@ -597,20 +630,24 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
     step_seconds = trainer.rehearse()
     recipe, run, steps = trainer.recipe, trainer.run, trainer.recipe.train.steps
     if trainer.council.writes:
-        store.write_bytes(run / "recipe.yaml", dump(asked).encode())
-        store.write_json(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
+        store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
+        store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
         remember(recipe, run)
         trainer.tokenizer.save(run / "tokenizer")
     left, per_step = steps - trainer.state.step, recipe.train.tokens_per_step
     epochs = steps * recipe.windows_per_step / trainer.order.windows
     numbers = cost.parameters(recipe.model, trainer.tokenizer.vocabulary)
+    memory, traffic = trainer.costs()
     group.say(
         f"{'resuming' if trainer.state.step else 'training'} {recipe.run}: {numbers / 1e6:.2f} M parameters, "
         f"{trainer.device.type}, {recipe.machine.precision}, {group.world()} x {recipe.machine.threads} threads, "
         f"micro-batches of {recipe.machine.micro_batch}\n"
         f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
         f"{epochs:.2f} epochs of {trainer.shards.train.tokens / 1e6:.2f} M; "
-        f"{f'from step {trainer.state.step:,}, ' if trainer.state.step else ''}about {readable(left * step_seconds)}"
+        f"{f'from step {trainer.state.step:,}, ' if trainer.state.step else ''}about {readable(left * step_seconds)}\n"
+        f"each process holds {cost.size(memory.total)}: weights {cost.size(memory.weights)}, gradients "
+        f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}; "
+        f"and sends {cost.size(traffic.total) if traffic.total else 'nothing'} a step"
     )
     if not trainer.tokenizer.is_exact_bpe:
         group.say(

@@ -261,6 +261,21 @@ def test_the_command_prepares_and_a_mistake_is_one_line(tmp_path: Path) -> None:
     assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    lines: list[str] = []
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    if not terminal:
+        monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    show = preparation._Show(lines.append, True)
+    assert list(show.over([10**6] * 4, "encoding", 4 * 10**6, int)) == [10**6] * 4
+    assert ("encoding: 100%" in capsys.readouterr().err) == terminal
+    assert lines == ([] if terminal else ["encoding: 3 of 4 MB, 4 s left, 0.2 MB/s"])
+
+
 def test_help_needs_neither_torch_nor_datasets() -> None:
     code = "import sys, llm.prepare; sys.exit(bool({'torch', 'datasets', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -459,7 +459,7 @@ def test_a_lock_is_free_after_its_block_however_it_ends(tmp_path: Path) -> None:
         (errors.LLMError("other"), 1, "error: other"),
         (errors.RecipeError("a\nb\r\x1b[31m\u2028\ud800é"), 2, r"error: a\nb\r\x1b[31m\u2028\ud800é"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "", "metrics.jsonl"), 5, f"at metrics.jsonl: {os.strerror(errno.ENOSPC)}; make room"),
+        (OSError(errno.ENOSPC, "", "metrics.jsonl"), 5, f"at metrics.jsonl: {os.strerror(errno.ENOSPC)}, "),
         (OSError(errno.EIO, ""), 5, f"error: the disk failed: {os.strerror(errno.EIO)}"),
         (OSError(errno.EDQUOT, ""), 5, "error: the disk failed"),
         (OSError(errno.EROFS, ""), 5, "error: the disk failed"),

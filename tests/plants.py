@@ -1,0 +1,128 @@
+"""Faults, planted into a child of `llm.verify`, each of which real trainers have had."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm import checkpoint, model, optimizer, sharding, stream, trainer
+from llm.sharding import Rows
+from llm.shards import Side
+from llm.trainer import Trainer
+
+STARTED = {"steps": 0}  # updates of this process: state that no checkpoint knows of
+
+
+def _resumed() -> bool:
+    return any(Path("runs").glob(f"*/{checkpoint.folder_of(Path(), 0).parent.name}/step-*"))
+
+
+def unseeded_generator() -> None:
+    torch.manual_seed(int.from_bytes(os.urandom(4), "big"))
+    model.dropout = lambda x, windows, *, seed, site, rate: F.dropout(x, rate)
+
+
+def mask_by_row() -> None:
+    real = model.dropout
+    model.dropout = lambda x, windows, **site: real(x, torch.arange(len(windows)), **site)
+
+
+def order_by_worker() -> None:
+    real = stream.Stream.positions
+    stream.Stream.positions = lambda self, step: [each + 3 * self.rank for each in real(self, step)]
+
+
+def order_begins_anew() -> None:
+    real = stream.Stream.positions
+
+    def positions(self: stream.Stream, step: int) -> list[np.ndarray]:
+        STARTED["steps"] += 1
+        return real(self, STARTED["steps"])
+
+    stream.Stream.positions = positions
+
+
+def rate_by_counter() -> None:
+    real = trainer.rate_share
+
+    def rate_share(step: int, **of_run: Any) -> float:
+        STARTED["steps"] += 1
+        return real(STARTED["steps"], **of_run)
+
+    trainer.rate_share = rate_share
+
+
+def rate_one_step_off_after_resume() -> None:
+    real, off = trainer.rate_share, int(_resumed())
+    trainer.rate_share = lambda step, **of_run: real(step + off, **of_run)
+
+
+def lost_moments() -> None:
+    real = checkpoint.load_tensors
+
+    def load_tensors(path: Path, into: dict[str, Rows]) -> None:
+        if path.name != checkpoint.MOMENTS:
+            real(path, into)
+
+    checkpoint.load_tensors = load_tensors
+
+
+def rounded_moments() -> None:
+    real = checkpoint.load_tensors
+
+    def load_tensors(path: Path, into: dict[str, Rows]) -> None:
+        real(path, into)
+        for rows in into.values():
+            if path.name == checkpoint.MOMENTS:
+                rows.local.copy_(rows.local.bfloat16())
+
+    checkpoint.load_tensors = load_tensors
+
+
+def bias_correction_by_counter() -> None:
+    real = optimizer.Optimizer._adamw
+
+    def adamw(self: Any, named: Any, step: int, *others: Any) -> None:
+        STARTED["steps"] += 1
+        real(self, named, STARTED["steps"], *others)
+
+    optimizer.Optimizer._adamw = adamw
+
+
+def local_token_count() -> None:
+    real = Trainer.accumulate
+
+    def accumulate(self: Trainer, batches: list[stream.Batch]) -> Tensor:
+        loss, tokens = real(self, batches)
+        return torch.stack([loss, tokens / max(1, sharding.size())])
+
+    Trainer.accumulate = accumulate
+
+
+def gradients_never_cleared() -> None:
+    model.Transformer.zero_grad = lambda self, set_to_none=True: None
+
+
+def gradients_not_exchanged() -> None:
+    sharding.all_reduce = lambda flat, group=None: flat
+
+
+def stale_shard() -> None:
+    real = Side.read
+    if _resumed():
+        Side.read = lambda self, start, stop: np.roll(real(self, start, stop), 1)
+
+
+def last_micro_batch_only() -> None:
+    real = Trainer.accumulate
+    Trainer.accumulate = lambda self, batches: real(self, batches[-1:])
+
+
+FAULTS = [
+    unseeded_generator, mask_by_row, order_by_worker, order_begins_anew, rate_by_counter, rate_one_step_off_after_resume,
+    lost_moments, rounded_moments, bias_correction_by_counter, local_token_count, gradients_never_cleared,
+    gradients_not_exchanged, stale_shard, last_micro_batch_only]  # fmt: skip

@@ -1,0 +1,155 @@
+"""verify tells a recipe that keeps its promises from one that does not; show names where two runs part."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llm import checkpoint, verify
+from llm.show import differences
+from tests import plants
+from tests.forks import run, run_group, script, train, write_recipe, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", documents=20)
+
+
+def verdicts(folder: Path, text: Path, fault: Callable[[], None] | None = None, *overrides: str) -> dict[str, str]:
+    """What verify says of the tiny recipe, whose children are forked here, with `fault` planted in them."""
+    changes = {"train.steps": 12, "train.tokens_per_step": 128, "machine.micro_batch": 4, "model.dropout": 0.1}
+    recipe = write_recipe(folder, text, **changes)
+
+    def start(arguments: list[str], world: int, status: int) -> None:
+        def act() -> None:
+            import sys
+
+            if fault is not None:
+                fault()
+            sys.argv = ["-c", *arguments]
+            verify.child()
+
+        for ended in run_group(act, folder, world):
+            assert ended.status == status, ended.err
+
+    found = verify.verify_recipe(recipe, list(overrides), 6, start)
+    return {verdict.promise: verdict.fault for verdict in found}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_sound_recipe_keeps_all_promises(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = verdicts(tmp_path, text, None, *(["machine.exact=true"] if exact else []))
+    assert len(found) == (2 if exact else 3) and not any(found.values()), found
+    assert not list(Path("runs").iterdir())  # nothing of it is left
+
+
+FAST = [plants.lost_moments, plants.order_by_worker, plants.mask_by_row]
+
+
+@pytest.mark.parametrize("fault", [
+    *FAST, *(pytest.param(fault, marks=pytest.mark.slow) for fault in plants.FAULTS if fault not in FAST)])  # fmt: skip
+def test_a_planted_fault_is_caught(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = verdicts(tmp_path, text, fault)
+    assert any(found.values()), fault.__name__
+    assert all("step" in said for said in found.values() if said), found
+
+
+def test_show_prints_what_the_trainer_read(tmp_path: Path, text: Path) -> None:
+    """On two processes, across an epoch's end, after a resume: the texts that the trainer saw, each in its place."""
+    from llm import stream
+
+    recipe = write_recipe(tmp_path, text, **{"train.tokens_per_step": 256, "machine.micro_batch": 4})
+    real = stream.Stream.at
+
+    def spying(stop: int | None) -> Callable[[], None]:
+        def act() -> None:
+            def at(self: stream.Stream, step: int):  # type: ignore[no-untyped-def]
+                for number, batch in enumerate(real(self, step)):
+                    for row, position in zip(batch.tokens.tolist(), batch.windows.tolist(), strict=True):
+                        with Path(f"read-{self.rank}.jsonl").open("a") as file:
+                            file.write(json.dumps([step, self.rank, number, position, row]) + "\n")
+                    yield batch
+
+            stream.Stream.at = at  # type: ignore[method-assign]
+            train(recipe, stop_after=stop)()
+
+        return act
+
+    run_group(spying(5), tmp_path, 2)
+    run_group(spying(None), tmp_path, 2)
+    from llm.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(tmp_path / "runs/tiny/tokenizer/tokenizer.model")
+    lines = [json.loads(line) for rank in (0, 1) for line in (tmp_path / f"read-{rank}.jsonl").read_text().splitlines()]
+    for step in (0, 5, 10, 11):
+        ended = run(script("module:llm.show", "tiny", "--step", step, "--characters", "0"), tmp_path)
+        assert ended.status == 0, ended.err
+        read = [line for line in lines if line[0] == step]
+        assert len(read) == 16
+        for _, rank, number, position, row in read:
+            head = f"--- process {rank}, micro-batch {number}, position {position}, epoch "
+            shown = ended.out.partition(head)[2].partition("\n")[2]
+            assert shown.startswith(tokenizer.decode(row))
+
+
+CHANGES = [  # override, the first step at which the run is another one, and what is said of it
+    ("seed=2", 1, "other windows"), ("train.learning_rate=0.021", 1, "other weights"),
+    ("model.dropout=0.2", 1, "losses"), ("train.warmup=3", 1, "other weights"), ("train.clip=0.01", 1, "other weights"),
+    ("model.layers=3", 1, "other weights"), ("train.weight_decay=0.3", 1, "other weights"),
+    ("train.optimizer=adamw", 1, "other weights"), ("train.skip=[4-5]", 5, "other windows"),
+    ("train.decay=0.6", 5, "other weights")]  # fmt: skip
+
+
+def test_show_names_the_first_step_at_which_two_runs_part(tmp_path: Path, text: Path) -> None:
+    recipe = write_recipe(tmp_path, text, **{"train.warmup": 2})
+    for name, override in [
+        ("a", "seed=1"),
+        ("same", "seed=1"),
+        *((f"b{i}", change[0]) for i, change in enumerate(CHANGES)),
+    ]:
+        ended = run(train(recipe, override, f"run={name}"), tmp_path)
+        assert ended.status == 0, ended.err
+    runs = tmp_path / "runs"
+    assert "agree to the bit in all 12 common steps" in differences(runs / "a", runs / "same")[-1]
+    for number, (override, step, what) in enumerate(CHANGES):
+        *keys, last = differences(runs / "a", runs / f"b{number}")
+        assert any(key.startswith(override.partition("=")[0]) for key in keys), override
+        assert f"part at step {step}: " in last and what in last, (override, last)
+
+
+def test_verify_reads_a_run_again_and_names_what_is_damaged(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(train(write_recipe(tmp_path, text)), tmp_path).status == 0
+    assert not any(verdict.fault for verdict in verify.verify_run("tiny"))
+    path = checkpoint.folders(Path("runs/tiny"))[1] / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+    record = Path("runs/tiny/fingerprints.jsonl")
+    record.write_text(record.read_text().replace('"step": 3,', '"step": 3, "x": 1,'))
+    faults = [verdict.fault for verdict in verify.verify_run("tiny") if verdict.fault]
+    assert len(faults) == 2 and "model.safetensors is damaged" in faults[0] and "step 3" in faults[1]
+
+
+def test_a_run_extended_from_its_stable_phase_is_the_longer_run(tmp_path: Path, text: Path) -> None:
+    """Up to where their schedules differ, and to the bit; the child's record says where it came from."""
+    recipe = write_recipe(tmp_path, text, **{"train.decay": 0.5, "checkpoint.every": 4})
+    assert run(train(recipe), tmp_path).status == 0
+    assert run(train(recipe, "run=longer", "train.steps=40"), tmp_path).status == 0
+    assert run(train(recipe, "run=extended", "train.steps=40", "from=tiny/step-000004"), tmp_path).status == 0
+    last = differences(tmp_path / "runs/longer", tmp_path / "runs/extended")[-1]
+    assert "agree to the bit in all 36 common steps" in last
+    newest = checkpoint.newest(tmp_path / "runs/extended", print)
+    assert newest is not None
+    parent = newest.manifest["parent"]
+    assert parent["from"] == "tiny/step-000004" and parent["science"]["train.steps"] == 12
