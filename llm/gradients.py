@@ -2,8 +2,8 @@
 
 Exact: micro-batches are numbered over the whole world, number j * world + rank, and one balanced binary tree over
 these numbers is summed: processes pairwise in the order of their ranks (sharding.py), then a process's own
-micro-batches by a binary counter. Every world and layout computes that same tree, so the bits do not depend on it. It holds
-log2(micro-batches of a process) further gradients, and exchanges gradients after each micro-batch, not once a step.
+micro-batches by a binary counter. Every world and layout computes that same tree, so the bits do not depend on it. It
+holds log2(micro-batches of a process) further gradients, and exchanges after each micro-batch, not once a step.
 """
 
 from torch import Tensor

@@ -195,7 +195,7 @@ def _read(path: Path) -> dict[str, Any]:
     if len(data) > MOST_BYTES:
         raise RecipeError(f"{path} has more than {MOST_BYTES} bytes: that is no recipe")
     *_, last = data.rstrip(b"\n").rpartition(b"\n")
-    if (last.startswith(b"# sha2") or re.fullmatch(rb".*[0-9a-f]{64}", last)) and data != signed(
+    if (last.startswith(b"# sha2") or re.fullmatch(rb"#.*[0-9a-f]{64}", last)) and data != signed(
         data[: -len(last) - 1].decode(errors="replace")
     ).encode():
         raise RefusedError(

@@ -551,7 +551,8 @@ def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, S
     accelerator, council, recipe = start_group(recipe)
     recipe, tokenizer, shards = council.first(lambda: prepare(recipe))
     with council.together():
-        data = {"the text's fingerprint": shards.fingerprint[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
+        data = {"the text": shards.fingerprint[:12], "the tokenizer": tokenizer.fingerprint[:12]}
+        data = {f"{name}'s fingerprint": value for name, value in data.items()}
         council.agree("data", data, "give every machine the same files")
     council.meet_on_disk(run)
     with store.lock(run / "lock") if council.writes else nullcontext(True) as mine:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import llm.prepare
-import llm.trainer  # noqa: F401  (warm: what the children need is imported here)
+import llm.trainer
 from llm import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -127,8 +127,14 @@ def run(act: Callable[[], None], folder: Path) -> Ended:
 
 def run_group(act: Callable[[], None], folder: Path, world: int, node: int = 0) -> list[Ended]:
     """The same act in `world` processes that form a group, as torchrun would start them on nodes of `node` processes."""
+    children = start_group(act, folder, world, node)
+    return [ended(child, folder, "" if world == 1 else f"-{rank}") for rank, child in enumerate(children)]
+
+
+def start_group(act: Callable[[], None], folder: Path, world: int, node: int = 0) -> list[int]:
+    """Their process ids, at once; output goes to files with a tag for each rank where there are several."""
     if world == 1:
-        return [run(act, folder)]
+        return [start(act, folder)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -140,8 +146,7 @@ def run_group(act: Callable[[], None], folder: Path, world: int, node: int = 0) 
         "LOCAL_WORLD_SIZE": str(node),
     }
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank % node)} for rank in range(world)]
-    children = [start(act, folder, common | each, f"-{each['RANK']}") for each in ranks]
-    return [ended(child, folder, f"-{rank}") for rank, child in enumerate(children)]
+    return [start(act, folder, common | each, f"-{each['RANK']}") for each in ranks]
 
 
 def train(recipe: Path, *overrides: object, stop_after: int | None = None) -> Callable[[], None]:

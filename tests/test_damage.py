@@ -1,0 +1,327 @@
+"""Whatever is damaged, missing, swapped or made to hurt is noticed and named; nothing that is valid is lost by it."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm import checkpoint, recipe, runs, store
+from llm.errors import LLMError, RefusedError
+from llm.prepare import prepare
+from llm.tokenizer import Tokenizer
+from tests.forks import digest, run, script, train, write_recipe, write_text
+
+SEED = int(os.environ.get("SEED", "20260"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, its cache, and a finished run with checkpoints of steps 4, 5, 8, 10 and 12."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = write_text(folder / "text.txt")
+    ended = run(train(write_recipe(folder, text, **{"text.cache": "cache"})), folder)
+    assert ended.status == 0, ended.err
+    return folder
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, in which the test is run."""
+    shutil.copytree(trained, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return Path()
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+# ---------------------------------------------------------------------------------------------- flipped bits
+
+
+def places(folder: Path) -> dict[str, tuple[list[Path], Callable[[Path], None]]]:
+    """Files by kind, and who reads them."""
+    newest = checkpoint.folders(folder / "runs/tiny")[0]
+    text = recipe.load(folder / "recipe.yaml")
+    cache = folder / "cache"
+
+    def opened(path: Path) -> None:
+        checkpoint.open_checkpoint(path.parent)
+
+    def sampled(path: Path) -> None:
+        runs.open_run("tiny")
+
+    def prepared(path: Path) -> None:
+        prepare(text, lambda line: None)
+
+    return {
+        "weights": ([newest / checkpoint.WEIGHTS], opened),
+        "moments": ([newest / checkpoint.MOMENTS], opened),
+        "manifest": ([newest / checkpoint.MANIFEST], opened),
+        "config": ([path for path in newest.glob("*.json") if path.name != checkpoint.MANIFEST], opened),
+        "the run's tokenizer": (list((folder / "runs/tiny/tokenizer").glob("*.model")), sampled),
+        "the run's recipe": ([folder / "runs/tiny/recipe.yaml"], sampled),
+        "shards": (list(cache.glob("shards/*/*.arrow")), prepared),
+        "shards' manifest": (list(cache.glob("shards/*/manifest.json")), prepared),
+        "the cache's tokenizer": (list(cache.glob("tokenizers/*/*.model")), prepared),
+        "the tokenizer's manifest": (list(cache.glob("tokenizers/*/manifest.json")), prepared),
+        "survey": (list(cache.glob("surveys/*.json")), prepared),
+        "machine.json": ([folder / "runs/tiny/machine.json"], lambda path: dict(store.read_sealed(path)) and None),
+        "shards.json": ([folder / "runs/tiny/shards.json"], lambda path: dict(store.read_sealed(path)) and None),
+    }
+
+
+def flips(folder: Path, count: int) -> None:
+    chance = random.Random(SEED)
+    print(f"SEED={SEED}")
+    kinds = places(folder)
+    for number in range(count):
+        kind = list(kinds)[number % len(kinds)]
+        files, read = kinds[kind]
+        path = chance.choice(files)
+        bit = chance.randrange(path.stat().st_size * 8)
+        flip(path, bit)
+        with pytest.raises(LLMError) as raised:
+            read(path)
+        said = str(raised.value)
+        assert path.name in said and raised.value.status in (2, 4), (kind, bit, said)
+        flip(path, bit)
+        if number < len(kinds):
+            read(path)
+    print(f"{count} of {count} flipped bits noticed and named")
+
+
+def test_a_flipped_bit_anywhere_is_noticed_and_named(here: Path) -> None:
+    flips(here, 65)
+
+
+@pytest.mark.slow
+def test_200_flipped_bits_are_noticed_and_named(here: Path) -> None:
+    flips(here, 208)
+
+
+def test_verify_names_a_damaged_shard(here: Path) -> None:
+    path = next(here.glob("cache/shards/*/train-00000.arrow"))
+    flip(path, 8 * 5000 + 3)
+    ended = run(script("module:llm.prepare", "recipe.yaml", "--verify"), Path.cwd())
+    assert ended.status == 4 and "train-00000.arrow is missing or damaged (sha256)" in ended.err
+    assert ended.err.count("\n") == 1
+    ended = run(train(Path("recipe.yaml"), "run=other"), Path.cwd())
+    assert ended.status == 4 and "train-00000.arrow is missing or damaged (sha256)" in ended.err
+
+
+def test_a_damaged_tokenizer_of_the_run_is_refused(here: Path) -> None:
+    path = here / "runs/tiny/tokenizer/tokenizer.model"
+    flip(path, 8 * (path.stat().st_size - 40))
+    ended = run(script("module:llm.sample", "tiny", "--prompt", "My", "--tokens", "4"), Path.cwd())
+    assert ended.status == 4 and "tokenizer.model is damaged" in ended.err and ended.err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------- the newest checkpoint, whatever is amiss
+
+
+def truncated(folder: Path) -> str:
+    path = folder / checkpoint.WEIGHTS
+    os.truncate(path, path.stat().st_size - 100)
+    return f"{checkpoint.WEIGHTS} is damaged"
+
+
+def missing(folder: Path) -> str:
+    (folder / checkpoint.MOMENTS).unlink()
+    return f"{checkpoint.MOMENTS} is missing"
+
+
+def without_manifest(folder: Path) -> str:
+    (folder / checkpoint.MANIFEST).unlink()
+    return f"{checkpoint.MANIFEST} is missing"
+
+
+def swapped_with_an_older_one(folder: Path) -> str:
+    shutil.copy(folder.parent / "step-000008" / checkpoint.WEIGHTS, folder / checkpoint.WEIGHTS)
+    return f"{checkpoint.WEIGHTS} is damaged"
+
+
+def swapped_within(folder: Path) -> str:
+    a, b = folder / checkpoint.WEIGHTS, folder / checkpoint.MOMENTS
+    a.rename(folder / "x"), b.rename(a), (folder / "x").rename(b)
+    return f"{checkpoint.WEIGHTS} is damaged"
+
+
+def another_s_folder(folder: Path) -> str:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "step-000004", folder)
+    return "holds another checkpoint, that of step 4"
+
+
+def empty(folder: Path) -> str:
+    (folder / checkpoint.MANIFEST).write_bytes(b"")
+    return f"{checkpoint.MANIFEST} is damaged"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncated, missing, without_manifest, swapped_with_an_older_one, swapped_within, another_s_folder, empty],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(here: Path, damage: Callable[[Path], str]) -> None:
+    before = digest(here)
+    said = damage(checkpoint.folder_of(here / "runs/tiny", 12))
+    ended = run(train(Path("recipe.yaml")), Path.cwd())
+    assert ended.status == 0, ended.err
+    assert said in ended.err and "step-000012 is passed over" in ended.err and ended.err.count("\n") == 1
+    assert "from step 10" in ended.out
+    assert digest(here) == before, "made again, to the bit"
+
+
+def test_all_checkpoints_damaged_is_one_error_and_nothing_is_overwritten(here: Path) -> None:
+    for folder in checkpoint.folders(here / "runs/tiny"):
+        flip(folder / checkpoint.WEIGHTS, 8 * 9000)
+    before = {path: path.read_bytes() for path in (here / "runs/tiny/checkpoints").rglob("*") if path.is_file()}
+    ended = run(train(Path("recipe.yaml")), Path.cwd())
+    assert ended.status == 4
+    assert ended.err.splitlines()[-1].startswith("error: runs/tiny: all 5 checkpoints are damaged; nothing was changed")
+    assert ended.err.count("is passed over") == 5 and ended.err.count("\n") == 6
+    assert json.loads((here / "runs/tiny/status.json").read_text())["status"] == 4
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# ---------------------------------------------------------------------------------------- what was made to hurt
+
+
+def sealed(folder: Path, **changes: Any) -> None:
+    """The manifest of a stranger, who knows how to make one that passes its own digest."""
+    manifest = store.read_sealed(folder / checkpoint.MANIFEST)
+    for path in folder.glob("*.safetensors"):
+        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
+    manifest |= changes
+    manifest = {name: value for name, value in manifest.items() if value != "left out"}
+    store.write_sealed(folder / checkpoint.MANIFEST, manifest)
+
+
+def weights(folder: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = folder / checkpoint.WEIGHTS
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    sealed(folder)
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    return {"model.norm.weight": {"dtype": "F32", "shape": [32], "data_offsets": [0, 128]} | changes}
+
+
+HEADERS: dict[str, Callable[[Path], None]] = {
+    "header of 2^63 bytes": lambda folder: weights(folder, {}, length=1 << 63),
+    "header of 2^40 bytes": lambda folder: weights(folder, {}, length=1 << 40),
+    "header longer than the file": lambda folder: weights(folder, {}, length=1000),
+    "nothing": lambda folder: weights(folder, b""),
+    "no JSON": lambda folder: weights(folder, b"\xff" * 64),
+    "deep nesting": lambda folder: weights(folder, b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+    "a list": lambda folder: weights(folder, [1, 2, 3]),
+    "a huge shape": lambda folder: weights(folder, tensor(shape=[1 << 62, 1 << 62]), bytes(128)),
+    "a shape of 2^50": lambda folder: weights(folder, tensor(shape=[1 << 50]), bytes(128)),
+    "a negative shape": lambda folder: weights(folder, tensor(shape=[-32]), bytes(128)),
+    "offsets past the end": lambda folder: weights(folder, tensor(data_offsets=[0, 1 << 50]), bytes(128)),
+    "offsets that go back": lambda folder: weights(folder, tensor(data_offsets=[128, 0]), bytes(128)),
+    "negative offsets": lambda folder: weights(folder, tensor(data_offsets=[-128, 0]), bytes(128)),
+    "an unknown type": lambda folder: weights(folder, tensor(dtype="OBJECT"), bytes(128)),
+    "another type": lambda folder: weights(folder, tensor(dtype="I64", shape=[16]), bytes(128)),
+    "names of files": lambda folder: weights(folder, {"../../x": tensor()["model.norm.weight"]}, bytes(128)),
+    "twice the same name": lambda folder: weights(
+        folder, json.dumps(tensor()).encode()[:-1] + b", " + json.dumps(tensor()).encode()[1:], bytes(128)
+    ),
+    "50,000 tensors": lambda folder: weights(
+        folder, {f"{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(50_000)}
+    ),
+}
+MANIFESTS: dict[str, Callable[[Path], None]] = {
+    "a file outside": lambda folder: sealed(folder, files={"../../../../etc/passwd": {"bytes": 1, "sha256": ""}}),
+    "an absolute name": lambda folder: sealed(folder, files=files(folder) | {"/etc/passwd": {"bytes": 1, "sha256": ""}}),
+    "a name of two dots": lambda folder: sealed(folder, files=files(folder) | {"..": {"bytes": 1, "sha256": ""}}),
+    "a file without its digest": lambda folder: sealed(folder, files=files(folder) | {"a": {"bytes": 1}}),
+    "a file that is a list": lambda folder: sealed(folder, files=files(folder) | {"a": []}),
+    "a file of a huge size": lambda folder: sealed(folder, files=files(folder) | {"a": {"bytes": 1e300, "sha256": ""}}),
+    "no files": lambda folder: sealed(folder, files="left out"),
+    "a step that is a text": lambda folder: sealed(folder, step="12"),
+    "a step below nothing": lambda folder: sealed(folder, step=-12),
+    "a step beyond all": lambda folder: sealed(folder, step=10**30),
+    "bits that are a text": lambda folder: sealed(folder, metrics={"bits_per_byte": "none"}),
+    "no science": lambda folder: sealed(folder, science="left out"),
+    "a scale of three": lambda folder: sealed(folder, scale=[1, 2, 3]),
+    "no scale": lambda folder: sealed(folder, scale="left out"),
+    "another format": lambda folder: sealed(folder, format=[[[]]]),
+    "a tokenizer that is a list": lambda folder: sealed(folder, tokenizer=["a"]),
+    "no parent": lambda folder: sealed(folder, parent="left out"),
+    "deep nesting": lambda folder: (folder / checkpoint.MANIFEST).write_bytes(b"[" * 500_000) and None,
+    "a gigabyte": lambda folder: os.truncate(folder / checkpoint.MANIFEST, 1 << 30),
+    "a wide list": lambda folder: (folder / checkpoint.MANIFEST).write_bytes(b"[]," * 20_000_000) and None,
+}  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, Any]:
+    return dict(store.read_sealed(folder / checkpoint.MANIFEST)["files"])
+
+
+def in_bounds(act: Callable[[], None], folder: Path) -> int:
+    """Exit status of a child that has 400 MB more than it needs and 10 s."""
+
+    def bounded() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), resource.RLIM_INFINITY))
+        act()
+
+    began = time.monotonic()
+    ended = run(bounded, folder)
+    assert "Traceback" not in ended.err and ended.err.count("\n") <= 1, ended.err
+    assert time.monotonic() - began < 10
+    return ended.status
+
+
+@pytest.mark.parametrize(
+    "case", [*(f"header: {name}" for name in HEADERS), *(f"manifest: {name}" for name in MANIFESTS)]
+)
+def test_a_checkpoint_made_to_hurt_is_refused_in_bounded_memory_and_time(here: Path, case: str) -> None:
+    kind, _, name = case.partition(": ")
+    folder = checkpoint.folder_of(here / "runs/tiny", 12)
+    (HEADERS if kind == "header" else MANIFESTS)[name](folder)
+    ends = in_bounds(script("module:llm.sample", "tiny/step-12", "--prompt", "My", "--tokens", "2"), Path.cwd())
+    assert ends == 4
+
+
+def test_a_checkpoint_made_to_hurt_is_refused_by_the_trainer(here: Path) -> None:
+    """Its own digests are right, so that it is not passed over as damaged: it is refused when it is loaded."""
+    weights(checkpoint.folder_of(here / "runs/tiny", 12), tensor(shape=[1 << 50]), bytes(128))
+    before = {folder.name for folder in checkpoint.folders(here / "runs/tiny")}
+    ended = run(train(Path("recipe.yaml")), Path.cwd())
+    assert ended.status == 4 and ended.err.count("\n") == 1 and "model.safetensors cannot be read" in ended.err
+    assert {folder.name for folder in checkpoint.folders(here / "runs/tiny")} == before
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b'{"digest": 1}', b"[" * 100_000, b'{"precision": "fp99"}'])
+def test_damage_in_what_the_machine_settled_is_refused(here: Path, data: bytes) -> None:
+    (here / "runs/tiny/machine.json").write_bytes(data)
+    ended = run(train(Path("recipe.yaml")), Path.cwd())
+    assert ended.status == 4 and "machine.json is damaged" in ended.err and ended.err.count("\n") == 1
+
+
+def test_an_edited_recipe_of_a_run_can_be_used_once_its_digest_is_taken_out(here: Path) -> None:
+    path = here / "runs/tiny/recipe.yaml"
+    text = path.read_text().replace("steps: 12", "steps: 13")
+    path.write_text(text)
+    with pytest.raises(RefusedError, match=r"recipe\.yaml is damaged, or was edited: .* take that line out"):
+        recipe.load(path)
+    path.write_text(text.rpartition("# sha256")[0])
+    assert recipe.load(path).train.steps == 13
+
+
+def test_a_tokenizer_of_others_needs_no_manifest(here: Path) -> None:
+    shutil.copy(here / "runs/tiny/tokenizer/tokenizer.model", "alone.model")
+    assert Tokenizer.load(Path("alone.model")).vocabulary == 320

@@ -1,0 +1,273 @@
+"""Whenever a run is killed, and at whichever durable operation it fails, the same command ends in the same bits."""
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm.trainer
+from llm import checkpoint, errors, store
+from tests.forks import digest, ended, run, run_group, start, start_group, train, write_recipe, write_text
+
+SEED = int(os.environ.get("SEED", "20260"))
+EVERY = 4  # steps between checkpoints, in every recipe here
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The undisturbed run, with every checkpoint kept."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = write_recipe(folder, text, **{"checkpoint.every": EVERY, "checkpoint.keep": 99})
+    for each in run_group(train(recipe), folder, 1):
+        assert each.status == 0, each.err
+    return folder
+
+
+def digests(folder: Path) -> dict[int, str]:
+    """Of every valid checkpoint, by its step."""
+    found = map(checkpoint.open_checkpoint, checkpoint.folders(folder / "runs/tiny"))
+    return {each.step: each.digest for each in found}
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+
+def tells_of_saves(pipe: int) -> None:
+    """This process writes a byte to `pipe` at the beginning of every save, and another at each of its operations."""
+    save = checkpoint.save
+
+    def told(*arguments: Any, **options: Any) -> None:
+        os.write(pipe, b"s")
+        save(*arguments, **options)
+
+    checkpoint.save = told
+
+
+def kill_at_random(folder: Path, recipe: Path, world: int, chance: random.Random) -> str:
+    """Start the run and SIGKILL one of its processes, three times in four in the middle of a save; then the others."""
+    read, write = os.pipe()
+    act = train(recipe)
+
+    def watched() -> None:
+        tells_of_saves(write)
+        act()
+
+    children = start_group(watched, folder, world)
+    victim = chance.randrange(world)
+    try:
+        if chance.random() < 0.75:
+            saves = chance.randrange(1, 4) * world  # every process tells
+            for _ in range(saves):
+                while not os.read(read, 1):
+                    pass
+            pause = chance.uniform(0, 0.025)
+            moment = f"{1000 * pause:.1f} ms into save {saves // world}"
+        else:
+            pause = chance.uniform(0, 1.2)
+            moment = f"{pause:.2f} s after the start"
+        time.sleep(pause)
+    finally:
+        os.kill(children[victim], signal.SIGKILL)
+        os.close(read)
+        os.close(write)
+    for rank, child in enumerate(children):
+        tag = "" if world == 1 else f"-{rank}"
+        status = ended(child, folder, tag).status
+        assert status in (0, 1, 6, -signal.SIGKILL), (moment, rank, status)
+    return moment
+
+
+def steps_done(folder: Path) -> int:
+    """How far the killed run had come, by its record."""
+    path = folder / "runs/tiny/metrics.jsonl"
+    return max((line["step"] for line in store.read_lines(path)), default=0) if path.exists() else 0
+
+
+def one_kill(folder: Path, text: Path, whole: Path, number: int, world: int) -> None:
+    chance = random.Random(SEED * 1000 + number)
+    folder.mkdir()
+    recipe = write_recipe(folder, text, **{"checkpoint.every": EVERY, "checkpoint.keep": 1, "machine.micro_batch": 2})
+    moment = kill_at_random(folder, recipe, world, chance)
+    done, inside = steps_done(folder), any((folder / "runs/tiny/checkpoints").glob(f"{store.DRAFT}*"))
+    again = run_group(train(recipe), folder, world)
+    assert [each.status for each in again] == [0] * world, (moment, again[0].err)
+    begun = int(found[1]) if (found := re.search(r"from step (\d+)", again[0].out)) else 0
+    if "nothing to do" not in again[0].out:
+        assert 0 <= done - begun <= EVERY, (moment, "steps redone", done, begun)
+    assert digest(folder) == digest(whole), moment
+    assert not list((folder / "runs").rglob(f"{store.DRAFT}*")), "swept"
+    print(
+        f"kill {number} on {world}: {moment}, {'inside a save' if inside else 'between'}; redone {done - begun} steps"
+    )
+
+
+@pytest.mark.parametrize(("number", "world"), [(n, 1) for n in range(6)] + [(n, 2) for n in range(6, 10)])
+def test_killed_at_a_random_moment_it_ends_in_the_same_bits(
+    tmp_path: Path, text: Path, whole: Path, number: int, world: int
+) -> None:
+    print(f"SEED={SEED}")
+    one_kill(tmp_path / "killed", text, whole, number, world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "world"), [(n, 1) for n in range(10, 40)] + [(n, 2) for n in range(40, 60)])
+def test_50_times_killed_at_a_random_moment_it_ends_in_the_same_bits(
+    tmp_path: Path, text: Path, whole: Path, number: int, world: int
+) -> None:
+    print(f"SEED={SEED}")
+    one_kill(tmp_path / "killed", text, whole, number, world)
+
+
+# ---------------------------------------------------------------------------------------------- faults
+
+OPERATIONS = ("_write", "_write_at", "_flush", "_rename", "_remove")
+FAULTS = ("exit", "ENOSPC", "EIO")
+Plan = tuple[int, str, str]  # operation, kind, when
+
+
+def faulty(at: int, kind: str, when: str) -> list[str]:
+    """Let durable operation number `at` of this process fail from here on; the list of those begun grows."""
+    begun: list[str] = []
+
+    def guarded(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*arguments: Any, **options: Any) -> Any:
+            begun.append(name)
+            if len(begun) != at + 1:
+                return real(*arguments, **options)
+            if when == "after" or (when == "half" and name not in ("_write", "_write_at", "_remove")):
+                real(*arguments, **options)
+            elif when == "half" and name == "_write":
+                data = b"".join(arguments[1])
+                arguments[0].write_bytes(data[: len(data) // 2])
+            elif when == "half" and name == "_write_at":
+                real(arguments[0], list(arguments[1])[:1])
+            elif when == "half" and arguments[0].is_dir():
+                next(arguments[0].iterdir()).unlink()
+            if kind == "exit":
+                os._exit(9)
+            code = getattr(errno, kind)
+            raise OSError(code, os.strerror(code))
+
+        return operation
+
+    for name in OPERATIONS:
+        setattr(store, name, guarded(name, getattr(store, name)))
+    os.truncate = guarded("truncate", os.truncate)
+    Path.mkdir = guarded("mkdir", Path.mkdir)  # type: ignore[method-assign]
+    return begun
+
+
+def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], list[Plan]]) -> None:
+    """At the second save of a run, fork one process for each plan, which saves with that fault, in a copy of the folder.
+
+    It is a process that has trained that is forked, so that a fault costs a copy and a save. `plans` is asked with the
+    number of durable operations of the save.
+    """
+    save = llm.trainer.Trainer.save
+
+    def split(self: llm.trainer.Trainer) -> None:
+        if self.state.step != 2 * EVERY:
+            return save(self)
+
+        def in_copy(plan: Plan) -> Path:
+            copy = copies / "-".join(map(str, plan))
+            shutil.copytree(folder, copy)
+
+            def act() -> None:
+                os.chdir(copy)
+
+                def status() -> None:
+                    with llm.trainer._status(self.run):
+                        begun = faulty(*plan)
+                        save(self)
+                        (copy / "begun.json").write_text(json.dumps(begun))
+
+                errors.run(status)
+
+            (copy / "status.txt").write_text(str(ended(start(act, copy), copy).status))
+            return copy
+
+        operations = json.loads((in_copy((-1, "exit", "before")) / "begun.json").read_text())
+        for plan in plans(len(operations)):
+            in_copy(plan)
+        os._exit(0)
+
+    def act() -> None:
+        llm.trainer.Trainer.save = split  # type: ignore[method-assign]
+        train(recipe)()
+
+    assert run(act, folder).status == 0, (folder / "err.txt").read_text()
+
+
+def every_fault(folder: Path, text: Path, whole: Path, moments: tuple[str, ...], restart_each: int) -> None:
+    (folder / "run").mkdir()
+    recipe = write_recipe(folder, text, **{"checkpoint.every": EVERY, "checkpoint.keep": 1, "evaluate.every": 99})
+    save_with(
+        folder / "run",
+        recipe,
+        folder / "copies",
+        lambda count: [(at, kind, when) for at in range(count) for kind in FAULTS for when in moments],
+    )
+    undisturbed = digests(whole)
+    counted = folder / "copies" / "-1-exit-before"
+    operations = json.loads((counted / "begun.json").read_text())
+    assert set(operations) == {*OPERATIONS, "truncate", "mkdir"} and len(operations) > 40
+    assert digests(counted).keys() == {8}, "retention has removed the one before"
+    copies = sorted(path for path in (folder / "copies").iterdir() if path != counted)
+    assert len(copies) == len(operations) * len(FAULTS) * len(moments)
+    for number, copy in enumerate(copies):
+        status, err = int((copy / "status.txt").read_text()), (copy / "err.txt").read_text()
+        if "exit" in copy.name:
+            assert status == 9, (copy.name, err)
+        else:
+            assert status == 5 and err.startswith("error: the disk failed") and err.count("\n") == 1, (copy.name, err)
+            assert json.loads((copy / "runs/tiny/status.json").read_text())["status"] == 5
+        found = digests(copy)  # raises where what bears a checkpoint's name is not whole
+        assert max(found) >= 4 and all(undisturbed[step] == each for step, each in found.items()), copy.name
+        if number % restart_each == 0:
+            again = run(train(recipe), copy)
+            assert again.status == 0, (copy.name, again.err)
+            assert digest(copy) == digest(whole), copy.name
+            assert digests(copy).keys() == {12}, copy.name
+            assert not list((copy / "runs").rglob(f"{store.DRAFT}*")), copy.name
+    print(f"{len(copies)} faults in {len(operations)} operations; {len(copies) // restart_each} started again")
+
+
+def test_a_fault_at_any_operation_of_a_save_loses_no_valid_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
+    every_fault(tmp_path, text, whole, ("before",), restart_each=15)
+
+
+@pytest.mark.slow
+def test_after_a_fault_at_any_operation_the_same_command_ends_in_the_same_bits(
+    tmp_path: Path, text: Path, whole: Path
+) -> None:
+    every_fault(tmp_path, text, whole, ("before", "half", "after"), restart_each=1)
+
+
+def test_retention_counts_no_damaged_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
+    """Stopped between a checkpoint that it resumed from and a later, damaged one: the damaged one is not the one kept."""
+    recipe = write_recipe(tmp_path, text, **{"checkpoint.every": EVERY, "checkpoint.keep": 1, "evaluate.every": 99})
+    assert run(train(recipe, stop_after=6), tmp_path).status == 75
+    folder = checkpoint.folder_of(tmp_path / "runs/tiny", 6)
+    shutil.copytree(checkpoint.folder_of(whole / "runs/tiny", 4), checkpoint.folder_of(tmp_path / "runs/tiny", 4))
+    (folder / checkpoint.WEIGHTS).write_bytes(b"damaged")
+    stopped = run(train(recipe, stop_after=5), tmp_path)
+    assert stopped.status == 75 and "step-000006 is passed over" in stopped.err
+    assert max(each.step for each in [checkpoint.newest(tmp_path / "runs/tiny", print)] if each) == 5
+    done = run(train(recipe), tmp_path)
+    assert done.status == 0 and "from step 5" in done.out
+    assert digest(tmp_path) == digest(whole)
