@@ -38,7 +38,7 @@ def model_files(shape: Model, tokenizer: Tokenizer) -> dict[str, bytes]:
         "torch_dtype": "float32",
         **ends,
     }
-    generation = {**ends, "do_sample": True, "temperature": 0.8, "top_k": 0, "min_p": 0.05}
+    generation: dict[str, Any] = {**ends, "do_sample": True, "temperature": 0.8, "top_k": 0, "min_p": 0.05}
     if tokenizer.banned:
         generation["suppress_tokens"] = list(tokenizer.banned)
     return {"config.json": _json(config), "generation_config.json": _json(generation)}

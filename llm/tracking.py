@@ -37,7 +37,7 @@ class Tracker:
     def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any]) -> None:
         path = run / "metrics.jsonl"
         lines = list(store.read_lines(path)) if path.exists() else []
-        # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is not sent twice.
+        # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is sent once.
         self.told = max((line.get("step", 0) for line in lines), default=0)
         self.record = store.Lines(path, keep=lambda line: line.get("step", 0) <= step)
         lines = [line for line in lines if line.get("step", 0) <= step]

@@ -93,7 +93,9 @@ def write(folder: Path, text: Path) -> Path:
     folder.mkdir()
     shutil.copy(text, folder / "text.txt")
     write_recipe(
-        folder, Path("text.txt"), **{"train.steps": STEPS, "checkpoint.every": 20, "evaluate.every": 50, "text.cache": "cache"}
+        folder,
+        Path("text.txt"),
+        **{"train.steps": STEPS, "checkpoint.every": 20, "evaluate.every": 50, "text.cache": "cache"},
     )
     return folder
 

@@ -1,0 +1,115 @@
+"""A loss or a gradient that is not finite touches nothing, on any process; what happens then is the recipe's to say."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import llm.group
+from llm import checkpoint
+from llm.stream import Batch
+from llm.trainer import FP16_GROWTH_STEPS, Trainer
+from tests.forks import ROOT, digest, run, run_group, script, train, write_recipe, write_text
+
+BAD = 5  # the update whose numbers are spoilt: its batch has this number less one
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def spoilt(recipe: Path, where: str, rank: int = 0) -> Callable[[], None]:
+    """The launch script with a loss, or one number of one gradient, of process `rank` spoilt in update BAD."""
+    launch = script(ROOT / "launch" / "train.py", recipe)
+
+    def child() -> None:
+        accumulate = Trainer.accumulate
+
+        def spoiling(self: Trainer, batches: list[Batch]) -> Tensor:
+            bad = self.state.step + 1 == BAD
+            if bad and where == "loss" and llm.group.rank() == rank:
+                forward = self.model.forward
+                self.model.forward = lambda *batch: forward(*batch) * float("inf")  # type: ignore[method-assign]
+                result = accumulate(self, batches)
+                self.model.forward = forward  # type: ignore[method-assign]
+                return result
+            result = accumulate(self, batches)
+            if bad and where == "gradient":
+                self.gradients()[3].local.view(-1)[0] = float("nan")
+            return result
+
+        Trainer.accumulate = spoiling  # type: ignore[method-assign]
+        launch()
+
+    return child
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_under_stop_the_run_ends_with_status_3_and_the_weights_before_it(
+    tmp_path: Path, text: Path, where: str, optimizer: str
+) -> None:
+    changes = {"train.optimizer": optimizer, "checkpoint.every": 4, "tracking.every": 12, "evaluate.every": 12}
+    recipe = write_recipe(tmp_path, text, **changes)
+    ended = run(spoilt(recipe, where), tmp_path)
+    assert ended.status == 3 and f"step {BAD} was not finite" in ended.err and len(ended.err.splitlines()) == 1
+    newest = checkpoint.newest(tmp_path / "runs/tiny", print)
+    assert newest is not None and newest.step == 4
+    lines = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    event = next(line for line in lines if "event" in line)
+    assert event["step"] == BAD and all(event["texts"])
+    assert json.loads((tmp_path / "runs/tiny/status.json").read_text())["status"] == 3
+    # Undisturbed, the same command goes on from there to the end of a run that was never disturbed.
+    assert run(train(recipe), tmp_path).status == 0
+    (tmp_path / "whole").mkdir()
+    assert run(train(recipe), tmp_path / "whole").status == 0
+    assert digest(tmp_path) == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_under_skip_the_update_is_left_out_with_a_record_on_every_process_alike(
+    tmp_path: Path, text: Path, world: int
+) -> None:
+    """A loss that only the last process spoils; the others must leave the update out as well."""
+    recipe = write_recipe(tmp_path, text, **{"train.on_nonfinite": "skip", "checkpoint.every": 1, "evaluate.every": 12})
+    for ended in run_group(spoilt(recipe, "loss", rank=world - 1), tmp_path, world):
+        assert ended.status == 0, ended.err
+    folder = tmp_path / "runs/tiny"
+    before, after = (checkpoint.open_checkpoint(checkpoint.folder_of(folder, step)) for step in (BAD - 1, BAD))
+    assert before.digest == after.digest  # not one bit of weights or moments
+    assert checkpoint.open_checkpoint(checkpoint.folder_of(folder, BAD + 1)).digest != after.digest
+    events = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "event" in line]
+    assert [event["step"] for event in events] == [BAD]
+
+
+def test_fp16s_scale_halves_after_an_overflow_and_doubles_after_many_sound_steps() -> None:
+    class Bare(Trainer):
+        def __init__(self) -> None:
+            self.scale, self.good_steps = torch.tensor(1024.0), torch.tensor(0.0)
+
+    trainer, sound = Bare(), torch.tensor(True)
+    trainer.rescale(~sound)
+    assert trainer.scale == 512 and trainer.good_steps == 0
+    for _ in range(FP16_GROWTH_STEPS):
+        trainer.rescale(sound)
+    assert trainer.scale == 1024 and trainer.good_steps == 0
+    stored = json.loads(json.dumps([trainer.scale.item(), trainer.good_steps.item()]))
+    assert stored == [1024.0, 0.0]
+
+
+def test_a_spike_is_recorded_with_its_step(tmp_path: Path, text: Path) -> None:
+    from llm.recipe import load
+    from llm.tracking import SPIKE_WINDOW, Tracker
+
+    tracker = Tracker(tmp_path, load(write_recipe(tmp_path, text)), 0, {})
+    quiet = {"learning_rate": 0.0, "gradient_norm": 0.0, "tokens_per_second": 1.0, "epoch": 0.0, "seconds_left": 0.0}
+    for step in range(1, SPIKE_WINDOW):
+        tracker.log(step, loss=3.0 + 0.01 * (step % 3), **quiet)
+    tracker.log(SPIKE_WINDOW, loss=3.5, **quiet)
+    tracker.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "spike" in line.get("event", "")] == [SPIKE_WINDOW]

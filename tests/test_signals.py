@@ -1,0 +1,153 @@
+"""Asked to stop, by whom and how it may be: the step is finished, all is saved, all processes agree, no one stays behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llm.group
+from llm.trainer import Trainer
+from tests.forks import ROOT, Ended, digest, ended, run, run_group, script, start, train, write_recipe, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> str:
+    """Digest of the run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(train(write_recipe(folder, text)), folder).status == 0
+    return digest(folder)
+
+
+def acting(recipe: Path, step: int, act: Callable[[Trainer], Any], rank: int = 0) -> Callable[[], None]:
+    """The launch script, in which process `rank` does `act` in the middle of update `step`."""
+    launch = script(ROOT / "launch" / "train.py", recipe)
+
+    def child() -> None:
+        update = Trainer.update
+
+        def disturbed(self: Trainer, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+            result = update(self, at)
+            if at + 1 == step and llm.group.rank() == rank:
+                act(self)
+            return result
+
+        Trainer.update = disturbed  # type: ignore[method-assign]
+        launch()
+
+    return child
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_each_signal_saves_and_the_same_command_goes_on(tmp_path: Path, text: Path, whole: str, name: str) -> None:
+    recipe = write_recipe(tmp_path, text)
+    stopped = run(acting(recipe, 5, lambda self: os.kill(os.getpid(), getattr(signal, name))), tmp_path)
+    assert stopped.status == 75 and f"stopped ({name}) after step 5 of 12" in stopped.err
+    assert json.loads((tmp_path / "runs/tiny/status.json").read_text())["status"] == 75
+    assert run(train(recipe), tmp_path).status == 0
+    assert digest(tmp_path) == whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path: Path, text: Path, rank: int) -> None:
+    recipe = write_recipe(tmp_path, text)
+    both = run_group(acting(recipe, 5, lambda self: os.kill(os.getpid(), signal.SIGTERM), rank), tmp_path, 2)
+    assert [each.status for each in both] == [75, 75]
+    assert digest(tmp_path).startswith("5:") and "after step 5 of 12" in both[0].err
+
+
+def test_a_second_ctrl_c_of_a_person_leaves_at_once_a_launchers_echo_does_not(tmp_path: Path, text: Path) -> None:
+    def twice(pause: float) -> Callable[[Trainer], None]:
+        def act(self: Trainer) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        return act
+
+    recipe = write_recipe(tmp_path, text)
+    assert run(acting(recipe, 5, twice(0.1)), tmp_path).status == 75
+    left = run(acting(recipe, 7, twice(1.2)), tmp_path)
+    assert left.status == 130 and "Traceback" not in left.err
+    assert digest(tmp_path).startswith("5:")  # nothing was saved on that way out
+
+
+def test_a_run_stops_by_itself_after_its_time(tmp_path: Path, text: Path) -> None:
+    recipe = write_recipe(tmp_path, text, **{"machine.stop_after": 0.3 / 3600})
+    stopped = run(acting(recipe, 3, lambda self: time.sleep(0.5)), tmp_path)
+    assert stopped.status == 75 and "machine.stop_after" in stopped.err
+
+
+def test_the_launcher_that_is_stopped_leaves_no_orphan_and_a_saved_run(tmp_path: Path, text: Path) -> None:
+    """`accelerate launch` of one process dies of SIGTERM without a word to its child, which asks to hear of it."""
+    recipe = write_recipe(
+        tmp_path, text, **{"train.steps": 100_000, "checkpoint.every": 100_000, "evaluate.every": 100_000}
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "launch/train.py"), str(recipe)],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "ACCELERATE_USE_CPU": "true"})  # fmt: skip
+    metrics, status = tmp_path / "runs/tiny/metrics.jsonl", tmp_path / "runs/tiny/status.json"
+    _until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    child = json.loads(status.read_text())["process"]
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(30)
+    _until(lambda: json.loads(status.read_text())["status"] == 75)
+    _until(lambda: not Path(f"/proc/{child}").exists())
+    assert int(digest(tmp_path).partition(":")[0]) > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_process_that_dies_or_hangs_is_named_and_the_same_command_goes_on(
+    tmp_path: Path, text: Path, number: int, shard: str
+) -> None:
+    recipe = write_recipe(tmp_path, text, **{"machine.micro_batch": 1, "machine.shard": shard})
+    (tmp_path / "whole").mkdir()
+    assert [each.status for each in run_group(train(recipe), tmp_path / "whole", 2)] == [0, 0]
+    began = time.monotonic()
+    first = _first_of_two(tmp_path, acting(recipe, 7, lambda self: os.kill(os.getpid(), number), rank=1))
+    assert first.status == 6 and "process 1 (last heard of after step" in first.err, first.err
+    assert time.monotonic() - began < 60
+    assert [each.status for each in run_group(train(recipe), tmp_path, 2)] == [0, 0]
+    assert digest(tmp_path) == digest(tmp_path / "whole")
+
+
+def _first_of_two(folder: Path, act: Callable[[], None]) -> Ended:
+    """How process 0 of a group of two ends whose process 1 may never; the time-out is short."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def hasty() -> None:
+        llm.group.HUNG = timedelta(seconds=5)
+        act()
+
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    children = [start(hasty, folder, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}, f"-{r}") for r in range(2)]
+    try:
+        return ended(children[0], folder, "-0", seconds=60)
+    finally:
+        os.kill(children[1], signal.SIGKILL)
+        os.waitpid(children[1], 0)
+
+
+def _until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
