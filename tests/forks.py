@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,10 +102,13 @@ def start(act: Callable[[], None], folder: Path, environment: dict[str, str] | N
     except SystemExit as leave:
         status = leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 1
     except BaseException:
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # Whatever happens, a full disk included, a child must never go on as a second pytest.
+        for output in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                output.flush()
         os._exit(status)
 
 
