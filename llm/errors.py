@@ -76,8 +76,8 @@ def as_disk_error(error: OSError) -> LLMError | None:
         return None
     where, found = f" at {error.filename}" if error.filename else "", ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename:
-        with suppress(OSError):
-            found = f", {shutil.disk_usage(Path(error.filename).parent).free / 1e6:,.1f} MB are free"
+        there = next((folder for folder in Path(error.filename).absolute().parents if folder.exists()), None)
+        found = f", {shutil.disk_usage(there).free / 1e6:,.1f} MB are free" if there else ""
     return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}{found}; {mends[error.errno]}")
 
 
@@ -90,10 +90,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if str(error):
             who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
             kind = "" if isinstance(error, StoppedError) else "error: "
-            print(f"{who}{kind}{error}", file=sys.stderr, flush=True)
+            _tell(f"{who}{kind}{error}")
         status = error.status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        _tell("interrupted")
         status = 130
     except BrokenPipeError:  # the reader of a pipe left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,6 +102,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         disk = as_disk_error(error)
         if disk is None:
             raise
-        print(f"error: {disk}", file=sys.stderr, flush=True)
+        _tell(f"error: {disk}")
         status = disk.status
     sys.exit(status)
+
+
+def _tell(text: str) -> None:
+    """A line on stderr, where there is room for it: the status says it too."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -231,7 +231,8 @@ class Lines:
         _flush(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        with _named(self.path):
+            self.file.close()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ Accelerate owns devices, processes, precision and wrapping; the order of the dat
 resume are ours.
 """
 
+import json
 import os
 import signal
 import sys
@@ -580,8 +581,14 @@ def _status(run: Path) -> Iterator[None]:
     except (LLMError, OSError, KeyboardInterrupt) as error:
         known = as_disk_error(error) or error if isinstance(error, OSError) else error
         status = known.status if isinstance(known, LLMError) else 130 if isinstance(known, KeyboardInterrupt) else 1
-        with suppress(OSError):  # a full disk is what there is to say
-            store.write_json(path, {"status": status, "message": str(known) or type(known).__name__})
+        said = {"status": status, "message": str(known) or type(known).__name__}
+        try:
+            store.write_json(path, said)
+        except OSError:  # a disk without room for another file may yet have it in this one
+            with suppress(OSError):
+                data = json.dumps(said).encode()
+                store.write_at(path, [(0, data)])
+                os.truncate(path, len(data))
         raise
     store.write_json(path, {"status": 0, "message": "finished"})
 

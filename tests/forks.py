@@ -90,7 +90,7 @@ def start(act: Callable[[], None], folder: Path, environment: dict[str, str] | N
     try:
         for name, number in (("out", 1), ("err", 2)):
             os.dup2(os.open(folder / f"{name}{tag}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", buffering=1) for n in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", buffering=1, closefd=False) for n in (1, 2))
         sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
