@@ -221,7 +221,8 @@ def _paths(name: str) -> list[Path]:
     if not path.exists():
         known = "" if path.suffix else f" (and no named text: {', '.join(WIKI)})"
         raise TextError(
-            f"{name} is not there{known}: put your text there, or write one with `python -m llm.prepare --wiki {name}`")
+            f"{name} is not there{known}: put your text there, or write one with `python -m llm.prepare --wiki {name}`"
+        )
     if path.stat().st_size == 0:
         raise TextError(f"{name} is empty: put your text there")
     return [path]
@@ -258,7 +259,8 @@ def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:
                     at, byte = offset - held + error.start, error.object[error.start]
                     raise TextError(
                         f"{path} is not UTF-8 at byte {at} (0x{byte:02x}): save it as UTF-8, "
-                        f"for instance with `iconv -f latin1 -t utf-8`") from error
+                        f"for instance with `iconv -f latin1 -t utf-8`"
+                    ) from error
                 if (at := chunk.find(b"\0")) >= 0:
                     raise TextError(f"{path} has a NUL at byte {offset + at}: it is no plain text, or must be cleaned")
                 if not chunk:
@@ -384,7 +386,8 @@ def _ask_hub(name: str, dataset: str, revision: str | None) -> str:
     except _network_errors() as error:
         raise TextError(
             f"{name} cannot be reached on the hub ({_first_line(error)}): connect to the network, check the name, "
-            f"or name text that is on this disk") from error
+            f"or name text that is on this disk"
+        ) from error
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:

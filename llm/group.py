@@ -8,9 +8,10 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from llm.errors import GroupError, LLMError, as_disk_error
 
 HUNG = timedelta(minutes=15)  # a step and an evaluation that take longer than this do not pass for a hung process
+ANSWER = 10  # seconds that the main process has to say what it knows of the others
 MAIN = 1000  # added to an exit status by the main process
 PATIENCE = timedelta(days=365)  # the preparation of a large text takes as long as it takes
 
@@ -76,14 +78,27 @@ class Council:
         """
         if self.group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return error
-        everyone = range(world())
-        try:
-            last = {each: self.notes.get(str(each)).decode() for each in everyone if self.notes.check([str(each)])}
-        except RuntimeError:
-            return GroupError("process 0 is gone; the same command goes on")
+        everyone, last = range(world()), self._last_notes()
+        if not last:
+            return GroupError("process 0 is gone or hangs; the same command goes on")
         behind = [each for each in everyone if last.get(each) != after] or [each for each in everyone if each != rank()]
         said = ", ".join(f"process {each} (last heard of after {last.get(each, 'its start')})" for each in behind)
         return GroupError(f"{said} is gone or hangs; the same command goes on ({str(error).splitlines()[0][:160]})")
+
+    def _last_notes(self) -> dict[int, str]:
+        """What each process last said; nothing where the main process, which keeps the notes, does not answer."""
+        last: dict[int, str] = {}
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                for each in range(world()):
+                    if self.notes.check([str(each)]):
+                        last[each] = self.notes.get(str(each)).decode()
+
+        asking = Thread(target=ask, daemon=True)  # the store's own time-out does not hold where its host is halted
+        asking.start()
+        asking.join(ANSWER)
+        return dict(last)
 
     def meet_on_disk(self, folder: Path) -> None:
         """Find out, by trying, which processes see the same `folder`: `writes` and `one_disk` say so from here on."""

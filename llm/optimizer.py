@@ -5,7 +5,7 @@ leaves weights and moments alone, decided on the device, so that nothing waits f
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -24,6 +24,7 @@ EPS = 1e-8
 ADAMW_SHARE = 0.15  # of Muon's rate, for what Muon does not take
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 STACKED = 8  # matrices of one shape that are orthogonalised together
+VECTOR = 64  # numbers; the last of a tensor that it does not divide are rounded otherwise by a CPU's kernels
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -155,17 +156,30 @@ class Optimizer:
     def _adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
     ) -> None:
-        named = {name: p for name, p in named.items() if held(p).local.numel()}
-        if not named:
+        tensors = [
+            (
+                held(p).local,
+                _gradient(p),
+                self.moments[f"{name}/exp_avg"].local,
+                self.moments[f"{name}/exp_avg_sq"].local,
+            )
+            for name, p in named.items()
+            if held(p).local.numel()
+        ]
+        ready = [each for each in tensors if each[0].numel() % VECTOR == 0]
+        if odd := [each for each in tensors if each[0].numel() % VECTOR]:
+            joined = [_joined(each) for each in zip(*odd, strict=True)]
+            ready.append((joined[0], joined[1], joined[2], joined[3]))
+        if not ready:
             return
-        steps = list(torch.full((len(named),), float(step), device=scale.device).unbind())
+        weights, gradients, averages, squares = zip(*ready, strict=True)
         adamw(
-            [held(p).local for p in named.values()],
-            [_gradient(p) for p in named.values()],
-            [self.moments[f"{name}/exp_avg"].local for name in named],
-            [self.moments[f"{name}/exp_avg_sq"].local for name in named],
+            list(weights),
+            list(gradients),
+            list(averages),
+            list(squares),
             [],
-            steps,
+            list(torch.full((len(ready),), float(step), device=scale.device).unbind()),
             fused=True,
             grad_scale=1 / scale,
             found_inf=(~finite).float(),
@@ -177,6 +191,19 @@ class Optimizer:
             eps=EPS,
             maximize=False,
         )
+        for which in (0, 2, 3) if odd else ():
+            parts = [each[which] for each in odd]
+            pieces = ready[-1][which].split([*(part.numel() for part in parts), _padding(parts)])
+            torch._foreach_copy_(parts, [piece.view_as(part) for piece, part in zip(pieces, parts, strict=False)])
+
+
+def _padding(parts: Sequence[Tensor]) -> int:
+    return -sum(part.numel() for part in parts) % VECTOR
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """All `parts` in one flat tensor of a length that VECTOR divides, with zeros at its end."""
+    return torch.cat([*(part.flatten() for part in parts), parts[0].new_zeros(_padding(parts))])
 
 
 def exchanged(

@@ -96,7 +96,8 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     if train.tokens <= recipe.model.context:
         raise TextError(
             f"{_names(recipe)}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
-            f"{recipe.model.context + 1:,}: use more text, or at most model.context={train.tokens - 1}")
+            f"{recipe.model.context + 1:,}: use more text, or at most model.context={train.tokens - 1}"
+        )
     return Prepared(tokenizer, shards)
 
 
@@ -209,6 +210,8 @@ def _sharded(
     with _alone(folder, "these token shards", show.say):
         if (folder / "manifest.json").is_file():
             store.sweep(folder)
+            if (folder / "journal.json").exists():  # a kill came between the manifest and its removal
+                store.remove(folder / "journal.json")
             small = sum(path.stat().st_size for path in folder.glob("*.arrow")) <= SMALL
             shards = Shards.open(folder, verify or small)
             show.say(f"shards: {folder} (made before)")
@@ -234,7 +237,8 @@ def _check_space(folder: Path, text_bytes: int, vocabulary: int) -> None:
     if free < needed:
         raise DiskError(
             f"token shards in {folder} need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
-            f"make room, or name another place by text.cache=FOLDER, and run the same command again")
+            f"make room, or name another place by text.cache=FOLDER, and run the same command again"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from llm.errors import RecipeError, RefusedError
 
 Auto: TypeAlias = Literal["auto"]
 MOST_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst of that size
+LEAST_VOCABULARY = 264  # every byte, the pieces without text, and some room
 NOTHING = ("", "~", "null", "Null", "NULL")  # unquoted, no value
 SCALES = {"": "1", "k": "1e3", "m": "1e6", "b": "1e9", "g": "1e9", "%": "0.01"}
 
@@ -44,7 +45,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    vocabulary: int = setting(4096, unit="pieces", least=264, below=1 << 24)
+    vocabulary: int = setting(4096, unit="pieces", least=LEAST_VOCABULARY, below=1 << 24)
     terms: tuple[str, ...] = setting((), unit="words that stay whole")
     path: str | None = setting(None, unit="an existing sentencepiece .model, used instead of training one")
 

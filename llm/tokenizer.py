@@ -18,6 +18,7 @@ import sentencepiece
 
 from llm import store
 from llm.errors import RecipeError, RefusedError, TextError
+from llm.recipe import LEAST_VOCABULARY
 
 sentencepiece.set_min_log_level(3)  # what goes wrong is raised, and said by us
 
@@ -46,7 +47,8 @@ class Tokenizer:
         starts = [id for id in (self._processor.bos_id(), self._processor.eos_id()) if id >= 0]
         if not starts:
             raise RecipeError(
-                f"{name} has no piece for where a document begins or ends: train it with bos_id, or name another")
+                f"{name} has no piece for where a document begins or ends: train it with bos_id, or name another"
+            )
         self.bos: int = starts[0]
         self.banned = tuple(id for id in range(self.vocabulary) if self._is_no_text(id))
         self._bytes = self._bytes_of_all()
@@ -87,13 +89,15 @@ class Tokenizer:
                 pad_id=-1, num_threads=4)  # fmt: skip
         except RuntimeError as error:
             if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
+                fits = f", or at most tokenizer.vocabulary={most[1]}" if int(most[1]) >= LEAST_VOCABULARY else ""
                 raise TextError(
-                    f"tokenizer.vocabulary = {vocabulary} is too large for so little text: "
-                    f"use more text, or at most tokenizer.vocabulary={most[1]}") from error
+                    f"tokenizer.vocabulary = {vocabulary} is too large for so little text: use more text{fits}"
+                ) from error
             if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
                 raise TextError(
                     f"tokenizer.vocabulary = {vocabulary} is too small for the bytes and letters of this text: "
-                    f"use at least tokenizer.vocabulary={least[1]}") from error
+                    f"use at least tokenizer.vocabulary={least[1]}"
+                ) from error
             raise TextError(f"no tokenizer can be trained with these tokenizer.terms on this text: {error}") from error
         return cls(out.getvalue(), "the new vocabulary")
 

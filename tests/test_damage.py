@@ -325,3 +325,20 @@ def test_an_edited_recipe_of_a_run_can_be_used_once_its_digest_is_taken_out(here
 def test_a_tokenizer_of_others_needs_no_manifest(here: Path) -> None:
     shutil.copy(here / "runs/tiny/tokenizer/tokenizer.model", "alone.model")
     assert Tokenizer.load(Path("alone.model")).vocabulary == 320
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_a_newer_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a training run keeps fewer of them than a reader needs time."""
+    load_tensors, taken = checkpoint.load_tensors, []
+
+    def overtaken(path: Path, into: Any) -> None:
+        if len(taken) < 2:
+            taken.append(path.parent.name)
+            store.remove(path.parent)
+        load_tensors(path, into)
+
+    monkeypatch.setattr(checkpoint, "load_tensors", overtaken)
+    assert runs.open_run("tiny").checkpoint.folder.name == "step-000005", "the best that is left"
+    assert taken == ["step-000012", "step-000010"]

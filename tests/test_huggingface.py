@@ -36,7 +36,21 @@ SHAPES = {
     for tied in (True, False)
 }
 TERMS = ("New York", "Har", "a,b", 'q"', " of the ", "<b>")
-SCRIPTS = ("abc XYZ", "éßŁø", "αβγ Ω", "привет", "שלום", "مرحبا", "नमस्ते", "ไทย", "漢字かな", "한국어", "𝔘𐍈", "e\u0301\u0323", "½Å℃")
+SCRIPTS = (
+    "abc XYZ",
+    "éßŁø",
+    "αβγ Ω",
+    "привет",
+    "שלום",
+    "مرحبا",
+    "नमस्ते",
+    "ไทย",
+    "漢字かな",
+    "한국어",
+    "𝔘𐍈",
+    "e\u0301\u0323",
+    "½Å℃",
+)
 ODD = (" ", "  ", "\n", "\n\n", "\r\n", "\t", "\x00", "\x07\x1b", "\x7f", "\u00a0", "\u200b", "\u2028", "\ufeff", "\ufffd",
        "🎉", "👩‍👩‍👧", "🇩🇪", "<s>", "</s>", "<unk>", "<0x41>", "<|endoftext|>", "▂", "_", "1234567", "...", *TERMS)  # fmt: skip
 
@@ -84,9 +98,13 @@ def saved(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
 
 def opened(folder: Path) -> Any:
     """What transformers makes of the folder; nothing may be missing, left over or of another size."""
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
-    assert not any(told.get(each) for each in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), told
+    assert not any(told.get(each) for each in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), (
+        told
+    )
     return theirs.eval()
 
 
@@ -115,7 +133,9 @@ def test_transformers_opens_a_checkpoint_and_says_the_same(tmp_path: Path, token
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_run_that_was_trained_opens_as_it_lies(tmp_path: Path, tied: bool) -> None:
     text = write_text(tmp_path / "text.txt")
-    recipe = write_recipe(tmp_path, text, **{"model.tied": str(tied).lower(), "model.context": 128, "train.tokens_per_step": 256})
+    recipe = write_recipe(
+        tmp_path, text, **{"model.tied": str(tied).lower(), "model.context": 128, "train.tokens_per_step": 256}
+    )
     assert run(train(recipe), tmp_path).status == 0
     of_run = open_run(str(tmp_path / "runs" / "tiny" / "step-000012"))
     ours_and_theirs_agree(of_run.model, of_run.tokenizer, of_run.checkpoint.folder)
@@ -123,11 +143,15 @@ def test_a_run_that_was_trained_opens_as_it_lies(tmp_path: Path, tied: bool) -> 
 
 def test_2000_tough_texts_have_their_ids_and_come_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """All but those with a literal U+2581, which their format cannot tell from a space."""
-    theirs = transformers.AutoTokenizer.from_pretrained(saved(tmp_path / "s", tiny.transformer(vocabulary=480), tokenizer))
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        saved(tmp_path / "s", tiny.transformer(vocabulary=480), tokenizer)
+    )
     texts = list(tough_texts(2_400))
     assert len(set(texts)) > 2_000 and {"", "<s>", "<0x0A>"} <= set(texts)
     assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.bos and len(theirs) == tokenizer.vocabulary
-    for text, ids, found in zip(texts, tokenizer.encode_batch(texts, threads=2), theirs(texts)["input_ids"], strict=True):
+    for text, ids, found in zip(
+        texts, tokenizer.encode_batch(texts, threads=2), theirs(texts)["input_ids"], strict=True
+    ):
         assert found == [tokenizer.bos, *ids.tolist()], repr(text[:200])
         assert theirs.decode(found[1:]) == text == theirs.decode(found, skip_special_tokens=True), repr(text[:200])
     assert theirs("x")["input_ids"] == theirs.encode("x") == [tokenizer.bos, *tokenizer.encode("x")]
@@ -144,7 +168,9 @@ def test_their_sampling_starts_from_ours(tmp_path: Path, tokenizer: Tokenizer) -
 
 def test_a_vocabulary_of_another_kind_leaves_the_tokenizer_files_out_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "unigram.model").write_bytes(trained(vocab_size=300, byte_fallback=True, character_coverage=1.0))
-    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **{"tokenizer.path": "unigram.model", "train.steps": 4})
+    recipe = write_recipe(
+        tmp_path, write_text(tmp_path / "text.txt"), **{"tokenizer.path": "unigram.model", "train.steps": 4}
+    )
     ended = run(train(recipe), tmp_path)
     assert ended.status == 0, ended.err
     lines = [line for line in ended.out.splitlines() if "tokenizer.json" in line]

@@ -16,9 +16,12 @@ import pytest
 
 import llm.trainer
 from llm import checkpoint, errors, store
+from llm.prepare import prepare
+from llm.recipe import load
 from tests.forks import digest, ended, run, run_group, start, start_group, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
+OPERATIONS = ("_write", "_write_at", "_flush", "_rename", "_remove")
 EVERY = 4  # steps between checkpoints, in every recipe here
 
 
@@ -47,48 +50,58 @@ def digests(folder: Path) -> dict[int, str]:
 
 
 def tells_of_saves(pipe: int) -> None:
-    """This process writes a byte to `pipe` at the beginning of every save, and another at each of its operations."""
-    save = checkpoint.save
+    """This process writes a dot to `pipe` before each durable operation of its saves, and an e after each save."""
+    save = llm.trainer.Trainer.save
 
-    def told(*arguments: Any, **options: Any) -> None:
-        os.write(pipe, b"s")
-        save(*arguments, **options)
+    def told(self: llm.trainer.Trainer) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in OPERATIONS:
+                patch.setattr(store, name, telling(getattr(store, name)))
+            save(self)
+        os.write(pipe, b"e")
 
-    checkpoint.save = told
+    def telling(real: Callable[..., None]) -> Callable[..., None]:
+        def operation(*arguments: Any) -> None:
+            os.write(pipe, b".")
+            time.sleep(0.001)  # for the signal to arrive where it is meant to
+            real(*arguments)
+
+        return operation
+
+    llm.trainer.Trainer.save = told  # type: ignore[method-assign]
 
 
-def kill_at_random(folder: Path, recipe: Path, world: int, chance: random.Random) -> str:
-    """Start the run and SIGKILL one of its processes, three times in four in the middle of a save; then the others."""
+def kill_at_random(folder: Path, recipe: Path, world: int, chance: random.Random) -> tuple[str, bool]:
+    """Start the run and SIGKILL one of its processes, nine times in ten within a save. When, and whether it was so."""
     read, write = os.pipe()
-    act = train(recipe)
+    victim, act = chance.randrange(world), train(recipe)
 
     def watched() -> None:
-        tells_of_saves(write)
+        if llm.group.rank() == victim:
+            tells_of_saves(write)
         act()
 
     children = start_group(watched, folder, world)
-    victim = chance.randrange(world)
+    os.close(write)
     try:
-        if chance.random() < 0.75:
-            saves = chance.randrange(1, 4) * world  # every process tells
-            for _ in range(saves):
-                while not os.read(read, 1):
-                    pass
-            pause = chance.uniform(0, 0.025)
-            moment = f"{1000 * pause:.1f} ms into save {saves // world}"
+        if chance.random() < 0.9:
+            operations = chance.randrange(1, 120 if victim == 0 else 15)  # about forty in a save, where it leads
+            told = b"".join(os.read(read, 1) for _ in range(operations))
+            pause = chance.uniform(0, 0.001)
+            moment = f"{1000 * pause:.2f} ms after operation {operations} of the saves"
         else:
-            pause = chance.uniform(0, 1.2)
+            told, pause = b"", chance.uniform(0, 1.2)
             moment = f"{pause:.2f} s after the start"
         time.sleep(pause)
     finally:
         os.kill(children[victim], signal.SIGKILL)
-        os.close(read)
-        os.close(write)
     for rank, child in enumerate(children):
         tag = "" if world == 1 else f"-{rank}"
         status = ended(child, folder, tag).status
         assert status in (0, 1, 6, -signal.SIGKILL), (moment, rank, status)
-    return moment
+    told += os.read(read, 1 << 16)
+    os.close(read)
+    return moment, told.endswith(b".")
 
 
 def steps_done(folder: Path) -> int:
@@ -101,12 +114,14 @@ def one_kill(folder: Path, text: Path, whole: Path, number: int, world: int) -> 
     chance = random.Random(SEED * 1000 + number)
     folder.mkdir()
     recipe = write_recipe(folder, text, **{"checkpoint.every": EVERY, "checkpoint.keep": 1, "machine.micro_batch": 2})
-    moment = kill_at_random(folder, recipe, world, chance)
-    done, inside = steps_done(folder), any((folder / "runs/tiny/checkpoints").glob(f"{store.DRAFT}*"))
+    moment, inside = kill_at_random(folder, recipe, world, chance)
+    done = steps_done(folder)
     again = run_group(train(recipe), folder, world)
     assert [each.status for each in again] == [0] * world, (moment, again[0].err)
     begun = int(found[1]) if (found := re.search(r"from step (\d+)", again[0].out)) else 0
-    if "nothing to do" not in again[0].out:
+    if "nothing to do" in again[0].out:
+        begun = done
+    else:
         assert 0 <= done - begun <= EVERY, (moment, "steps redone", done, begun)
     assert digest(folder) == digest(whole), moment
     assert not list((folder / "runs").rglob(f"{store.DRAFT}*")), "swept"
@@ -134,7 +149,6 @@ def test_50_times_killed_at_a_random_moment_it_ends_in_the_same_bits(
 
 # ---------------------------------------------------------------------------------------------- faults
 
-OPERATIONS = ("_write", "_write_at", "_flush", "_rename", "_remove")
 FAULTS = ("exit", "ENOSPC", "EIO")
 Plan = tuple[int, str, str]  # operation, kind, when
 
@@ -271,3 +285,73 @@ def test_retention_counts_no_damaged_checkpoint(tmp_path: Path, text: Path, whol
     done = run(train(recipe), tmp_path)
     assert done.status == 0 and "from step 5" in done.out
     assert digest(tmp_path) == digest(whole)
+
+
+# ---------------------------------------------------------------------------------------------- a preparation
+
+
+def prepares(folder: Path, text: Path) -> Callable[[], None]:
+    recipe = load(write_recipe(folder, text, **{"text.cache": folder / "cache"}))
+    return lambda: errors.run(lambda: prepare(recipe, print) and None)
+
+
+def cache_files(folder: Path) -> dict[str, str]:
+    """Of the cache by name and digest, but for locks; a draft would be among them."""
+    files = [path for path in (folder / "cache").rglob("*") if path.is_file() and path.parent.name != "locks"]
+    return {str(path.relative_to(folder)): store.sha256(path) for path in files}
+
+
+@pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_fault_at_any_operation_of_a_preparation_loses_nothing(tmp_path: Path, text: Path, each: int) -> None:
+    """The same command then makes the same bytes and leaves no draft."""
+    (tmp_path / "whole").mkdir()
+    counted = tmp_path / "counted.json"
+
+    def counting() -> None:
+        begun = faulty(-1, "exit", "before")
+        try:
+            prepares(tmp_path / "whole", text)()
+        finally:
+            counted.write_text(json.dumps(begun))
+
+    assert run(counting, tmp_path).status == 0
+    operations = json.loads(counted.read_text())
+    for at in range(len(operations) - 1, -1, -each):
+        kind, when = FAULTS[at % 3], ("before", "half", "after")[at // 3 % 3]
+        folder = tmp_path / f"{at}-{kind}-{when}"
+        folder.mkdir()
+        act = prepares(folder, text)
+
+        def failing(at: int = at, kind: str = kind, when: str = when, act: Callable[[], None] = act) -> None:
+            faulty(at, kind, when)
+            act()
+
+        ended = run(failing, folder)
+        if kind == "exit":
+            assert ended.status == 9
+        else:
+            assert ended.status == 5 and ended.err.count("\n") == 1 and "the disk failed" in ended.err, ended.err
+        assert run(act, folder).status == 0
+        assert cache_files(folder) == cache_files(tmp_path / "whole"), folder.name
+    print(f"faults in {-(-len(operations) // each)} of {len(operations)} operations of a preparation")
+
+
+@pytest.mark.slow
+def test_a_preparation_killed_10_times_makes_the_same_bytes(tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    text = write_text(tmp_path / "text.txt", documents=4000)
+    (tmp_path / "whole").mkdir()
+    began = time.monotonic()
+    assert run(prepares(tmp_path / "whole", text), tmp_path / "whole").status == 0
+    seconds = time.monotonic() - began
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        act = prepares(folder, text)
+        child = start(act, folder)
+        time.sleep(chance.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        ended(child, folder)
+        assert run(act, folder).status == 0
+        assert cache_files(folder) == cache_files(tmp_path / "whole"), number
+    print(f"SEED={SEED}: 10 of 10 killed within {seconds:.1f} s made the same bytes")

@@ -19,7 +19,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A folder in which the run `tiny` is finished, with its recipe beside."""
     folder = tmp_path_factory.mktemp("trained")
-    ended = run(train(write_recipe(folder, text, **{"evaluate.prompts": "[My self Har]", "checkpoint.keep": 2})), folder)
+    ended = run(
+        train(write_recipe(folder, text, **{"evaluate.prompts": "[My self Har]", "checkpoint.keep": 2})), folder
+    )
     assert ended.status == 0, ended.err
     (folder / "said.txt").write_text(ended.out)
     return folder
@@ -56,7 +58,9 @@ def test_checkpoints_are_safetensors_under_hugging_faces_names(trained: Path) ->
     newest = checkpoint.newest(trained / "runs/tiny", print)
     assert newest is not None and newest.step == 12
     with safe_open(newest.folder / "model.safetensors", "pt") as file:
-        assert {"model.embed_tokens.weight", "model.layers.1.self_attn.q_norm.weight", "model.norm.weight"} <= set(file.keys())
+        assert {"model.embed_tokens.weight", "model.layers.1.self_attn.q_norm.weight", "model.norm.weight"} <= set(
+            file.keys()
+        )
     best = checkpoint.best(trained / "runs/tiny")
     kept = {folder.name for folder in checkpoint.folders(trained / "runs/tiny")}
     assert best is not None and kept == {"step-000012", "step-000010", best.folder.name}
@@ -75,7 +79,9 @@ def test_another_science_half_is_refused_with_the_first_key_and_both_ways_on(tra
 
 
 def test_another_machine_half_is_taken(trained: Path) -> None:
-    ended = run(train(trained / "recipe.yaml", "machine.micro_batch=4", "tracking.every=3", "evaluate.every=2"), trained)
+    ended = run(
+        train(trained / "recipe.yaml", "machine.micro_batch=4", "tracking.every=3", "evaluate.every=2"), trained
+    )
     assert ended.status == 0, ended.err
 
 
@@ -115,7 +121,9 @@ def test_a_second_run_in_the_same_folder_is_refused(trained: Path) -> None:
         ("from=nowhere/step-000001", ("nowhere/step-000001",)),
     ],
 )
-def test_what_is_wrong_is_one_line_with_status_2(tmp_path: Path, text: Path, override: str, words: tuple[str, ...]) -> None:
+def test_what_is_wrong_is_one_line_with_status_2(
+    tmp_path: Path, text: Path, override: str, words: tuple[str, ...]
+) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("Too short.\n")
     ended = run(train(write_recipe(tmp_path, text), override), tmp_path)
@@ -141,7 +149,9 @@ def test_any_prompt_gives_text(trained: Path, prompt: str) -> None:
 
 
 def test_several_prompts_go_side_by_side_as_each_would_alone(trained: Path) -> None:
-    alone = [sample(trained, "--prompt", each, "--tokens", "12", "--temperature", "0").out for each in ("My self Har", "The")]
+    alone = [
+        sample(trained, "--prompt", each, "--tokens", "12", "--temperature", "0").out for each in ("My self Har", "The")
+    ]
     both = sample(trained, "--prompt", "My self Har", "--prompt", "The", "--tokens", "12", "--temperature", "0").out
     assert both == "".join(f"{text}{'-' * 40}\n" for text in alone)
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.forks import Ended, digest, run, train, write_recipe, write_text
+from tests.forks import Ended, digest, run, run_group, train, write_recipe, write_text
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def test_stopped_after_any_step_it_ends_in_the_same_bits(tmp_path: Path, text: P
     """Dropout on, two micro-batches a step, over an epoch's end and evaluations; every step but the last is stopped at."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    recipe = write_recipe(tmp_path, text, **{"train.optimizer": optimizer, "train.tokens_per_step": 256, "machine.micro_batch": 8})
+    recipe = write_recipe(
+        tmp_path, text, **{"train.optimizer": optimizer, "train.tokens_per_step": 256, "machine.micro_batch": 8}
+    )
     done(run(train(recipe), tmp_path / "whole"))
     for step in range(1, 12):
         stopped = run(train(recipe, stop_after=step), tmp_path / "parts")
@@ -35,3 +38,41 @@ def test_stopped_after_any_step_it_ends_in_the_same_bits(tmp_path: Path, text: P
     losses = [[(line["step"], line["loss"]) for line in map(json.loads, lines) if "loss" in line] for lines in records]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == list(range(1, 13))
+
+
+def test_how_often_it_looks_at_itself_changes_no_bit(tmp_path: Path, text: Path) -> None:
+    """Evaluation, samples, logging and checkpoints on another cadence, and another one again after a stop."""
+    recipe = write_recipe(tmp_path, text)
+    cadences: dict[str, list[str]] = {
+        "often": ["evaluate.every=1", "evaluate.prompts=[My self Har,The]", "tracking.every=1", "checkpoint.every=1"],
+        "never": ["evaluate.every=99", "tracking.every=99", "checkpoint.every=99", "checkpoint.keep=1"],
+        "odd": ["evaluate.every=7", "evaluate.prompts=[The]", "tracking.every=5", "checkpoint.every=3"],
+    }
+    for name, overrides in cadences.items():
+        (tmp_path / name).mkdir()
+        done(run(train(recipe, *overrides), tmp_path / name))
+    (tmp_path / "mixed").mkdir()
+    for stop, overrides in zip((3, 4, 9), cadences.values(), strict=True):
+        assert run(train(recipe, *overrides, stop_after=stop), tmp_path / "mixed").status == 75
+    done(run(train(recipe), tmp_path / "mixed"))
+    assert len({digest(tmp_path / name) for name in [*cadences, "mixed"]}) == 1
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply bf16")
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_in_bf16_too_a_stopped_run_ends_in_the_same_bits(
+    tmp_path: Path, text: Path, optimizer: str, world: int
+) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    recipe = write_recipe(tmp_path, text, **{"machine.precision": "bf16", "train.optimizer": optimizer})
+    for each in run_group(train(recipe), tmp_path / "whole", world):
+        done(each)
+    for stop in (3, 7):
+        assert {each.status for each in run_group(train(recipe, stop_after=stop), tmp_path / "parts", world)} == {75}
+    for each in run_group(train(recipe), tmp_path / "parts", world):
+        done(each)
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+    said = (tmp_path / "parts" / ("out.txt" if world == 1 else "out-0.txt")).read_text()
+    assert "bf16" in said and f"{world} x 1 threads" in said

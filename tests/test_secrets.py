@@ -1,6 +1,7 @@
 """What is in the environment stays there, and nothing that is written or read could run code."""
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests.forks import ROOT, ended, script, start, train, write_recipe, write_text
 
 SECRETS = {"WANDB_API_KEY": "f00d" * 10, "HF_TOKEN": "hf_plantedplantedplanted", "MY_SECRET": "planted-secret-value"}
+TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -16,7 +18,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that had secrets in its environment, and all that it printed."""
     folder = tmp_path_factory.mktemp("secrets")
     recipe = write_recipe(
-        folder, write_text(folder / "text.txt"), **{"evaluate.prompts": "[My self Har]", "train.steps": 6}
+        folder,
+        write_text(folder / "text.txt"),
+        **{
+            "evaluate.prompts": "[My self Har]",
+            "train.steps": 6,
+            "tracking.wandb": "offline",
+            "tracking.tensorboard": TENSORBOARD,
+        },
     )
     for act in (train(recipe), script("module:llm.sample", "--prompt", "The", "--tokens", "5")):
         done = ended(start(act, folder, SECRETS), folder)
@@ -28,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files(folder: Path) -> list[Path]:
     found = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(found) > 20
+    assert len(found) > 20 and any(path.suffix == ".wandb" for path in found), "W&B's files are among them"
     return found
 
 

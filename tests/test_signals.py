@@ -110,6 +110,23 @@ def test_the_launcher_that_is_stopped_leaves_no_orphan_and_a_saved_run(tmp_path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_main_process_that_dies_or_hangs_is_named_too(tmp_path: Path, text: Path, number: int) -> None:
+    """It holds the board on which processes leave their notes, and the record: the other one speaks."""
+    recipe = write_recipe(tmp_path, text)
+    (tmp_path / "whole").mkdir()
+    assert [each.status for each in run_group(train(recipe), tmp_path / "whole", 2)] == [0, 0]
+    began = time.monotonic()
+    second = _survivor(tmp_path, acting(recipe, 7, lambda self: os.kill(os.getpid(), number), rank=0), 1)
+    assert second.status == 6, second.err
+    # torch may have said something of its own before.
+    assert second.err.splitlines()[-1].startswith("process 1: error: process 0 "), second.err
+    assert "the same command goes on" in second.err and "Traceback" not in second.err
+    assert time.monotonic() - began < 30
+    assert [each.status for each in run_group(train(recipe), tmp_path, 2)] == [0, 0]
+    assert digest(tmp_path) == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_a_process_that_dies_or_hangs_is_named_and_the_same_command_goes_on(
     tmp_path: Path, text: Path, number: int, shard: str
@@ -118,15 +135,15 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_same_command_goes_on(
     (tmp_path / "whole").mkdir()
     assert [each.status for each in run_group(train(recipe), tmp_path / "whole", 2)] == [0, 0]
     began = time.monotonic()
-    first = _first_of_two(tmp_path, acting(recipe, 7, lambda self: os.kill(os.getpid(), number), rank=1))
+    first = _survivor(tmp_path, acting(recipe, 7, lambda self: os.kill(os.getpid(), number), rank=1), 0)
     assert first.status == 6 and "process 1 (last heard of after step" in first.err, first.err
     assert time.monotonic() - began < 60
     assert [each.status for each in run_group(train(recipe), tmp_path, 2)] == [0, 0]
     assert digest(tmp_path) == digest(tmp_path / "whole")
 
 
-def _first_of_two(folder: Path, act: Callable[[], None]) -> Ended:
-    """How process 0 of a group of two ends whose process 1 may never; the time-out is short."""
+def _survivor(folder: Path, act: Callable[[], None], rank: int) -> Ended:
+    """How process `rank` of a group of two ends whose other one may never; the time-out is short."""
     import socket
 
     with socket.socket() as free:
@@ -140,10 +157,10 @@ def _first_of_two(folder: Path, act: Callable[[], None]) -> Ended:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     children = [start(hasty, folder, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}, f"-{r}") for r in range(2)]
     try:
-        return ended(children[0], folder, "-0", seconds=60)
+        return ended(children[rank], folder, f"-{rank}", seconds=60)
     finally:
-        os.kill(children[1], signal.SIGKILL)
-        os.waitpid(children[1], 0)
+        os.kill(children[1 - rank], signal.SIGKILL)
+        os.waitpid(children[1 - rank], 0)
 
 
 def _until(true: Callable[[], bool], seconds: float = 60) -> None:

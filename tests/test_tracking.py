@@ -94,7 +94,9 @@ def wandb_records(path: Path) -> Iterator[Any]:
 def told_wandb(folder: Path) -> tuple[set[str], list[dict[str, Any]]]:
     """Ids of the run, and its rows, over all starts in their order."""
     ids, rows = set(), []
-    files = sorted((folder / "runs" / "tiny" / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    files = sorted(
+        (folder / "runs" / "tiny" / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime
+    )
     for path in files:
         for record in wandb_records(path):
             if record.HasField("run"):
@@ -123,7 +125,9 @@ def test_offline_stopped_and_resumed_it_is_one_run_whose_steps_never_go_back(tmp
     assert [row["loss"] for row in rows if "loss" in row] == losses
     assert {"learning_rate", "gradient_norm", "tokens_per_second", "epoch", "utilisation"} <= rows[0].keys()
     assert [row["step"] for row in rows if "bits_per_byte" in row] == [5, 10, 12]
-    tables = [json.loads(path.read_text("utf-8")) for path in (tmp_path / "runs/tiny/wandb").rglob("samples*.table.json")]
+    tables = [
+        json.loads(path.read_text("utf-8")) for path in (tmp_path / "runs/tiny/wandb").rglob("samples*.table.json")
+    ]
     whole = max(tables, key=lambda table: len(table["data"]))
     assert [row[0] for row in whole["data"]] == [5, 10, 12] and whole["columns"] == ["step", "prompt", "text"]
 

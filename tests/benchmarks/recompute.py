@@ -42,7 +42,9 @@ def steps(recipe: str, count: int, overrides: list[str], recompute: bool) -> dic
         optimizer.step(step, 0.1, torch.ones(()), torch.tensor(True))
         losses.append(loss.item())
     seconds = (time.perf_counter() - began) / count
-    peak = next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    peak = next(
+        int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
+    )
     return {"losses": losses, "seconds": seconds, "built": built, "peak": peak}
 
 

@@ -35,7 +35,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = str(ROOT / "recipes/quickstart.yaml")
-        train = [sys.executable, str(ROOT / "launch/train.py"), recipe, "train.steps=1", "train.warmup=0", "tracking.every=1", "text.validation=0"]
+        train = [
+            sys.executable,
+            str(ROOT / "launch/train.py"),
+            recipe,
+            "train.steps=1",
+            "train.warmup=0",
+            "tracking.every=1",
+            "text.validation=0",
+        ]
         commands = {
             "bare imports": ([sys.executable, "-c", IMPORTS], ""),
             "command to the first step": (train, "step 1/1"),
@@ -54,7 +62,9 @@ def main() -> None:
     for each, results in figures.items():
         walls = [wall for wall, _ in results]
         middle = statistics.median(walls)
-        print(f"{each:28}{min(walls):7.2f}{middle:8.2f}{max(walls):7.2f}{statistics.median(cpu for _, cpu in results):12.2f}{middle / base:12.2f}")
+        print(
+            f"{each:28}{min(walls):7.2f}{middle:8.2f}{max(walls):7.2f}{statistics.median(cpu for _, cpu in results):12.2f}{middle / base:12.2f}"
+        )
 
 
 if __name__ == "__main__":

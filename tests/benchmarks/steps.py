@@ -39,7 +39,9 @@ def main() -> None:
         return Transformer(replace(recipe.model, dropout=dropout), vocabulary, 1)
 
     plain, dropped = model_of(0.0), model_of(0.1)
-    muon, adamw = (Optimizer(plain, replace(recipe.train, optimizer=name, learning_rate=0.0), lean) for name in ("muon", "adamw"))
+    muon, adamw = (
+        Optimizer(plain, replace(recipe.train, optimizer=name, learning_rate=0.0), lean) for name in ("muon", "adamw")
+    )
     one, yes = torch.ones(()), torch.tensor(True)
 
     def passes(model: Transformer, micro_batches: int = 1, exact: bool = False) -> None:
@@ -68,7 +70,9 @@ def main() -> None:
         "the same in 4, exact": lambda: passes(plain, 4, exact=True),
         "norm and Muon": lambda: update(muon),
         "norm and AdamW": lambda: update(adamw),
-        "fingerprint of all weights": lambda: fingerprints.checksum({n: held(p) for n, p in plain.named_parameters()}, layout),
+        "fingerprint of all weights": lambda: fingerprints.checksum(
+            {n: held(p) for n, p in plain.named_parameters()}, layout
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round in range(-2, ROUNDS):
@@ -79,12 +83,16 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
     base = statistics.median(seconds["forward and backward"])
     size = f"{sum(p.numel() for p in plain.parameters()) / 1e6:.1f} M parameters, {recipe.train.tokens_per_step} tokens a step"
-    print(f"{recipe.run}: {size}, {torch.get_num_threads()} threads, {lean}, torch {torch.__version__}, {ROUNDS} rounds")
+    print(
+        f"{recipe.run}: {size}, {torch.get_num_threads()} threads, {lean}, torch {torch.__version__}, {ROUNDS} rounds"
+    )
     print(f"{'milliseconds':30}{'min':>8}{'median':>8}{'max':>8}{'of passes':>11}")
     for name, values in seconds.items():
         low, middle, high = (1000 * v for v in (min(values), statistics.median(values), max(values)))
         print(f"{name:30}{low:8.1f}{middle:8.1f}{high:8.1f}{middle / 10 / base:10.1f}%")
-    print(f"tokens/s with Muon: {recipe.train.tokens_per_step / np.median(np.add(seconds['forward and backward'], seconds['norm and Muon'])):,.0f}")
+    print(
+        f"tokens/s with Muon: {recipe.train.tokens_per_step / np.median(np.add(seconds['forward and backward'], seconds['norm and Muon'])):,.0f}"
+    )
 
 
 if __name__ == "__main__":

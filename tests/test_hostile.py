@@ -1,0 +1,109 @@
+"""Whatever bytes a person calls text: they are prepared without a loss, or refused in one line; never a traceback."""
+
+import gzip
+import json
+import re
+import signal
+import tempfile
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from llm.corpus import Corpus
+from llm.errors import LLMError
+from llm.prepare import Prepared, prepare
+from llm.recipe import Recipe, load
+from llm.shards import Side
+from llm.tokenizer import Tokenizer
+
+SECONDS = 20  # for a small text: more is a hang
+
+PIECES = st.sampled_from(
+    [
+        " ", "\n", "\r\n", "\r", "\t", "\n\n\n", "\x00", "\ufeff", "\u2581", "\u2028", "\x85", "\x0c", "\ufffd", "\U0010ffff",
+        "a", "the sea ", "é" * 7, "漢字", "🎉👩‍👩‍👧", "e\u0301", "\u202e", "<s>", "</s>", "<unk>", "<0x41>", "<|endoftext|>", "<|endoftext|>\n",
+        "\n = Title = \n", " = = Section = = ", "1234567890", "a" * 5000, "word " * 900, "\n" * 3000, '{"text": "x"}', '{"text": ', "[[[[[",
+    ]
+)  # fmt: skip
+TEXTS = st.one_of(
+    st.lists(st.one_of(PIECES, st.text(max_size=60)), max_size=40).map(lambda parts: "".join(parts).encode(errors="replace")),
+    st.lists(PIECES, min_size=5, max_size=30).map(lambda parts: ("".join(parts) * 40).encode()),
+    st.binary(max_size=300),
+    st.lists(st.one_of(PIECES.map(str.encode), st.binary(max_size=5)), max_size=30).map(b"".join),
+    st.lists(st.fixed_dictionaries({"text": st.text(max_size=200)}), max_size=30).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+)  # fmt: skip
+RULES = st.sampled_from(["auto", "lines", "blocks", "headings", "blank-lines", "marker <|endoftext|>", "marker a"])
+NAMES = st.sampled_from(["text.txt", "text.txt", "text.txt", "text.jsonl", "text.txt.gz", "packed.txt.gz"])
+
+
+def texts_of(side: Side, tokenizer: Tokenizer) -> list[bytes]:
+    ends = [*side.document_starts().tolist(), side.tokens]
+    return [tokenizer.decode(side.read(begin + 1, end).tolist()).encode() for begin, end in pairwise(ends)]
+
+
+def mended(path: Path) -> tuple[Recipe, Prepared | None]:
+    """The text prepared, after doing what the errors say as long as they name a setting; None where they name none."""
+    overrides: list[str] = []
+    for _ in range(8):
+        recipe = load(path, overrides)
+        try:
+            return recipe, prepare(recipe, lambda line: None, progress=False)
+        except LLMError as error:
+            said = str(error)
+            assert error.status == 2 and "\n" not in said and len(said) < 600, repr(error)
+        setting = re.search(r"(?:tokenizer\.vocabulary|model\.context|text\.validation)=[\d.]+", said)
+        if setting is None or setting[0] == "model.context=0":
+            return recipe, None
+        overrides.append(setting[0])
+        if setting[0].startswith("model.context"):
+            overrides.append(f"train.tokens_per_step={setting[0].rpartition('=')[2]}")
+    raise AssertionError(f"the mends go in a circle: {overrides}")
+
+
+def one_text(data: bytes, name: str, rule: str) -> None:
+    def hangs(number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"hangs for {SECONDS} s")
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        text = folder / name
+        text.write_bytes(gzip.compress(data) if name == "packed.txt.gz" else data)
+        (folder / "recipe.yaml").write_text(
+            f"text: {{files: [{text}], cache: {folder / 'cache'}, documents: {json.dumps(rule)}, validation: 0.2}}\n"
+            "tokenizer: {vocabulary: 290}\n"
+            "model: {context: 8}\ntrain: {steps: 1, tokens_per_step: 8}\n"
+        )
+        before = signal.signal(signal.SIGALRM, hangs)
+        signal.alarm(SECONDS)
+        try:
+            recipe, prepared = mended(folder / "recipe.yaml")
+            if prepared is None:
+                return event("refused")
+            again = prepare(recipe, lambda line: None, progress=False, verify=True)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        event("prepared")
+        assert again.shards.fingerprint == prepared.shards.fingerprint
+        shards, tokenizer = prepared.shards, prepared.tokenizer
+        found = texts_of(shards.train, tokenizer) + texts_of(shards.validation, tokenizer)
+        assert Counter(found) == Counter(Corpus(recipe.text).documents())
+        assert text.read_bytes() == (gzip.compress(data) if name == "packed.txt.gz" else data) or "gz" in name
+
+
+@settings(deadline=None, max_examples=60, print_blob=True)
+@given(TEXTS, NAMES, RULES)
+def test_a_hostile_text_is_prepared_whole_or_refused_in_one_line(data: bytes, name: str, rule: str) -> None:
+    one_text(data, name, rule)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=300, print_blob=True)
+@given(TEXTS, NAMES, RULES)
+def test_300_hostile_texts_are_prepared_whole_or_refused_in_one_line(data: bytes, name: str, rule: str) -> None:
+    one_text(data, name, rule)
