@@ -33,7 +33,7 @@ def main() -> None:
 
     from llm.group import say
     from llm.prepare import ready
-    from llm.trainer import train
+    from llm.session import train
 
     folder = train(recipe, lambda recipe: ready(recipe, say))
     say(f'the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt "My self Har"')

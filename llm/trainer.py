@@ -5,13 +5,11 @@ Accelerate owns devices, processes, precision and wrapping; the order of the dat
 resume are ours.
 """
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,30 +21,28 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llm import checkpoint, cost, fingerprints, group, sharding, store
+from llm import checkpoint, cost, fingerprints, group, sharding
 from llm.checkpoint import Checkpoint
-from llm.errors import DivergedError, LLMError, RecipeError, RefusedError, StoppedError, as_disk_error
+from llm.errors import DivergedError, RecipeError, RefusedError, StoppedError
 from llm.generation import Sampling, continuations
 from llm.gradients import Counter
 from llm.huggingface import model_files, tokenizer_files
 from llm.loss import IGNORED
-from llm.machine import die_with_parent, remember, start_group
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm, wide
 from llm.order import Order, mix
-from llm.recipe import Machine, Recipe, dump, flat, science, signed, skipped
+from llm.recipe import Recipe, flat, science, skipped
 from llm.schedule import rate_share
 from llm.sharding import Layout, Rows, held
 from llm.shards import Shards
 from llm.stream import Batch, Stream, whole
 from llm.tokenizer import Tokenizer
-from llm.tracking import Tracker, readable
+from llm.tracking import Tracker
 
 SAMPLE_TOKENS = 80
 FP16_SCALE, FP16_GROWTH_STEPS = 65536.0, 2000
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUT_OF_TIME = 1 << 20  # larger than any signal
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 @dataclass
@@ -537,128 +533,3 @@ def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: s
             raise RefusedError(
                 f"run {recipe.run} was trained with another {name} (fingerprint {was[:12]}, now {now[:12]}): {ways}"
             )
-
-
-# ---------------------------------------------------------------------------------------------- a run from its recipe
-
-
-def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]], until: int = -1) -> Path:
-    """The folder of the finished run. `prepare` gives the recipe with its length, the tokenizer and the shards.
-
-    With `until` it stops after that step as a signal would stop it.
-    """
-    asked, run = recipe.machine, Path("runs") / recipe.run
-    die_with_parent()
-    accelerator, council, recipe = start_group(recipe)
-    recipe, tokenizer, shards = council.first(lambda: prepare(recipe))
-    with council.together():
-        data = {"the text": shards.fingerprint[:12], "the tokenizer": tokenizer.fingerprint[:12]}
-        data = {f"{name}'s fingerprint": value for name, value in data.items()}
-        council.agree("data", data, "give every machine the same files")
-    council.meet_on_disk(run)
-    with store.lock(run / "lock") if council.writes else nullcontext(True) as mine:
-        with council.together():
-            if not mine:
-                raise RefusedError(
-                    f"run {recipe.run} is held by another process: wait for it, or take another run=NAME"
-                )
-        with _status(run):
-            _train(recipe, asked, tokenizer, shards, accelerator, council, run, until)
-    council.leave()
-    return run
-
-
-@contextmanager
-def _status(run: Path) -> Iterator[None]:
-    """Keep in status.json how the run ended: some launchers turn every exit status into 1."""
-    if group.rank() != 0:
-        yield
-        return
-    path = run / "status.json"
-    store.write_json(path, {"status": None, "message": "running", "process": os.getpid()})
-    try:
-        yield
-    except (LLMError, OSError, KeyboardInterrupt) as error:
-        known = as_disk_error(error) or error if isinstance(error, OSError) else error
-        status = known.status if isinstance(known, LLMError) else 130 if isinstance(known, KeyboardInterrupt) else 1
-        said = {"status": status, "message": str(known) or type(known).__name__}
-        try:
-            store.write_json(path, said)
-        except OSError:  # a disk without room for another file may yet have it in this one
-            with suppress(OSError):
-                data = json.dumps(said).encode()
-                store.write_at(path, [(0, data)])
-                os.truncate(path, len(data))
-        raise
-    store.write_json(path, {"status": 0, "message": "finished"})
-
-
-def _train(
-    recipe: Recipe,
-    asked: Machine,
-    tokenizer: Tokenizer,
-    shards: Shards,
-    accelerator: Accelerator,
-    council: group.Council,
-    run: Path,
-    until: int,
-) -> None:
-    """The life of a run whose folder this process holds."""
-    if council.writes:
-        for folder in (run, run / "checkpoints", run / "tokenizer"):
-            store.sweep(folder)
-    trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
-    trainer.until = until
-    with council.together():
-        trainer.resume()
-    if trainer.state.step >= recipe.train.steps:
-        group.say(
-            f"run {recipe.run} is finished: {trainer.state.step} steps are done, there is nothing to do.\n"
-            f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
-        )
-        return
-    with council.together():
-        _begin(trainer, replace(recipe, machine=asked))
-    for name in SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), trainer.on_signal)
-    try:
-        trainer.fit()
-    except RuntimeError as error:
-        raise council.blamed(error, f"step {trainer.state.step}") from error
-    finally:
-        if trainer.tracker is not None:
-            trainer.tracker.close()
-        if trainer.record is not None:
-            trainer.record.close()
-
-
-def _begin(trainer: Trainer, asked: Recipe) -> None:
-    """Keep the recipe as it was asked for, tokenizer and manifest in the run, and say what is coming."""
-    step_seconds = trainer.rehearse()
-    recipe, run, steps = trainer.recipe, trainer.run, trainer.recipe.train.steps
-    if trainer.council.writes:
-        store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
-        store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
-        remember(recipe, run)
-        trainer.tokenizer.save(run / "tokenizer")
-    left, per_step = steps - trainer.state.step, recipe.train.tokens_per_step
-    epochs = steps * recipe.windows_per_step / trainer.order.windows
-    numbers = cost.parameters(recipe.model, trainer.tokenizer.vocabulary)
-    memory, traffic = trainer.costs()
-    group.say(
-        f"{'resuming' if trainer.state.step else 'training'} {recipe.run}: {numbers / 1e6:.2f} M parameters, "
-        f"{trainer.device.type}, {recipe.machine.precision}, {group.world()} x {recipe.machine.threads} threads, "
-        f"micro-batches of {recipe.machine.micro_batch}\n"
-        f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
-        f"{epochs:.2f} epochs of {trainer.shards.train.tokens / 1e6:.2f} M; "
-        f"{f'from step {trainer.state.step:,}, ' if trainer.state.step else ''}about {readable(left * step_seconds)}\n"
-        f"each process holds {cost.size(memory.total)}: weights {cost.size(memory.weights)}, gradients "
-        f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}; "
-        f"and sends {cost.size(traffic.total) if traffic.total else 'nothing'} a step"
-    )
-    if not trainer.tokenizer.is_exact_bpe:
-        group.say(
-            "the vocabulary is not byte-fallback BPE: checkpoints go without tokenizer.json, transformers opens "
-            "their model alone; the run keeps tokenizer/tokenizer.model for sentencepiece"
-        )

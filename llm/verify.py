@@ -66,7 +66,7 @@ def child() -> None:
 
     def act() -> None:
         from llm.prepare import ready
-        from llm.trainer import train
+        from llm.session import train
 
         train(
             load(Path(sys.argv[1]), sys.argv[3:]),

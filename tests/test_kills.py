@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import llm.session
 import llm.trainer
 from llm import checkpoint, errors, store
 from llm.prepare import prepare
@@ -205,7 +206,7 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
                 os.chdir(copy)
 
                 def status() -> None:
-                    with llm.trainer._status(self.run):
+                    with llm.session._status(self.run):
                         begun = faulty(*plan)
                         save(self)
                         (copy / "begun.json").write_text(json.dumps(begun))
