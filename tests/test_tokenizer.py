@@ -121,7 +121,7 @@ def test_a_vocabulary_of_others_is_used_and_known_to_lose_text() -> None:
         Tokenizer(trained(bos_id=-1, eos_id=-1), "neither")
 
 
-@pytest.mark.parametrize("documents", [DOCUMENTS[:3], [b"a"], ["一二三四五六七八".encode()], [b"\t\t", b"ab ab ab"]])
+@pytest.mark.parametrize("documents", [DOCUMENTS[:3], ["一二三四五六七八".encode()], [b"\t\t", b"ab ab ab"]])
 def test_too_little_text_says_the_largest_vocabulary_that_fits(documents: list[bytes]) -> None:
     with pytest.raises(TextError, match="so little text") as raised:
         Tokenizer.train(documents, vocabulary=5000)
@@ -129,6 +129,11 @@ def test_too_little_text_says_the_largest_vocabulary_that_fits(documents: list[b
     assert Tokenizer.train(documents, vocabulary=fits).vocabulary == fits
     with pytest.raises(TextError, match=f"at most tokenizer.vocabulary={fits}"):
         Tokenizer.train(documents, vocabulary=fits + 1)
+
+
+def test_text_that_allows_no_vocabulary_is_told_of_none() -> None:
+    with pytest.raises(TextError, match="use more text$"):
+        Tokenizer.train([b"a"], vocabulary=5000)
 
 
 def test_too_small_a_vocabulary_says_the_smallest_that_fits() -> None:
