@@ -129,15 +129,21 @@ class Council:
         if self.group is None:
             return
         facts = {name: str(value) for name, value in facts.items()}
-        if rank() == 0:
-            self.notes.set(what, json.dumps(facts))
-        theirs = json.loads(self.notes.get(what))
+        theirs = self.from_main(what, facts)
         odd = next((name for name in {**theirs, **facts} if theirs.get(name) != facts.get(name)), None)
         if odd is not None:
             line = f"process {rank()} has {odd} = {facts.get(odd)}, process 0 has {theirs.get(odd)}: {mend}"
             self.notes.set(f"{what} of {rank()}", line)
         if others := self.largest(0 if odd is None else world() - rank()):
             raise GroupError(self.notes.get(f"{what} of {world() - others}").decode())
+
+    def from_main(self, what: str, value: Any) -> Any:
+        """The main process's `value`, as JSON knows it; once for each name `what`."""
+        if self.group is None:
+            return value
+        if rank() == 0:
+            self.notes.set(what, json.dumps(value))
+        return json.loads(self.notes.get(what))
 
     @contextmanager
     def together(self, *, patient: bool = False) -> Iterator[None]:

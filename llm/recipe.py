@@ -27,6 +27,7 @@ MOST_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst of
 LEAST_VOCABULARY = 264  # every byte, the pieces without text, and some room
 NOTHING = ("", "~", "null", "Null", "NULL")  # unquoted, no value
 SCALES = {"": "1", "k": "1e3", "m": "1e6", "b": "1e9", "g": "1e9", "%": "0.01"}
+TIMES = {"s": 1 / 3600, "min": 1 / 60, "h": 1, "d": 24}  # in hours
 
 
 def setting(default: Any = MISSING, *, unit: str, least: float | None = None, below: float | None = None) -> Any:
@@ -70,6 +71,7 @@ class Train:
     steps: int = setting(0, unit="optimizer updates", least=1, below=1e15)
     tokens: int = setting(0, unit="target tokens", least=1, below=1e15)
     epochs: float = setting(0.0, unit="passes over the training side", least=1e-6, below=1e6)
+    hours: float = setting(0.0, unit="hours of training, such as 8h or 90min", least=1e-4, below=1e5)
     tokens_per_step: int = setting(8192, unit="tokens", least=1, below=1e10)
     optimizer: Literal["muon", "adamw"] = setting(
         "muon", unit="muon: Muon for the blocks' matrices, AdamW for the rest"
@@ -108,7 +110,9 @@ class Tracking:
 class Machine:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", unit="auto: what the device multiplies fast")
     micro_batch: int | Auto = setting("auto", unit="windows a process runs at once", least=1, below=1e9)
-    stop_after: float = setting(0.0, unit="hours after which the run saves and stops; 0: never", least=0, below=1e6)
+    stop_after: float = setting(
+        0.0, unit="hours, such as 8h, after which the run saves and stops; 0: never", least=0, below=1e6
+    )
     threads: int | Auto = setting("auto", unit="CPU threads a process", least=1, below=4096)
     shard: Literal["none", "full", "hybrid"] = setting(
         "none", unit="none, full: among all processes, hybrid: in a node"
@@ -153,7 +157,7 @@ MACHINE_HALF = (
     "machine.",
 )
 NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a run: never a way out of runs/
-LENGTHS = ("train.steps", "train.tokens", "train.epochs")  # a recipe names exactly one
+LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.hours")  # a recipe names exactly one
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -336,7 +340,9 @@ def _convert(name: str, value: Any, kind: Any, each: "Field[Any]") -> Any:
             raise RecipeError(f"{name} = {shown!r}: true or false is expected")
         return said
     if int in options or float in options:
-        number = _number(name, value, whole=int in options, words=words)
+        time = re.fullmatch(r"(.*\d) ?(s|min|h|d)", value) if each.metadata["unit"].startswith("hours") else None
+        number = _number(name, time[1] if time else value, whole=int in options, words=words)
+        number = number * TIMES[time[2]] if time else number
         least, below = each.metadata["least"], each.metadata["below"]
         if not least <= number < below:
             raise RecipeError(

@@ -1,12 +1,24 @@
 """Learning rate as a function of the step: warm up, hold, decay. No scheduler object, so nothing to save."""
 
+from collections.abc import Sequence
+from typing import TypeAlias
 
-def rate_share(step: int, *, steps: int, warmup: int, decay: float) -> float:
-    """Share of the full learning rate that update `step` (0 .. steps - 1) uses, in 0 .. 1.
+Plan: TypeAlias = Sequence[tuple[int, int]]
+"""Pairs (step, steps) by step: from that update on the run was to have so many. One pair, but under a time budget."""
+
+
+def planned(step: int, plan: Plan) -> int:
+    """Updates that the run has in all, as known before update `step`."""
+    return [steps for begin, steps in plan if begin <= step][-1]
+
+
+def rate_share(step: int, *, plan: Plan, warmup: int, decay: float) -> float:
+    """Share of the full learning rate that update `step` uses, in 0 .. 1.
 
     Linear from 1/warmup up to 1 in the first `warmup` updates, then 1, then linear towards 0 over the last `decay` of
     the run: the last update still moves, the one after it would not.
     """
+    steps = planned(step, plan)
     rising = (step + 1) / warmup if step < warmup else 1.0
     falling_steps = steps * decay
     falling = (steps - step) / (falling_steps + 1) if falling_steps else 1.0

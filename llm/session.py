@@ -91,7 +91,7 @@ def _train(
     trainer.until = until
     with council.together():
         trainer.resume()
-    if trainer.state.step >= recipe.train.steps:
+    if trainer.plan and trainer.state.step >= trainer.steps:
         group.say(
             f"run {recipe.run} is finished: {trainer.state.step} steps are done, there is nothing to do.\n"
             f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
@@ -116,7 +116,10 @@ def _train(
 def _begin(trainer: Trainer, asked: Recipe) -> None:
     """Keep the recipe as it was asked for, tokenizer and manifest in the run, and say what is coming."""
     step_seconds = trainer.rehearse()
-    recipe, run, steps = trainer.recipe, trainer.run, trainer.recipe.train.steps
+    if trainer.budget is not None:
+        trainer.budget.begin(trainer.state.step, trainer.council.from_main("step", step_seconds))
+        trainer.keep_plan(trainer.budget)
+    recipe, run, steps = trainer.recipe, trainer.run, trainer.steps
     if trainer.council.writes:
         store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
         store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
@@ -132,7 +135,8 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
         f"micro-batches of {recipe.machine.micro_batch}\n"
         f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
         f"{epochs:.2f} epochs of {trainer.shards.train.tokens / 1e6:.2f} M; "
-        f"{f'from step {trainer.state.step:,}, ' if trainer.state.step else ''}about {readable(left * step_seconds)}\n"
+        f"{f'from step {trainer.state.step:,}, ' if trainer.state.step else ''}about {readable(left * step_seconds)}"
+        f"{', to be revised as the speed shows' if trainer.budget is not None else ''}\n"
         f"each process holds {cost.size(memory.total)}: weights {cost.size(memory.weights)}, gradients "
         f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}; "
         f"and sends {cost.size(traffic.total) if traffic.total else 'nothing'} a step"

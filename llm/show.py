@@ -43,6 +43,7 @@ def main() -> None:
 
 def show_step(folder: Path, step: int, world: int, characters: int) -> None:
     """Print every window of the batch, by process and micro-batch."""
+    from llm.budget import RECORD as PLAN
     from llm.order import Order
     from llm.recipe import load, skipped
     from llm.shards import Shards
@@ -51,10 +52,9 @@ def show_step(folder: Path, step: int, world: int, characters: int) -> None:
     from llm.tokenizer import Tokenizer
 
     recipe = load(folder / "recipe.yaml")
-    if step >= recipe.train.steps:
-        raise RecipeError(
-            f"--step = {step}: the run has {recipe.train.steps} steps, its last batch is {recipe.train.steps - 1}"
-        )
+    steps = read_sealed(folder / PLAN)["plan"][-1][1] if recipe.train.hours else recipe.train.steps
+    if step >= steps:
+        raise RecipeError(f"--step = {step}: the run has {steps} steps, its last batch is {steps - 1}")
     machine = read_sealed(folder / "machine.json")
     world = world or int(machine["world"])
     shards = Shards.open(Path(read_sealed(folder / "shards.json")["folder"]))

@@ -54,6 +54,10 @@ class Tracker:
         if recipe.tracking.wandb != "off":
             self._guard("wandb", lambda: self._start_wandb(run, recipe, config))
 
+    def plan(self, steps: int) -> None:
+        """The run is to have `steps` in all."""
+        self.steps = self.bar.total = steps
+
     def say(self, text: str) -> None:
         """A line on the console that leaves the progress bar whole."""
         self.bar.write(text, file=sys.stdout)

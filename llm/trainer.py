@@ -21,7 +21,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llm import checkpoint, cost, fingerprints, group, sharding
+from llm import checkpoint, cost, fingerprints, group, sharding, store
+from llm.budget import RECORD as PLAN
+from llm.budget import Budget
 from llm.checkpoint import Checkpoint
 from llm.errors import DivergedError, RecipeError, RefusedError, StoppedError
 from llm.generation import Sampling, continuations
@@ -32,7 +34,7 @@ from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm, wide
 from llm.order import Order, mix
 from llm.recipe import Recipe, flat, science, skipped
-from llm.schedule import rate_share
+from llm.schedule import Plan, planned, rate_share
 from llm.sharding import Layout, Rows, held
 from llm.shards import Shards
 from llm.stream import Batch, Stream, whole
@@ -80,6 +82,7 @@ class Trainer:
         self.began = self.stopped_at = time.monotonic()
         self.tracker: Tracker | None = None  # the main process's
         self.record: fingerprints.Record | None = None  # likewise
+        self.budget = Budget(recipe.train.hours) if recipe.train.hours else None
         self.beside = {**model_files(recipe.model, tokenizer), **tokenizer_files(tokenizer)}
         dtype = TYPES[recipe.machine.precision]
         self.layout = Layout(recipe.machine.shard, self.device, dtype)
@@ -133,7 +136,7 @@ class Trainer:
             self.diverged |= ~sound
         if recipe.train.clip:
             scale = scale * (recipe.train.clip / (norm + 1e-6)).clamp(max=1.0)
-        share = rate_share(step, steps=recipe.train.steps, warmup=recipe.train.warmup, decay=recipe.train.decay)
+        share = rate_share(step, plan=self.plan, warmup=recipe.train.warmup, decay=recipe.train.decay)
         self.optimizer.step(step, share, scale.float(), finite & ~self.diverged)
         if recipe.machine.precision == "fp16":
             self.rescale(finite)
@@ -185,12 +188,12 @@ class Trainer:
             self.tracker = Tracker(self.run, recipe, state.step, {"world": group.world()})
             self.record = fingerprints.Record(self.run, state.step)
         seconds, counted_from = 0.0, state.step
-        while state.step < recipe.train.steps and not self.asked_to_stop():
+        while state.step < self.steps and not self.asked_to_stop():
             began = time.perf_counter()
             loss, norm = self.update(state.step)
             state.step += 1
             self.metrics = {}
-            last = state.step == recipe.train.steps
+            last = state.step == self.steps
             if last or state.step % recipe.tracking.every == 0:
                 self.check()
                 self.sign(loss)
@@ -199,17 +202,49 @@ class Trainer:
                 seconds, counted_from = 0.0, state.step
             else:
                 seconds += time.perf_counter() - began
+            began = time.perf_counter()
             if last or state.step % recipe.evaluate.every == 0:
                 self.evaluate()
             if last or state.step % recipe.checkpoint.every == 0 or self.metrics.get("best"):
                 self.save()
-        if state.step < recipe.train.steps:
+            if self.budget is not None:
+                self.revise(self.budget, time.perf_counter() - began, last)
+        if state.step < self.steps:
             self.save()
+            if self.budget is not None:
+                self.keep_plan(self.budget)
             raise StoppedError(
-                f"stopped ({self.why_stop()}) after step {state.step} of {recipe.train.steps}; all is saved, "
+                f"stopped ({self.why_stop()}) after step {state.step} of {self.steps}; all is saved, "
                 "the same command goes on"
             )
         return state
+
+    @property
+    def plan(self) -> Plan:
+        return self.budget.plan if self.budget is not None else [(0, self.recipe.train.steps)]
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run, as planned by now."""
+        return planned(self.state.step, self.plan)
+
+    def revise(self, budget: Budget, paused: float, last: bool) -> None:
+        """Under a time budget: plan anew how many steps it allows, where that is due; durable before it counts."""
+        step = self.state.step
+        budget.paused(paused)
+        budget.finished = budget.finished or last
+        steps = self.council.largest(budget.proposal(step) if group.rank() == 0 else 0)
+        if steps:
+            budget.revise(step, steps)
+        if steps or last:
+            self.keep_plan(budget)
+            if self.tracker is not None:
+                self.tracker.plan(self.steps)
+
+    def keep_plan(self, budget: Budget) -> None:
+        with self.council.together():
+            if self.council.writes:
+                store.write_sealed(self.run / PLAN, budget.record())
 
     def check(self) -> None:
         """Read which of the last updates were masked, as their loss or gradient was not finite; record or end by it.
@@ -253,7 +288,7 @@ class Trainer:
         if self.tracker is None:
             return
         recipe, step = self.recipe, self.state.step
-        share = rate_share(step - 1, steps=recipe.train.steps, warmup=recipe.train.warmup, decay=recipe.train.decay)
+        share = rate_share(step - 1, plan=self.plan, warmup=recipe.train.warmup, decay=recipe.train.decay)
         self.tracker.log(
             step,
             loss=loss,
@@ -261,7 +296,7 @@ class Trainer:
             gradient_norm=norm,
             tokens_per_second=recipe.train.tokens_per_step / step_seconds,
             epoch=step * recipe.windows_per_step / self.order.windows,
-            seconds_left=(recipe.train.steps - step) * step_seconds,
+            seconds_left=(self.steps - step) * step_seconds,
             utilisation=self.step_flops / step_seconds / self.measured_flops,
         )
 
@@ -374,6 +409,7 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint,
             "data": self.shards.fingerprint,
             "parent": self.parent,
+            "budget": self.budget.record() if self.budget is not None else None,
             "metrics": self.metrics,
             "best": None if self.best == float("inf") else self.best,
             "scale": [self.scale.item(), self.good_steps.item()],
@@ -385,6 +421,8 @@ class Trainer:
         RefusedError where the checkpoint belongs to another science half, text or tokenizer.
         """
         found = self.newest()
+        if self.budget is not None:
+            self.resume_plan(self.budget, found)
         if found is not None:
             refuse_difference(found, self.recipe, self.tokenizer.fingerprint, self.shards.fingerprint)
             self.load(found)
@@ -409,6 +447,17 @@ class Trainer:
                 "science": source.manifest["science"],
                 "data": source.manifest["data"],
             }
+
+    def resume_plan(self, budget: Budget, found: Checkpoint | None) -> None:
+        """Take up what the run planned; what was planned beyond the checkpoint is followed as far as it reaches."""
+        record, path = found and found.manifest.get("budget"), self.run / PLAN
+        if path.exists():
+            try:
+                record = store.read_sealed(path)
+            except RefusedError as error:
+                group.warn(f"{error}; the plan that the checkpoint holds is taken instead")
+        if record := self.council.from_main("plan", record):
+            budget.take(record)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is valid on every disk of the group."""

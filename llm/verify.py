@@ -219,7 +219,7 @@ def _first_tensor(a: Path, b: Path) -> str:
 
 def verify_run(name: str) -> list[Verdict]:
     """Read every file of a run again, against what was recorded of it."""
-    from llm import checkpoint, fingerprints, store
+    from llm import budget, checkpoint, fingerprints, store
     from llm.runs import find
     from llm.shards import Shards
     from llm.tokenizer import Tokenizer
@@ -253,6 +253,8 @@ def verify_run(name: str) -> list[Verdict]:
     look("tokenizer: the checkpoints' own", tokenizer)
     look("shards: every file has its sha256", shards)
     look("fingerprints: an unbroken chain", lambda: fingerprints.verify_chain(folder))
+    if (folder / budget.RECORD).exists():
+        look("plan: it matches its own digest", lambda: store.read_sealed(folder / budget.RECORD))
     look("recipe: reads and resolves", lambda: load(folder / "recipe.yaml"))
     return verdicts
 

@@ -95,7 +95,13 @@ def write(folder: Path, text: Path) -> Path:
     write_recipe(
         folder,
         Path("text.txt"),
-        **{"machine.micro_batch": 1, "train.steps": STEPS, "checkpoint.every": 20, "evaluate.every": 50, "text.cache": "cache"},
+        **{
+            "machine.micro_batch": 1,
+            "train.steps": STEPS,
+            "checkpoint.every": 20,
+            "evaluate.every": 50,
+            "text.cache": "cache",
+        },
     )
     return folder
 

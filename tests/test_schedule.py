@@ -8,7 +8,7 @@ from llm.schedule import rate_share
 
 
 def shares(steps: int, *, warmup: int = 0, decay: float = 0.0) -> list[float]:
-    return [rate_share(step, steps=steps, warmup=warmup, decay=decay) for step in range(steps)]
+    return [rate_share(step, plan=[(0, steps)], warmup=warmup, decay=decay) for step in range(steps)]
 
 
 def test_without_warmup_and_decay_the_rate_is_constant() -> None:
@@ -24,7 +24,7 @@ def test_a_decay_over_the_whole_run_falls_from_the_first_update() -> None:
 
 
 def test_the_update_after_the_last_would_not_move() -> None:
-    assert rate_share(10, steps=10, warmup=0, decay=0.3) == 0.0
+    assert rate_share(10, plan=[(0, 10)], warmup=0, decay=0.3) == 0.0
 
 
 def test_a_longer_run_is_the_same_until_the_shorter_one_begins_to_fall() -> None:

@@ -132,7 +132,7 @@ def test_too_little_text_says_the_largest_vocabulary_that_fits(documents: list[b
 
 
 def test_text_that_allows_no_vocabulary_is_told_of_none() -> None:
-    with pytest.raises(TextError, match="use more text$"):
+    with pytest.raises(TextError, match=r"use more text$"):
         Tokenizer.train([b"a"], vocabulary=5000)
 
 
