@@ -54,7 +54,7 @@ class DiskError(LLMError):
 
 
 class GroupError(LLMError):
-    """A process of the group failed, or the group is not what was asked for."""
+    """A process failed, also for want of memory, or the group is not what was asked for."""
 
     status = 6
 

@@ -6,6 +6,7 @@ resume are ours.
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -25,11 +26,12 @@ from llm import checkpoint, cost, fingerprints, group, sharding, store
 from llm.budget import RECORD as PLAN
 from llm.budget import Budget
 from llm.checkpoint import Checkpoint
-from llm.errors import DivergedError, RecipeError, RefusedError, StoppedError
+from llm.errors import DivergedError, GroupError, RecipeError, RefusedError, StoppedError
 from llm.generation import Sampling, continuations
 from llm.gradients import Counter
 from llm.huggingface import model_files, tokenizer_files
 from llm.loss import IGNORED
+from llm.machine import remember
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm, wide
 from llm.order import Order, mix
@@ -44,6 +46,7 @@ from llm.tracking import Tracker
 SAMPLE_TOKENS = 80
 FP16_SCALE, FP16_GROWTH_STEPS = 65536.0, 2000
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NO_MEMORY = re.compile("can't allocate memory|bad_alloc|out of memory")
 OUT_OF_TIME = 1 << 20  # larger than any signal
 
 
@@ -124,7 +127,7 @@ class Trainer:
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step`; mean loss (nats a token) and norm of the gradient, on the device, of the whole group."""
         recipe, assumed = self.recipe, self.recipe.train.tokens_per_step
-        loss, tokens = self.accumulate([batch.to(self.device) for batch in self.stream.at(step)])
+        loss, tokens = self.within_memory(step)
         # Gradients were summed as if every target counted; this makes them the mean over those that do.
         scale = assumed / tokens / self.scale
         norm = gradient_norm(self.gradients(), self.layout) * scale
@@ -141,6 +144,48 @@ class Trainer:
         if recipe.machine.precision == "fp16":
             self.rescale(finite)
         return loss / tokens, norm
+
+    def within_memory(self, step: int) -> Tensor:
+        """What `accumulate` gives for the batch of `step`: where memory does not bear it, in smaller micro-batches.
+
+        Weights and moments are not touched before all gradients are there, so the step is simply done anew.
+        """
+        while True:
+            try:
+                return self.accumulate([batch.to(self.device) for batch in self.stream.at(step)])
+            except (RuntimeError, MemoryError) as error:
+                self.halve(error, step + 1)
+
+    def halve(self, error: Exception, step: int) -> None:
+        """Take the next smaller micro-batch where `error` says that memory was short.
+
+        GroupError, with the setting that may do, where that cannot be.
+        """
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error))):
+            raise error
+        was, share = self.recipe.machine.micro_batch, self.recipe.windows_per_step // group.world()
+        assert isinstance(was, int)
+        size = max((n for n in range(1, was // 2 + 1) if share % n == 0), default=0)
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        short = f"process {group.rank()} has no memory for micro-batches of {was} windows at step {step}"
+        if not size:
+            raise GroupError(f"{short}: take machine.recompute=true, or a smaller model.context or model.dim")
+        if group.world() > 1:  # the others wait in an exchange already
+            raise GroupError(f"{short}: run the same command again with machine.micro_batch={size}")
+        if self.recipe.machine.exact:
+            raise GroupError(
+                f"{short}, and under machine.exact their size decides the bits: take another run=NAME "
+                f"with machine.micro_batch={size}"
+            )
+        self.recipe = replace(self.recipe, machine=replace(self.recipe.machine, micro_batch=size))
+        remember(self.recipe, self.run)
+        event = f"{short}: it is done anew in micro-batches of {size}, as are all from here on"
+        if self.tracker is not None:
+            self.tracker.event(step, event)
+        else:
+            group.say(event)
 
     def accumulate(self, batches: list[Batch]) -> Tensor:
         """Leave the group's sum of scale x loss / tokens_per_step in every .grad.
@@ -531,16 +576,20 @@ class Trainer:
             for size in sizes:
                 try:
                     self._rehearse(size)
-                except torch.cuda.OutOfMemoryError:
+                except torch.OutOfMemoryError:
                     break
                 fits = size
             torch.cuda.empty_cache()
             self.recipe = replace(
                 self.recipe, machine=replace(self.recipe.machine, micro_batch=-self.council.largest(-fits))
             )
-        assert isinstance(self.recipe.machine.micro_batch, int)
-        self._rehearse(self.recipe.machine.micro_batch)
-        return self._rehearse(self.recipe.machine.micro_batch)
+        while True:
+            assert isinstance(self.recipe.machine.micro_batch, int)
+            try:
+                self._rehearse(self.recipe.machine.micro_batch)
+                return self._rehearse(self.recipe.machine.micro_batch)
+            except (RuntimeError, MemoryError) as error:
+                self.halve(error, self.state.step + 1)
 
     def _rehearse(self, micro_batch: int) -> float:
         """Seconds of a step in micro-batches of this size, by running one of them and an update that is masked."""

@@ -1,0 +1,87 @@
+"""Memory that runs short halves the micro-batch and does the step anew, on the same curve."""
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.trainer import Trainer
+from tests.forks import run, run_group, train, write_recipe, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", documents=200)
+
+
+def limited(recipe: Path, headroom: int, at: int, *overrides: str) -> Callable[[], None]:
+    """Training whose process may hold `headroom` bytes more than it does just before update `at`."""
+
+    def act() -> None:
+        update = Trainer.update
+
+        def short(self: Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if step == at:
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                most = pages * resource.getpagesize() + headroom
+                resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+            return update(self, step)
+
+        Trainer.update = short  # type: ignore[method-assign]
+        train(recipe, *overrides)()
+
+    return act
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "runs/tiny/metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def large(folder: Path, text: Path, **changes: object) -> Path:
+    """Micro-batches whose activations are hundreds of megabytes."""
+    folder.mkdir(exist_ok=True)
+    return write_recipe(folder, text, **{
+        "model.context": 256, "train.tokens_per_step": 16 * 256, "machine.micro_batch": 16, "model.dim": 16, "model.ffn_dim": 4096,
+        "train.steps": 3, "evaluate.every": 99, "checkpoint.every": 99, "train.warmup": 0, "model.layers": 1, **changes})  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_the_step_is_done_anew_in_smaller_micro_batches_on_the_same_curve(tmp_path: Path, text: Path) -> None:
+    recipe = large(tmp_path / "whole", text)
+    assert run(train(recipe), tmp_path / "whole").status == 0
+    (tmp_path / "short").mkdir()
+    done = run(limited(recipe, 120 << 20, at=1), tmp_path / "short")
+    assert done.status == 0, done.err
+    assert "no memory for micro-batches of 16 windows at step 2" in done.out
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "short")
+    assert found[:1] == expected[:1] and len(found) == len(expected)
+    assert found == pytest.approx(expected, rel=1e-4)
+    kept = json.loads((tmp_path / "short/runs/tiny/machine.json").read_text())
+    assert kept["micro_batch"] < 16
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize(
+    ("world", "changes", "mend"),
+    [
+        (1, {"machine.exact": "true", "machine.micro_batch": 8}, "machine.micro_batch=4"),
+        (2, {"machine.micro_batch": 8}, "machine.micro_batch=4"),
+        (
+            1,
+            {"machine.micro_batch": 1, "train.tokens_per_step": 1 << 12, "model.context": 1 << 12},
+            "machine.recompute=true",
+        ),
+    ],
+)
+def test_where_that_cannot_be_the_setting_that_may_do_is_named(
+    tmp_path: Path, text: Path, world: int, changes: dict[str, object], mend: str
+) -> None:
+    recipe = large(tmp_path, text, **changes)
+    ended = run_group(limited(recipe, 60 << 20, at=1), tmp_path, world)
+    assert {each.status for each in ended} == {6}, ended[0].err
+    said = "".join(each.err for each in ended)
+    assert mend in said and "at step 2" in said and "Traceback" not in said, said
