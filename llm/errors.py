@@ -104,6 +104,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         _tell(f"error: {disk}")
         status = disk.status
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # The threads of the exchange may call into an interpreter that is shutting down, which aborts the process, or
+        # wait for a peer that hangs. All that must last is on the disk by now.
+        for output in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                output.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -1,6 +1,8 @@
 """What the processes of a group agree on before the first step."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,7 +15,7 @@ import torch
 import llm.group
 import llm.prepare
 import llm.trainer
-from tests.forks import Ended, digest, run_group, train, write_recipe, write_text
+from tests.forks import ROOT, Ended, digest, run_group, train, write_recipe, write_text
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,23 @@ def test_a_preparation_slower_than_the_time_out_does_not_end_the_group(tmp_path:
     assert [each.status for each in ended] == [0, 0], ended
     assert digest(tmp_path).startswith("12:")
     assert ("waiting until every machine is as far" in ended[0].out) == (node == 1)
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_a_process_of_a_group_ends_whatever_its_threads_wait_for(world: str) -> None:
+    """As one does that asks a main process that hangs; its output is whole, its status its own."""
+    code = """
+import sys, threading, time
+from llm.errors import GroupError, run
+def main():
+    print("said")
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise GroupError("process 0 is gone")
+run(main)
+"""
+    if world == "1":
+        code = code.replace("args=(60,)", "args=(0,)")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": world, "RANK": "0"}, cwd=ROOT, timeout=20,
+        capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (6, "said\n", "error: process 0 is gone\n")
