@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -100,9 +101,6 @@ class Trainer:
         self.sound: list[Tensor] = []  # of each update since the last look: whether loss and gradient were finite
         self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
         self.model.model.recompute = recipe.machine.recompute
-        if recipe.machine.compile:
-            for block in self.model.blocks:
-                block.compile()
         self.wrapped: Any = self.model
         if not self.layout.sharded:
             self.wrapped = accelerator.prepare_model(self.model)
@@ -583,6 +581,8 @@ class Trainer:
             self.recipe = replace(
                 self.recipe, machine=replace(self.recipe.machine, micro_batch=-self.council.largest(-fits))
             )
+        if self.recipe.machine.compile:
+            self.compile()
         while True:
             assert isinstance(self.recipe.machine.micro_batch, int)
             try:
@@ -590,6 +590,29 @@ class Trainer:
                 return self._rehearse(self.recipe.machine.micro_batch)
             except (RuntimeError, MemoryError) as error:
                 self.halve(error, self.state.step + 1)
+
+    def compile(self) -> None:
+        """Compile each block and say how long it took; go on without where this machine cannot."""
+        from torch._dynamo.exc import TorchDynamoException  # a second that others need not wait
+
+        assert isinstance(self.recipe.machine.micro_batch, int)
+        warnings.filterwarnings(
+            "ignore", "The .grad attribute of a Tensor that is not a leaf"
+        )  # the compiler's own doing
+        began, failed = time.perf_counter(), ""
+        for block in self.model.blocks:
+            block.compile()
+        try:
+            self._rehearse(self.recipe.machine.micro_batch)
+        except TorchDynamoException as error:
+            failed = " ".join(str(error).split())[:160]
+        if self.council.largest(failed != ""):
+            group.say(f"machine.compile: it cannot be done here, going on without ({failed or 'on another process'})")
+            for block in self.model.blocks:
+                block._compiled_call_impl = None
+            self.recipe = replace(self.recipe, machine=replace(self.recipe.machine, compile=False))
+        else:
+            group.say(f"machine.compile: the blocks were compiled in {time.perf_counter() - began:.0f} s")
 
     def _rehearse(self, micro_batch: int) -> float:
         """Seconds of a step in micro-batches of this size, by running one of them and an update that is masked."""

@@ -1,13 +1,15 @@
 """The main command: what it leaves, what it says, and one clear line with the right status for whatever is wrong."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from llm import checkpoint
-from tests.forks import Ended, digest, run, script, train, write_recipe, write_text
+from tests.forks import Ended, digest, ended, run, script, start, train, write_recipe, write_text
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +21,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A folder in which the run `tiny` is finished, with its recipe beside."""
     folder = tmp_path_factory.mktemp("trained")
-    ended = run(
-        train(write_recipe(folder, text, **{"evaluate.prompts": "[My self Har]", "checkpoint.keep": 2})), folder
-    )
-    assert ended.status == 0, ended.err
-    (folder / "said.txt").write_text(ended.out)
+    done = run(train(write_recipe(folder, text, **{"evaluate.prompts": "[My self Har]", "checkpoint.keep": 2})), folder)
+    assert done.status == 0, done.err
+    (folder / "said.txt").write_text(done.out)
     return folder
 
 
-def refused(ended: Ended, status: int, *words: str) -> None:
+def refused(done: Ended, status: int, *words: str) -> None:
     """One line on stderr with these words, this status, no traceback."""
-    assert ended.status == status, ended.err
-    assert len(ended.err.splitlines()) == 1, ended.err
-    assert all(word in ended.err for word in words), ended.err
+    assert done.status == status, done.err
+    assert len(done.err.splitlines()) == 1, done.err
+    assert all(word in done.err for word in words), done.err
 
 
 def test_a_run_says_what_is_coming_and_how_to_sample_it(trained: Path) -> None:
@@ -178,3 +178,15 @@ def test_evaluate_takes_any_text(trained: Path) -> None:
 def test_help_is_there_before_anything_slow(tmp_path: Path, verb: str) -> None:
     ended = run(script(f"module:llm.{verb}", "--help"), tmp_path)
     assert ended.status == 0 and "usage: python -m llm." in ended.out
+
+
+@pytest.mark.parametrize("compiler", [pytest.param("there", marks=pytest.mark.slow), "missing"])
+def test_compiled_blocks_are_said_with_their_cost_or_done_without(tmp_path: Path, text: Path, compiler: str) -> None:
+    missing = {"CXX": "/no/compiler"} if compiler == "missing" else {}
+    if not missing and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    recipe = write_recipe(tmp_path, text, **{"machine.compile": "true", "train.steps": 3, "train.warmup": 0})
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"), **missing}
+    done = ended(start(train(recipe), tmp_path, environment), tmp_path)
+    assert done.status == 0, done.err
+    assert ("going on without" if missing else "the blocks were compiled in") in done.out
