@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.model import NORM_EPS, Cache, RMSNorm, Transformer
+from llm.model import NORM_EPS, Block, Cache, RMSNorm, Transformer
 
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
@@ -32,8 +32,9 @@ class Decoding:
         self.embedding, self.cos, self.sin = decoder.embed_tokens.weight, decoder.cos, decoder.sin
         self.keys, self.values, self.slots = cache.keys.unbind(), cache.values.unbind(), cache.slots
         self.blocks = []
-        norms = []
+        norms: list[Tensor] = []
         for block in decoder.layers:
+            assert isinstance(block, Block)
             attention, mlp = block.self_attn, block.mlp
             reads = merged(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
             gates = merged(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)

@@ -65,14 +65,18 @@ def compare(recipe: str, rows: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("recipes", nargs="*", default=[f"recipes/{name}.yaml" for name in ("quickstart", "classic", "small")])
+    parser.add_argument(
+        "recipes", nargs="*", default=[f"recipes/{name}.yaml" for name in ("quickstart", "classic", "small")]
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16])
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{versions}, {given.threads} threads, fp32, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {ROUNDS} rounds, tokens/s")
+    print(
+        f"{versions}, {given.threads} threads, fp32, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {ROUNDS} rounds, tokens/s"
+    )
     print(f"{'':18}{'transformers':>27}{'ours':>27}{'gain':>8}")
     print(f"{'recipe':12}{'rows':>6}" + f"{'min':>9}{'median':>9}{'max':>9}" * 2)
     for recipe in given.recipes:
