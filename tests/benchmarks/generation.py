@@ -24,7 +24,7 @@ from llm.recipe import load
 from tests import tiny
 from tests.test_huggingface import saved
 
-PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 16, 100, 3
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 16, 100, 5
 
 
 def theirs_of(folder: Path) -> Any:
