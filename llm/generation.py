@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from llm.decoding import Decoding
 from llm.model import Cache, Transformer
 
 
@@ -23,10 +25,13 @@ class Sampling:
     repetition_penalty: float = 1.0  # logits of tokens that occurred are divided by it, or multiplied where negative
 
 
-def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each row: (B,) out of logits (B, V); `seen` (B, V) of bool marks the tokens that occurred."""
+def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token of each row: (B,) out of logits (B, V).
+
+    `seen` (B, V) of bool marks the tokens that occurred; without it there is no penalty.
+    """
     logits = logits.float()
-    if sampling.repetition_penalty != 1.0:
+    if seen is not None and sampling.repetition_penalty != 1.0:
         punished = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(seen, punished, logits)
     if sampling.temperature == 0:
@@ -64,18 +69,29 @@ def generate(
     device = model.lm_head.weight.device
     context = model.shape.context
     texts = [list(prompt[-context:]) for prompt in prompts]
-    seen = torch.zeros(len(texts), model.lm_head.weight.shape[0], dtype=torch.bool, device=device)
-    for row, text in enumerate(texts):
-        seen[row, text] = True
+    rows = torch.arange(len(texts), device=device)
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.zeros(len(texts), model.lm_head.weight.shape[0], dtype=torch.bool, device=device)
+        for row, text in enumerate(texts):
+            seen[row, text] = True
+    never = torch.tensor(banned, dtype=torch.int64, device=device)
     generator = torch.Generator().manual_seed(seed)
     cache = Cache(model.shape, len(texts), context, device, model.lm_head.weight.dtype)
+    # Weights that are dealt to several processes come together in the model's own passes only.
+    lean = Decoding(model, cache) if device.type == "cpu" and not isinstance(model, FSDPModule) and tokens > 1 else None
     done = [False] * len(texts)
-    logits = prefill(model, cache, texts)
-    rows = torch.arange(len(texts), device=device)
+    logits = None
     for _ in range(tokens):
-        logits[:, list(banned)] = -torch.inf
+        if logits is None:
+            logits = prefill(model, cache, texts)
+            if lean is not None:
+                lean.begin([len(text) for text in texts])
+        if banned:
+            logits = logits.index_fill(1, never, -torch.inf)
         chosen = choose(logits, seen, sampling, generator)
-        seen[rows, chosen] = True
+        if seen is not None:
+            seen[rows, chosen] = True
         ids = chosen.tolist()
         done = [before or token == end for before, token in zip(done, ids, strict=True)]
         yield [None if over else token for over, token in zip(done, ids, strict=True)]
@@ -85,21 +101,23 @@ def generate(
             text.append(token)
         if max(map(len, texts)) > context:
             texts = [text[-(context // 2) :] if len(text) > context else text for text in texts]
-            logits = prefill(model, cache, texts)
+            logits = None
+        elif lean is not None:
+            logits = lean.step(chosen)
         else:
-            cache.at(torch.tensor([[len(text) - 1] for text in texts], device=device))
+            cache.at(torch.tensor([[len(text) - 1] for text in texts], device=device), max(map(len, texts)))
             logits = model.logits(chosen[:, None], cache)[:, -1]
 
 
 def prefill(model: Transformer, cache: Cache, texts: list[list[int]]) -> Tensor:
     """Read `texts` into an empty cache: logits (B, V) after the last token of each.
 
-    Shorter rows are padded at their end; what is written there is overwritten before any query may see it.
+    Shorter rows are padded at their end; what is written there no query of theirs ever sees.
     """
     width = max(map(len, texts))
     device = cache.keys.device
     padded = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-    cache.at(torch.arange(width, device=device).expand(len(texts), width))
+    cache.at(torch.arange(width, device=device).expand(len(texts), width), width)
     return model.logits(padded, cache, last=torch.tensor([len(text) - 1 for text in texts], device=device))
 
 

@@ -51,16 +51,16 @@ class Cache:
         self.rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self.slots = torch.arange(length, device=device)  # (L,)
 
-    def at(self, positions: Tensor) -> None:
-        """Read and write at `positions` (B, T) from here on."""
-        self.positions = positions
-        self.mask = self.slots <= positions[:, None, :, None]  # (B, 1, T, L)
+    def at(self, positions: Tensor, used: int | None = None) -> None:
+        """Read and write at `positions` (B, T) from here on, all of them below `used`: the rest is not looked at."""
+        self.positions, self.used = positions, used
+        self.mask = self.slots[:used] <= positions[:, None, :, None]  # (B, 1, T, L)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, K, T, E) of a layer; all of that layer's, (B, K, L, E)."""
+        """Write keys and values (B, K, T, E) of a layer; those that layer has in use, (B, K, L, E)."""
         self.keys[layer][self.rows, :, self.positions] = keys.transpose(1, 2).to(self.keys.dtype)
         self.values[layer][self.rows, :, self.positions] = values.transpose(1, 2).to(self.values.dtype)
-        return self.keys[layer], self.values[layer]
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
 
 class Attention(nn.Module):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llm.decoding import Decoding
 from llm.generation import Sampling, choose, continuations, generate, prefill
 from llm.model import Cache, Transformer
 from tests import tiny
@@ -52,6 +53,26 @@ def test_cached_logits_are_the_uncached_ones_for_rows_of_any_lengths(keys: dict[
     for row, text in enumerate(texts):
         alone = model.logits(torch.tensor([text]))[0, -10:]
         assert torch.allclose(torch.stack([each[row] for each in logits]), alone, rtol=0, atol=1e-5)
+
+
+@shapes
+@torch.no_grad()
+def test_decoding_says_the_uncached_logits_for_rows_of_any_lengths(keys: dict[str, int]) -> None:
+    """With another layout of the weights and of the cache; equal lengths go without a mask."""
+    model = tiny.transformer(**keys)
+    for prompts in (PROMPTS, [[3, 1, 4], [5, 9, 2]], [[7]]):
+        texts = [list(prompt) for prompt in prompts]
+        cache = Cache(model.shape, len(texts), CONTEXT, torch.device("cpu"), torch.float32)
+        decoding = Decoding(model, cache)
+        for _ in range(2):  # a cache may be filled anew
+            texts = [list(prompt) for prompt in prompts]
+            prefill(model, cache, texts)
+            decoding.begin([len(text) for text in texts])
+            while max(map(len, texts)) < CONTEXT:
+                following = tiny.ids(len(texts), seed=len(texts[0]))
+                texts = [[*text, int(token)] for text, token in zip(texts, following, strict=True)]
+                alone = torch.stack([model.logits(torch.tensor([text]))[0, -1] for text in texts])
+                assert torch.allclose(decoding.step(following), alone, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

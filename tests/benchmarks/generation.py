@@ -1,0 +1,88 @@
+"""Generation against transformers on equal weights: python tests/benchmarks/generation.py [RECIPE ...] [--threads N]
+
+Each recipe's shape, weights drawn at random, is saved as a checkpoint, which transformers opens as it lies. Both then say the
+same tokens greedily, in fp32, in turn, so that a machine whose speed wanders slows both alike; min/median/max of tokens/s are
+printed. Theirs: `generate` under inference_mode, its default cache, no end token and no logits processor.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+
+from llm.generation import Sampling, generate
+from llm.model import Transformer
+from llm.recipe import load
+from tests import tiny
+from tests.test_huggingface import saved
+
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 16, 100, 5
+
+
+def theirs_of(folder: Path) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=NEW_TOKENS)
+    return model
+
+
+def compare(recipe: str, rows: int) -> None:
+    shape, vocabulary = load(Path(recipe)).model, load(Path(recipe)).tokenizer.vocabulary
+    ours = tiny.stirred(Transformer(shape, vocabulary), seed=5).eval()
+    like: Any = SimpleNamespace(bos=1, vocabulary=vocabulary, banned=(), is_exact_bpe=False)  # no text is needed here
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = theirs_of(saved(Path(folder) / "step-000001", ours, like))
+    prompts = tiny.ids(rows, PROMPT_TOKENS, vocabulary=vocabulary)
+    mask = torch.ones_like(prompts)
+
+    @torch.inference_mode()
+    def they_say() -> list[list[int]]:
+        return theirs.generate(prompts, attention_mask=mask)[:, PROMPT_TOKENS:].tolist()
+
+    def we_say() -> list[list[int]]:
+        columns = generate(ours, prompts.tolist(), NEW_TOKENS, Sampling(temperature=0))
+        return [[token for token in row if token is not None] for row in zip(*columns, strict=True)]
+
+    assert we_say() == they_say()  # which also warms both
+    sides: dict[str, Callable[[], object]] = {"transformers": they_say, "ours": we_say}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, say in sides.items():
+            began = time.perf_counter()
+            say()
+            rates[name].append(rows * NEW_TOKENS / (time.perf_counter() - began))
+    gain = statistics.median(a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True))
+    cells = [f"{f(values):9,.0f}" for values in rates.values() for f in (min, statistics.median, max)]
+    print(f"{Path(recipe).stem:12}{rows:6}{''.join(cells)}{gain:8.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "recipes", nargs="*", default=[f"recipes/{name}.yaml" for name in ("quickstart", "classic", "small")]
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 16])
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(given.threads)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(
+        f"{versions}, {given.threads} threads, fp32, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {ROUNDS} rounds, tokens/s"
+    )
+    print(f"{'':18}{'transformers':>27}{'ours':>27}{'gain':>8}")
+    print(f"{'recipe':12}{'rows':>6}" + f"{'min':>9}{'median':>9}{'max':>9}" * 2)
+    for recipe in given.recipes:
+        for rows in given.rows:
+            compare(recipe, rows)
+
+
+if __name__ == "__main__":
+    main()
