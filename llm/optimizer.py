@@ -90,6 +90,7 @@ class Optimizer:
         layout: Layout | None = None,
     ) -> None:
         self.train, self.layout, self.orthogonalise_in = train, layout or Layout(), orthogonalise_in
+        self.decay = float(train.weight_decay)
         self.moments: dict[str, Rows] = {}
         self.stacks: list[Stack] = []
         named = dict(model.named_parameters())
@@ -120,7 +121,7 @@ class Optimizer:
             rate *= ADAMW_SHARE
         # Norms are never decayed; nor, beside Muon, embeddings, whose rare rows would only shrink.
         decayed = {name: p for name, p in self.rest.items() if p.ndim == 2 and not self.stacks}
-        self._adamw(decayed, step, rate, self.train.weight_decay, scale, finite)
+        self._adamw(decayed, step, rate, self.decay, scale, finite)
         self._adamw({n: p for n, p in self.rest.items() if n not in decayed}, step, rate, 0.0, scale, finite)
 
     def _muon(self, rate: float, scale: Tensor, finite: Tensor) -> None:
@@ -134,7 +135,7 @@ class Optimizer:
             _, rows, columns = stack.shape
             update = update.float().mul_(finite * (-rate * math.sqrt(max(1.0, rows / columns))))
             weights = [held(p).local for p in stack.weights]
-            torch._foreach_mul_(weights, 1 - finite.float() * (rate * self.train.weight_decay))
+            torch._foreach_mul_(weights, 1 - finite.float() * (rate * self.decay))
             torch._foreach_add_(weights, update.unbind())
 
     def _orthogonalised(self, updates: list[Tensor]) -> list[Tensor]:
