@@ -108,7 +108,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, shape: Model, layer: int, seed: int) -> None:
         super().__init__()
-        self.rate, self.seed, self.layer = shape.dropout, seed, layer
+        self.rate, self.seed, self.layer = float(shape.dropout), seed, layer
         self.input_layernorm = RMSNorm(shape.dim)
         self.self_attn = Attention(shape, layer)
         self.post_attention_layernorm = RMSNorm(shape.dim)
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: Model, vocabulary: int, seed: int, deal: Callable[[Block], Block]) -> None:
         super().__init__()
-        self.shape, self.seed = shape, seed
+        self.shape, self.seed, self.rate = shape, seed, float(shape.dropout)
         self.recompute = False  # forget a block's activations and compute them again on the way back
         self.embed_tokens = nn.Embedding(vocabulary, shape.dim)
         self.layers = nn.ModuleList(deal(Block(shape, layer, seed)) for layer in range(shape.layers))
@@ -144,8 +144,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, windows: Tensor | None, cache: Cache | None) -> Tensor:
         x = self.embed_tokens(tokens)  # (B, T, D)
-        if windows is not None and self.shape.dropout:
-            x = dropout(x, windows, seed=self.seed, site=0, rate=self.shape.dropout)
+        if windows is not None and self.rate:
+            x = dropout(x, windows, seed=self.seed, site=0, rate=self.rate)
         at = torch.arange(tokens.shape[1], device=x.device)[None] if cache is None else cache.positions  # (B or 1, T)
         cos, sin = self.cos[at][:, None].to(x.dtype), self.sin[at][:, None].to(x.dtype)  # (B or 1, 1, T, E)
         for block in self.layers:

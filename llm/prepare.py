@@ -295,7 +295,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.wiki:
         write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
     elif options.recipe:
-        prepare(load(options.recipe, options.overrides), verify=options.verify)
+        from llm import advice
+
+        recipe = load(options.recipe, options.overrides)
+        prepared = prepare(recipe, verify=options.verify)
+        tokens = prepared.shards.train.tokens
+        print(advice.of_text(with_steps(recipe, tokens), tokens, prepared.tokenizer.vocabulary))
     else:
         parser.error("name a recipe, or --wiki FILE")
 

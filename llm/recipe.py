@@ -23,6 +23,7 @@ import yaml
 from llm.errors import RecipeError, RefusedError
 
 Auto: TypeAlias = Literal["auto"]
+Epochs = typing.NewType("Epochs", str)  # such as "0.7 epochs": a time constant, counted in passes over the text
 MOST_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst of that size
 LEAST_VOCABULARY = 264  # every byte, the pieces without text, and some room
 NOTHING = ("", "~", "null", "Null", "NULL")  # unquoted, no value
@@ -62,7 +63,7 @@ class Model:
         0, unit="features inside the MLP; 0: 8/3 dim, up to a multiple of 64", least=0, below=1 << 22
     )
     context: int = setting(512, unit="tokens", least=2, below=1 << 20)
-    dropout: float = setting(0.0, unit="share of the features", least=0, below=1)
+    dropout: float | Auto = setting(0.0, unit="share of the features; auto: by the number of epochs", least=0, below=1)
     tied: bool = setting(True, unit="input and output embeddings are one matrix")
 
 
@@ -81,7 +82,9 @@ class Train:
     decay: float = setting(
         0.4, unit="share of the run, at its end, in which the rate falls to zero", least=0, below=1.0001
     )
-    weight_decay: float = setting(0.1, unit="a step, times the rate", least=0, below=100)
+    weight_decay: float | Epochs | Auto = setting(
+        0.1, unit="a step, times the rate; or over how many epochs weights forget, as 0.7 epochs", least=0, below=100
+    )
     clip: float = setting(1.0, unit="largest norm of the gradient; 0: none", least=0, below=1e9)
     skip: tuple[str, ...] = setting((), unit="ranges of steps, such as 1200-1210, whose windows are left out")
     on_nonfinite: Literal["stop", "skip"] = setting("stop", unit="what a loss or gradient that is not finite does")
@@ -157,6 +160,9 @@ MACHINE_HALF = (
     "machine.",
 )
 NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a run: never a way out of runs/
+MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # what dropout = auto comes to where the text is read more often than this
+FORGOTTEN_AFTER = 0.7  # epochs: the time constant of weight_decay = auto
+MOST_DECAY = 3.2  # that a time constant may ask for
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.hours")  # a recipe names exactly one
 
 
@@ -339,6 +345,11 @@ def _convert(name: str, value: Any, kind: Any, each: "Field[Any]") -> Any:
         if said is None:
             raise RecipeError(f"{name} = {shown!r}: true or false is expected")
         return said
+    if Epochs in options and (match := re.fullmatch(r"(.*\S)\s*epochs?", value.strip().lower())):
+        constant = _number(name, match[1], whole=False, words=[])
+        if not 1e-3 <= constant < 1e6:
+            raise RecipeError(f"{name} = {shown}: a time constant of 0.001 epochs or more is expected")
+        return Epochs(f"{constant:.12g} epochs")
     if int in options or float in options:
         time = re.fullmatch(r"(.*\d) ?(s|min|h|d)", value) if each.metadata["unit"].startswith("hours") else None
         number = _number(name, time[1] if time else value, whole=int in options, words=words)
@@ -489,11 +500,25 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
-    """The recipe with a length in steps, for a training side of `tokens_per_epoch` tokens."""
-    if not recipe.train.epochs:
-        return recipe
-    steps = max(1, round(recipe.train.epochs * tokens_per_epoch / recipe.train.tokens_per_step))
-    return resolve(replace(recipe, train=replace(recipe.train, epochs=0.0, steps=steps)))
+    """The recipe with all that depends on the text settled, for a training side of `tokens_per_epoch` tokens.
+
+    That is a length in epochs, weight decay in epochs, and what is `auto` by the number of epochs (few, in a run whose
+    length is a time).
+    """
+    model, train = recipe.model, recipe.train
+    steps = train.steps
+    if train.epochs:
+        steps = max(1, round(train.epochs * tokens_per_epoch / train.tokens_per_step))
+    epochs = steps * train.tokens_per_step / tokens_per_epoch
+    if model.dropout == "auto":
+        model = replace(model, dropout=MANY_EPOCHS_DROPOUT if epochs > MANY_EPOCHS else 0.0)
+    decay = train.weight_decay
+    if decay == "auto":
+        decay = Epochs(f"{FORGOTTEN_AFTER} epochs") if epochs > 1 else 0.1
+    if isinstance(decay, str):  # 1 / (rate x decay) steps are the time constant
+        tokens = max(1e-9, train.learning_rate) * tokens_per_epoch * float(decay.split()[0])
+        decay = float(f"{min(MOST_DECAY, train.tokens_per_step / tokens):.6g}")
+    return resolve(replace(recipe, model=model, train=replace(train, epochs=0.0, steps=steps, weight_decay=decay)))
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

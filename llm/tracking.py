@@ -48,6 +48,9 @@ class Tracker:
         self.trackers: dict[str, Any] = {}
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
         self.losses = deque((line["loss"] for line in lines if "loss" in line), maxlen=SPIKE_WINDOW)
+        self.evaluations = [line for line in lines if "val_loss" in line]
+        evaluated = max((line["step"] for line in self.evaluations), default=0)
+        self.recent = [line["loss"] for line in lines if "loss" in line and line["step"] > evaluated]
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
@@ -66,14 +69,23 @@ class Tracker:
     def log(self, step: int, **values: Any) -> None:
         """Record `values` of `step`; tensors are read here, so this is where the device is waited for."""
         numbers = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+        if "val_loss" in numbers and self.recent:
+            numbers["train_loss"] = statistics.fmean(self.recent)
         self.record.append({"step": step, **numbers})
         if "loss" in numbers:
+            self.recent.append(numbers["loss"])
             self._look_for_spike(step, numbers["loss"])
         self.bar.update(step - self.bar.n)
         if "val_loss" in numbers:
+            self.evaluations.append({"step": step, **numbers})
+            self.recent.clear()
+            best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
+            beside = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
+            trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
             self.say(
-                f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}, "
-                f"{numbers['bits_per_byte']:.4f} bits per byte{'  (best so far)' if numbers.get('best') else ''}"
+                f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}"
+                f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte  {numbers['epochs_seen']:.2f} epochs seen  "
+                f"({'best so far' if numbers.get('best') else beside})"
             )
         elif self.bar.disable:
             self.say(

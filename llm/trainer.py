@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llm import checkpoint, cost, fingerprints, group, sharding, store
+from llm import advice, checkpoint, cost, fingerprints, group, sharding, store
 from llm.budget import RECORD as PLAN
 from llm.budget import Budget
 from llm.checkpoint import Checkpoint
@@ -338,10 +338,14 @@ class Trainer:
             learning_rate=recipe.train.learning_rate * share,
             gradient_norm=norm,
             tokens_per_second=recipe.train.tokens_per_step / step_seconds,
-            epoch=step * recipe.windows_per_step / self.order.windows,
+            epoch=self.epochs_seen,
             seconds_left=(self.steps - step) * step_seconds,
             utilisation=self.step_flops / step_seconds / self.measured_flops,
         )
+
+    @property
+    def epochs_seen(self) -> float:
+        return self.state.step * self.recipe.windows_per_step / self.order.windows
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -366,6 +370,7 @@ class Trainer:
             "val_loss": nats / (self.shards.validation.tokens - 1),
             "bits_per_byte": bits,
             "best": bits < self.best,
+            "epochs_seen": self.epochs_seen,
         }
         self.best = min(self.best, bits)
         if self.tracker is not None:
@@ -375,6 +380,8 @@ class Trainer:
             texts = self.samples()
             if self.tracker is not None:
                 self.tracker.samples(self.state.step, dict(zip(self.recipe.evaluate.prompts, texts, strict=True)))
+        if self.tracker is not None and self.state.step == self.steps:
+            self.tracker.say(advice.of_run(self.recipe, self.tracker.evaluations))
         self.layout.rest(self.model)
 
     def samples(self) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm.model import Transformer
-from llm.optimizer import ADAMW_SHARE, BETAS, EPS, STACKED, Optimizer, gradient_norm, orthogonalised
+from llm.optimizer import BETAS, EPS, MOMENTUM, SHARES, STACKED, Optimizer, gradient_norm, orthogonalised
 from llm.recipe import Train
 from llm.sharding import Layout, held
 from tests import tiny
@@ -52,20 +52,26 @@ def in_blocks(model: Transformer) -> dict[str, Tensor]:
 
 
 @both
-def test_adamw_is_torchs(train: Train) -> None:
-    """AdamW alone decays matrices; beside Muon it has a share of the rate and decays nothing."""
-    ours, theirs = model(), model()
+@pytest.mark.parametrize("tied", [True, False])
+def test_adamw_is_torchs(train: Train, tied: bool) -> None:
+    """AdamW alone decays matrices; beside Muon it has shares of the rate and decays nothing."""
+    ours, theirs = (tiny.transformer(layers=2, tied=tied) for _ in range(2))
     optimizer = Optimizer(ours, train)
     rest = [p for name, p in theirs.named_parameters() if train is ADAMW or name not in in_blocks(theirs)]
+    names = {id(p): name for name, p in theirs.named_parameters()}
     groups = [
-        {"params": [p for p in rest if p.ndim == 2], "weight_decay": train.weight_decay if train is ADAMW else 0.0},
-        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+        {
+            "params": [p],
+            "weight_decay": train.weight_decay if train is ADAMW and p.ndim == 2 else 0.0,
+            "share": 1.0 if train is ADAMW else next(share for part, share in SHARES.items() if part in names[id(p)]),
+        }
+        for p in rest
     ]
     reference = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, foreach=False)
     for step in range(5):
         share = (step + 1) / 5
         for group in reference.param_groups:
-            group["lr"] = train.learning_rate * share * (1.0 if train is ADAMW else ADAMW_SHARE)
+            group["lr"] = train.learning_rate * share * group["share"]
         give_gradients(ours, step)
         give_gradients(theirs, step)
         optimizer.step(step, share, ONE, TRUE)
@@ -81,8 +87,8 @@ def muon(weight: Tensor, gradients: list[Tensor], rates: list[float], decay: flo
     a, b, c = 3.4445, -4.7750, 2.0315
     weight, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
     for gradient, rate in zip(gradients, rates, strict=True):
-        momentum = 0.95 * momentum + 0.05 * gradient.double()
-        nesterov = 0.95 * momentum + 0.05 * gradient.double()
+        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient.double()
+        nesterov = MOMENTUM * momentum + (1 - MOMENTUM) * gradient.double()
         u, s, vh = torch.linalg.svd(nesterov, full_matrices=False)
         s = s / s.norm()
         for _ in range(5):
@@ -117,7 +123,7 @@ def test_muon_is_torchs_within_the_rounding_of_bf16() -> None:
     ours, theirs = model(), model()
     optimizer = Optimizer(ours, MUON, torch.bfloat16)
     matrices = in_blocks(theirs)
-    reference = torch.optim.Muon(matrices.values(), lr=MUON.learning_rate, weight_decay=0.1)
+    reference = torch.optim.Muon(matrices.values(), lr=MUON.learning_rate, weight_decay=0.1, momentum=MOMENTUM)
     before = {name: p.detach().clone() for name, p in matrices.items()}
     for step in range(3):
         give_gradients(ours, step)
@@ -220,6 +226,7 @@ def test_every_parameter_is_in_exactly_one_place(train: Train, tied: bool) -> No
     optimizer = Optimizer(ours, train)
     stacked = [p for stack in optimizer.stacks for p in stack.weights]
     assert sorted(map(id, [*stacked, *optimizer.rest.values()])) == sorted(map(id, ours.parameters()))
+    assert train is ADAMW or all(sum(part in name for part in SHARES) == 1 for name in optimizer.rest)
     assert {id(p) for p in stacked} == ({id(p) for p in in_blocks(ours).values()} if train is MUON else set())
     assert max((len(stack.weights) for stack in optimizer.stacks), default=0) <= STACKED
 

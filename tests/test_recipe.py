@@ -1,6 +1,7 @@
 """A recipe is read as a person means it, or refused in one line: who, value, rule and mend. Never a traceback."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,19 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from llm.errors import RecipeError
-from llm.recipe import Evaluate, Recipe, Text, Train, dump, flat, load, science, with_steps
+from llm.recipe import (
+    MANY_EPOCHS_DROPOUT,
+    MOST_DECAY,
+    Evaluate,
+    Recipe,
+    Text,
+    Train,
+    dump,
+    flat,
+    load,
+    science,
+    with_steps,
+)
 
 MUTATED = 300  # recipes in the fast suite
 MUTATED_SLOWLY = 1_000
@@ -326,7 +339,7 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path: Path, override: s
         ("train.learning_rate=1e999999999", "a number is expected"),
         ("train.learning_rate=1e999", "at least 0 and below 10 is expected"),
         ("train.learning_rate=true", "a number is expected"),
-        ("model.dropout=100%", "model.dropout = 100%: at least 0 and below 1 is expected (share of the features)"),
+        ("model.dropout=100%", "model.dropout = 100%: at least 0 and below 1 is expected (share of the features"),
         ("train.steps=0", "train.steps = 0: at least 1"),
         ("model.tied=maybe", "model.tied = 'maybe': true or false is expected"),
         ("model.tied=1", "true or false is expected"),
@@ -513,6 +526,39 @@ def test_warm_up_and_decay_meet_a_length_in_epochs_when_it_is_known(tmp_path: Pa
     assert with_steps(recipe, tokens_per_epoch=1_000_000).train.steps == 244
     with pytest.raises(RecipeError, match="overlap in a run of 24 steps"):
         with_steps(recipe, tokens_per_epoch=100_000)
+
+
+@pytest.mark.parametrize("written", ["0.5 epochs", "0.5epochs", ".5 Epochs", "0.50 epoch"])
+def test_weight_decay_may_be_the_epochs_over_which_weights_forget(tmp_path: Path, written: str) -> None:
+    recipe = read(tmp_path, SMALLEST, f"train.weight_decay={written}", "train.learning_rate=0.02")
+    assert recipe.train.weight_decay == "0.5 epochs"
+    assert read(tmp_path, dump(recipe)) == recipe
+    known = with_steps(recipe, tokens_per_epoch=1_000_000)
+    rate, decay, steps = 0.02, float(known.train.weight_decay), 1_000_000 / known.train.tokens_per_step
+    assert (1 - rate * decay) ** (0.5 * steps) == pytest.approx(math.exp(-1), rel=0.01)  # after half an epoch
+    assert with_steps(known, tokens_per_epoch=1_000_000) == known
+
+
+def test_a_time_constant_asks_for_no_more_decay_than_pays(tmp_path: Path) -> None:
+    recipe = read(tmp_path, SMALLEST, "train.weight_decay=1 epochs")
+    assert with_steps(recipe, tokens_per_epoch=10_000).train.weight_decay == MOST_DECAY
+
+
+@pytest.mark.parametrize("written", ["0 epochs", "-1 epochs", "epochs", "many epochs", "1e9 epochs"])
+def test_a_time_constant_that_is_none_is_refused(tmp_path: Path, written: str) -> None:
+    assert "train.weight_decay = " in refused(tmp_path, SMALLEST, f"train.weight_decay={written}")
+
+
+def test_auto_goes_by_how_often_the_text_is_read(tmp_path: Path) -> None:
+    recipe = read(tmp_path, SMALLEST, "model.dropout=auto", "train.weight_decay=auto", "train.steps=100")
+    read_tokens = 100 * recipe.train.tokens_per_step
+    found = {}
+    for epochs in (0.5, 4, 20):
+        known = with_steps(recipe, tokens_per_epoch=int(read_tokens / epochs))
+        found[epochs] = (known.model.dropout, known.train.weight_decay)
+    assert [dropout for dropout, _ in found.values()] == [0.0, 0.0, MANY_EPOCHS_DROPOUT]
+    decays = [float(decay) for _, decay in found.values()]
+    assert decays == sorted(decays) and decays[0] == 0.1 < decays[2]  # the less text, the sooner it is forgotten
 
 
 # ---------------------------------------------------------------------------------------------- mutated

@@ -1,0 +1,183 @@
+"""What the product was measured against: constants by name, such as optimizer.MOMENTUM=0.95, and other ways of doing.
+
+They are planted into a child of learning.py, never into the product.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm import optimizer, trainer
+from llm.optimizer import Optimizer
+from llm.sharding import held
+from llm.stream import whole
+from llm.trainer import Trainer
+
+
+def plant(text: str) -> None:
+    """Alter llm's modules as `text` says: MODULE.NAME=NUMBER, MODULE.TABLE.KEY=NUMBER, or functions below; by spaces."""
+    for each in text.split():
+        name, equals, value = each.partition("=")
+        if not equals:
+            ALTERNATIVES[each]()
+            continue
+        module, *path, last = name.split(".")
+        place: Any = importlib.import_module(f"llm.{module}")
+        for key in path:
+            place = getattr(place, key)
+        if isinstance(place, dict):
+            place[last] = float(value)
+        else:
+            setattr(place, last, float(value))
+
+
+def _updates(change: Callable[[Optimizer, int, Tensor], Tensor]) -> None:
+    """`change` each stack's orthogonalised update, before it is scaled."""
+    real = Optimizer._orthogonalised
+    Optimizer._orthogonalised = lambda self, given: [  # type: ignore[method-assign]
+        change(self, number, update.float()) for number, update in enumerate(real(self, given))
+    ]
+
+
+def rms_scale() -> None:
+    """Updates of the size of AdamW's, 0.2 sqrt(max(rows, columns)), instead of sqrt(max(1, rows / columns))."""
+
+    def scaled(self: Optimizer, number: int, update: Tensor) -> Tensor:
+        _, rows, columns = self.stacks[number].shape
+        return update * (0.2 * math.sqrt(max(rows, columns)) / math.sqrt(max(1.0, rows / columns)))
+
+    _updates(scaled)
+
+
+def normuon() -> None:
+    """NorMuon: rows of the update divided by a running root mean square, its size as a whole kept."""
+    squares: dict[int, Tensor] = {}
+    steps: dict[int, int] = {}
+
+    def normed(self: Optimizer, number: int, update: Tensor) -> Tensor:
+        square = update.square().mean(-1, keepdim=True)
+        steps[number] = steps.get(number, 0) + 1
+        running = squares.setdefault(number, torch.zeros_like(square))
+        running.lerp_(square, 0.05)
+        size = update.norm(dim=(1, 2), keepdim=True)
+        update = update / ((running / (1 - 0.95 ** steps[number])).sqrt() + 1e-8)
+        return update * (size / (update.norm(dim=(1, 2), keepdim=True) + 1e-8))
+
+    _updates(normed)
+
+
+def cautious() -> None:
+    """Decay only where the update and the weight agree in sign."""
+    real, now = Optimizer._muon, {"rate": 0.0}
+
+    def muon(self: Optimizer, rate: float, *others: Any) -> None:
+        decay, self.decay, now["rate"] = self.decay, 0.0, rate * self.decay
+        real(self, rate, *others)
+        self.decay = decay
+
+    def decayed(self: Optimizer, number: int, update: Tensor) -> Tensor:
+        for p, part in zip(self.stacks[number].weights, update, strict=True):
+            held(p).local.mul_(1 - now["rate"] * (part * held(p).local > 0))
+        return update
+
+    Optimizer._muon = muon  # type: ignore[method-assign]
+    _updates(decayed)
+
+
+def no_nesterov() -> None:
+    real = Optimizer._orthogonalised
+    Optimizer._orthogonalised = lambda self, given: real(  # type: ignore[method-assign]
+        self, [stack.momentum.to(each.dtype) for stack, each in zip(self.stacks, given, strict=True)]
+    )
+
+
+def momentum_warmup() -> None:
+    """From 0.8 up over the first 200 steps."""
+    real, full = Optimizer.step, optimizer.MOMENTUM
+
+    def step(self: Optimizer, step: int, *others: Any) -> None:
+        optimizer.MOMENTUM = 0.8 + (full - 0.8) * min(1.0, step / 200)
+        real(self, step, *others)
+
+    Optimizer.step = step  # type: ignore[method-assign]
+
+
+def _shape(shape: Callable[[float], float]) -> None:
+    """The fall of the rate, from 1 to 0, in another shape."""
+    real = trainer.rate_share
+
+    def rate_share(step: int, *, steps: int, warmup: int, decay: float) -> float:
+        share = real(step, steps=steps, warmup=warmup, decay=decay)
+        return share if step < warmup else shape(share)
+
+    trainer.rate_share = rate_share
+
+
+def sqrt_decay() -> None:
+    _shape(lambda share: 1 - math.sqrt(1 - share))
+
+
+def cosine_decay() -> None:
+    _shape(lambda share: 0.5 - 0.5 * math.cos(math.pi * share))
+
+
+def embeddings_decayed() -> None:
+    """The embeddings too, by train.weight_decay."""
+    real = Optimizer._adamw
+
+    def adamw(self: Optimizer, named: Any, step: int, rate: float, decay: float, *others: Any) -> None:
+        real(self, named, step, rate, self.decay if any("embed" in name for name in named) else decay, *others)
+
+    Optimizer._adamw = adamw  # type: ignore[method-assign]
+
+
+def averaged() -> None:
+    """A running average of the weights over the last 2 and 5 % of the run, evaluated beside them at each evaluation."""
+    update, evaluate = Trainer.update, Trainer.evaluate
+    averages: dict[float, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def averaging(self: Trainer, step: int) -> tuple[Tensor, Tensor]:
+        result = update(self, step)
+        weights = [p.detach() for p in self.model.parameters()]
+        for share in (0.02, 0.05):
+            average = averages.setdefault(share, [p.clone() for p in weights])
+            torch._foreach_lerp_(average, weights, 1 / max(1.0, min(step, share * self.recipe.train.steps)))
+        return result
+
+    @torch.no_grad()
+    def evaluating(self: Trainer) -> None:
+        evaluate(self)
+        assert self.tracker is not None and isinstance(self.recipe.machine.micro_batch, int)
+        weights = list(self.model.parameters())
+        kept = [p.clone() for p in weights]
+        for share, average in averages.items():
+            torch._foreach_copy_(weights, average)
+            batches = whole(self.shards.validation, self.recipe.model.context, self.recipe.machine.micro_batch)
+            with self.accelerator.autocast():
+                nats = sum(self.model(batch.tokens, batch.targets).item() for batch in batches)
+            bits = nats / self.shards.validation.text_bytes / math.log(2)
+            self.tracker.event(self.state.step, f"average over {share:.0%} of the run: {bits:.4f} bits per byte")
+        torch._foreach_copy_(weights, kept)
+
+    Trainer.update, Trainer.evaluate = averaging, evaluating  # type: ignore[method-assign]
+
+
+ALTERNATIVES: dict[str, Callable[[], None]] = {
+    each.__name__: each
+    for each in (
+        rms_scale,
+        normuon,
+        cautious,
+        no_nesterov,
+        momentum_warmup,
+        sqrt_decay,
+        cosine_decay,
+        embeddings_decayed,
+        averaged,
+    )
+}

@@ -1,0 +1,204 @@
+"""What is learnt from a small text, row by row: python tests/benchmarks/learning.py [TABLE ...] [--results FILE] [--threads N]
+
+Each row trains quickstart's recipe with changes through launch/train.py, in a process of its own, one thread unless told
+otherwise, and keeps validation bits per byte in FILE, so that a sitting goes on where it was stopped. Without a table it lists
+them with what they cost; with --show it prints what FILE holds as Markdown.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from llm.corpus import wiki_documents
+from llm.prepare import MARKER
+from tests.benchmarks.alternatives import plant
+from tests.forks import ROOT, ended, script, start
+
+SPEEDS = {96: 9500, 128: 7800, 192: 5000, 384: 1800}  # tokens a second and thread, by width, to tell the cost by
+
+
+@dataclass(frozen=True)
+class Row:
+    """`changes` are overrides of quickstart's recipe; `other` what the code is altered by, as alternatives.py knows it."""
+
+    name: str
+    changes: str = ""
+    other: str = ""
+    seeds: int = 1
+
+
+NARROW = "model.dim=128 model.heads=2 train.tokens=500k"
+ADAMW = "train.optimizer=adamw train.weight_decay=0.1"
+HOBBY = Row("hobbyist's: AdamW at a constant 3e-4, dropout 5 %", f"{ADAMW} train.learning_rate=3e-4 train.decay=0 train.warmup=0 model.dropout=5%")  # fmt: skip
+NANOGPT = Row("nanoGPT's: AdamW 1e-3, warm-up 100, cosine", f"{ADAMW} train.learning_rate=1e-3 train.warmup=100 train.decay=90%", "cosine_decay")  # fmt: skip
+TABLES: dict[str, tuple[str, list[Row]]] = {
+    "rates": (NARROW, [
+        Row("defaults", seeds=3),
+        Row("all of the rest at 0.15 of Muon's rate", other="optimizer.SHARES.embed_tokens=0.15 optimizer.SHARES.norm=0.15"),
+        Row("embeddings at 0.5 of it", other="optimizer.SHARES.embed_tokens=0.5"),
+        Row("embeddings at 2 of it", other="optimizer.SHARES.embed_tokens=2"),
+        Row("Muon's rate 0.01, embeddings as they were", "train.learning_rate=0.01", "optimizer.SHARES.embed_tokens=2"),
+        Row("Muon's rate 0.04, embeddings as they were", "train.learning_rate=0.04", "optimizer.SHARES.embed_tokens=0.5"),
+        Row("untied", "model.tied=false"),
+        Row("untied, head at 0.5", "model.tied=false", "optimizer.SHARES.lm_head=0.5"),
+    ]),
+    "muon": (NARROW, [
+        Row("momentum 0.8", other="optimizer.MOMENTUM=0.8"),
+        Row("momentum 0.95", other="optimizer.MOMENTUM=0.95"),
+        Row("momentum from 0.8 up over 200 steps", other="momentum_warmup"),
+        Row("without Nesterov", other="no_nesterov"),
+        Row("NorMuon", other="normuon", seeds=2),
+        Row("updates of 0.2 sqrt(max)", other="rms_scale"),
+        Row("cautious decay", other="cautious"),
+        Row("embeddings decayed", other="embeddings_decayed"),
+    ]),
+    "schedule": (NARROW, [
+        Row("512 tokens a step", "train.tokens_per_step=512"),
+        Row("2,048 tokens a step", "train.tokens_per_step=2048"),
+        Row("4,096 tokens a step", "train.tokens_per_step=4096"),
+        Row("last 40 % falling", "train.decay=40%"),
+        Row("last 80 % falling", "train.decay=80%"),
+        Row("last 97 % falling", "train.decay=97%"),
+        Row("1 - sqrt", other="sqrt_decay"),
+        Row("cosine", other="cosine_decay"),
+        Row("no warm-up", "train.warmup=0"),
+        Row("warm-up of 50 steps", "train.warmup=50"),
+        Row("averaged weights", other="averaged", seeds=2),
+    ]),
+    "regularisation": (NARROW, [
+        Row("no decay", "train.weight_decay=0"),
+        Row("decay 0.3", "train.weight_decay=0.3"),
+        Row("dropout 10 %", "model.dropout=10%"),
+    ]),
+    "vocabulary": (NARROW, [
+        Row("1,024", "tokenizer.vocabulary=1024"),
+        Row("2,048", "tokenizer.vocabulary=2048"),
+        Row("8,192", "tokenizer.vocabulary=8192"),
+        Row("16,384", "tokenizer.vocabulary=16384"),
+    ]),
+    "2M": ("train.tokens=2M evaluate.every=80", [Row("defaults"), HOBBY, NANOGPT]),
+    "8M": ("train.tokens=8M evaluate.every=800", [Row("defaults")]),
+    "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
+        Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
+        Row("AdamW 1e-3, cosine, decay 0.1", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100", "cosine_decay"),
+        Row("AdamW 1e-3, cosine, decay 0.1, dropout 10 %", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100 model.dropout=10%", "cosine_decay"),
+    ]),
+    "width-192": ("train.tokens=500k", [
+        Row("defaults"),
+        Row("rates / 2", "train.learning_rate=0.01"),
+        Row("rates x 2", "train.learning_rate=0.04"),
+        Row("embeddings at 0.5", other="optimizer.SHARES.embed_tokens=0.5"),
+    ]),
+    "width-384": ("model.dim=384 model.heads=6 train.tokens=250k", [
+        Row("defaults"),
+        Row("rates / 2", "train.learning_rate=0.01"),
+        Row("rates x 2", "train.learning_rate=0.04"),
+        Row("embeddings at 0.5", other="optimizer.SHARES.embed_tokens=0.5"),
+    ]),
+}  # fmt: skip
+
+
+def overrides(table: str, row: Row) -> dict[str, str]:
+    common = "evaluate.prompts=[] checkpoint.every=1000000 tracking.every=50 evaluate.every=1000000"
+    return dict(each.split("=", 1) for each in f"{common} {TABLES[table][0]} {row.changes}".split())
+
+
+def cost(table: str, row: Row) -> float:
+    """Seconds to expect of one seed."""
+    changes = overrides(table, row)
+    tokens = float(changes.get("train.tokens", "2M").replace("M", "e6").replace("k", "e3"))
+    if "train.epochs" in changes:
+        tokens = float(changes["train.epochs"]) * 1.39e6 * (1 / 3 if "text.files" in changes else 1)
+    return tokens / SPEEDS[int(changes.get("model.dim", 192))] + 15
+
+
+def train(table: str, row: Row, seed: int, threads: int) -> dict[str, object]:
+    """Train the row in a child; what came of it."""
+    given = overrides(table, row) | {"seed": str(seed), "run": "row", "machine.threads": str(threads)}
+    given["text.cache"] = os.environ.get("LEARNING_CACHE", str(ROOT / "data"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        launch = script(
+            ROOT / "launch/train.py", ROOT / "recipes/quickstart.yaml", *(f"{k}={v}" for k, v in given.items())
+        )
+
+        def act() -> None:
+            plant(row.other)
+            launch()
+
+        if "third.txt" in given.get("text.files", ""):
+            documents = list(wiki_documents("en"))[::3]
+            (folder / "third.txt").write_bytes(f"{MARKER}\n".encode().join(documents))
+        child = ended(start(act, folder), folder, seconds=7200)
+        if child.status:
+            raise SystemExit(f"{table}, {row.name}: {child.err}")
+        lines = [json.loads(line) for line in (folder / "runs/row/metrics.jsonl").read_text().splitlines()]
+    curve = [[line["step"], round(line["bits_per_byte"], 4)] for line in lines if "bits_per_byte" in line]
+    last = [line for line in lines if "bits_per_byte" in line][-1]
+    return {
+        "end": last["bits_per_byte"],
+        "best": min(bits for _, bits in curve),
+        "train_loss": last["train_loss"],
+        "val_loss": last["val_loss"],
+        "events": [line["event"] for line in lines if "event" in line],
+        "curve": curve,
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line),
+    }
+
+
+def show(results: dict[str, dict[str, object]]) -> None:
+    """The finished rows as Markdown tables: median of the seeds, and their spread where there are several."""
+    for table, (common, rows) in TABLES.items():
+        print(
+            f"\n### {table}\n\n`{common}`\n\n| row | seeds | bits per byte at the end | its own best | spread |\n|---|---|---|---|---|"
+        )
+        for row in rows:
+            found = [results[key] for seed in range(1, 10) if (key := f"{table}/{row.name}/{seed}") in results]
+            if found:
+                ends, bests = ([float(str(each[name])) for each in found] for name in ("end", "best"))
+                spread = f"{min(ends):.4f} to {max(ends):.4f}" if len(found) > 1 else ""
+                median = statistics.median(ends)
+                print(f"| {row.name} | {len(found)} | {median:.4f} | {statistics.median(bests):.4f} | {spread} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tables", nargs="*", metavar="TABLE")
+    parser.add_argument("--results", type=Path, default=Path("runs/learning.json"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--row", default="", help="only rows whose name holds this")
+    parser.add_argument("--most", type=int, default=10**6, help="runs of this sitting")
+    parser.add_argument("--show", action="store_true")
+    given = parser.parse_args()
+    results = json.loads(given.results.read_text()) if given.results.exists() else {}
+    if given.show:
+        return show(results)
+    jobs = [
+        (table, row, seed)
+        for table in given.tables or TABLES
+        for row in TABLES[table][1]
+        for seed in range(1, row.seeds + 1)
+        if given.row in row.name and f"{table}/{row.name}/{seed}" not in results
+    ]
+    for table in given.tables or TABLES:
+        costs = [cost(*job[:2]) for job in jobs if job[0] == table]
+        print(f"{table}: {len(costs)} runs to do, about {sum(costs) / 60:.0f} min of one thread")
+    for table, row, seed in jobs[: given.most] if given.tables else []:
+        result = train(table, row, seed, given.threads)
+        results[f"{table}/{row.name}/{seed}"] = result
+        given.results.parent.mkdir(parents=True, exist_ok=True)
+        beside = given.results.with_suffix(".new")
+        beside.write_text(json.dumps(results, indent=1))
+        beside.replace(given.results)
+        print(f"{table}/{row.name}/{seed}: {result['end']:.4f} bits per byte, best {result['best']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
