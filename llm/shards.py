@@ -105,12 +105,18 @@ def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray,
     try:
         with pyarrow.memory_map(str(path)) as source:  # what was read keeps the map, without the open file
             column = pyarrow.ipc.open_stream(source).read_all()["tokens"].chunk(0)
-        tokens, starts = column.values.to_numpy(), column.offsets.to_numpy()
-    except (pyarrow.ArrowInvalid, OSError, KeyError, IndexError, AttributeError) as error:
+        tokens, starts = _view(column.values), _view(column.offsets)
+    except (pyarrow.ArrowInvalid, OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise RefusedError(f"{path} is damaged: {_mend(path.parent)}") from error
     if tokens.dtype != dtype or len(tokens) != file["tokens"] or len(starts) != file["documents"] + 1:
         raise RefusedError(f"{path} does not hold the {file['tokens']} tokens of its manifest: {_mend(path.parent)}")
     return tokens, starts
+
+
+def _view(array: Any) -> np.ndarray:
+    """An Arrow array's numbers; its own `to_numpy` imports pandas."""
+    dtype = np.dtype(str(array.type))
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
 def write(
@@ -195,7 +201,7 @@ def _encoded(
     def encode(table: Any) -> dict[str, Any]:
         encoder, text = idle.get(), table["text"][0].as_py()
         try:
-            tokens, starts = encoder.encode(text, table["lengths"].chunk(0).values.to_numpy())
+            tokens, starts = encoder.encode(text, _view(table["lengths"].chunk(0).values))
         finally:
             idle.put(encoder)
         return {"side": table["side"][0].as_py(), "text_bytes": len(text), "tokens": tokens, "starts": starts}
@@ -204,6 +210,9 @@ def _encoded(
     columns = {"side": datasets.Value("string"), "text": datasets.Value("large_binary"), "lengths": lengths}
     rows = datasets.IterableDataset.from_generator(_Unhashed(source), features=datasets.Features(columns))
     try:
+        if tokenizer.by_words and not processes:  # at each new word another thread would take the interpreter's lock
+            yield from map(encode, rows.with_format("arrow"))
+            return
         # A block a thread keeps all cores busy to the end: sentencepiece's own threads wait for their slowest.
         with ThreadPoolExecutor(len(encoders)) as pool:
             waiting: deque[Future[dict[str, Any]]] = deque()

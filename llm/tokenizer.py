@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import io
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -65,9 +66,9 @@ class Tokenizer:
         self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, self.bos)]
         self.first_piece = max(bytes_at, default=-1) + 1
         self._words, self._crossing = _Words(self._processor), self._find_crossing()
-        self._by_words = False  # until it is known to be exact
+        self.by_words = False  # whether texts are encoded word by word: once that is known to be exact
         self.lossless = all(self.decode(self.encode(probe)) == probe for probe in PROBES)
-        self._by_words = self.is_exact_bpe and len(self._crossing) <= MOST_CROSSING
+        self.by_words = self.is_exact_bpe and len(self._crossing) <= MOST_CROSSING
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -129,9 +130,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """Ids of each text, without BOS: (tokens,) of int32 each."""
-        by_words = [self._by_words and not any(piece in text for piece in self._crossing) for text in texts]
-        whole = iter(self._encode([text for text, words in zip(texts, by_words, strict=True) if not words], threads))
-        return [self._words.encode(text) if words else next(whole) for text, words in zip(texts, by_words, strict=True)]
+        alone = [self.by_words and not any(piece in text for piece in self._crossing) for text in texts]
+        whole = iter(self._encode([text for text, words in zip(texts, alone, strict=True) if not words], threads))
+        return [self._words.encode(text) if words else next(whole) for text, words in zip(texts, alone, strict=True)]
 
     def _encode(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """The same by sentencepiece, which is asked for each text anew."""
@@ -209,7 +210,7 @@ class _Words(dict[str, bytes]):
         return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), np.int32)
 
     def __missing__(self, word: str) -> bytes:
-        ids = np.array(self._processor.encode(word), np.int32).tobytes()
+        ids = array("i", self._processor.encode(word)).tobytes()
         if len(word) <= LONGEST_WORD:
             if len(self) >= REMEMBERED:
                 self.clear()

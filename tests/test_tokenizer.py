@@ -93,7 +93,7 @@ SCRAPS = st.sampled_from(
 def test_remembered_words_have_the_ids_that_sentencepiece_gives_the_whole_text(scraps: list[str]) -> None:
     text = "".join(scraps)
     for tokenizer in (plain(), spaced(), joining()):
-        assert tokenizer._by_words
+        assert tokenizer.by_words
         assert tokenizer.encode_batch([text], threads=1)[0].tolist() == tokenizer._encode([text], 1)[0].tolist()
 
 
@@ -128,9 +128,9 @@ def test_words_are_remembered_for_what_they_are_and_not_without_bound(monkeypatc
 
 def test_a_vocabulary_whose_pieces_join_words_is_asked_for_whole_texts() -> None:
     joining = Tokenizer(trained(split_by_whitespace=False, vocab_size=900, **LOSSLESS), "joining")
-    assert joining.lossless and joining.is_exact_bpe and not joining._by_words
-    assert Tokenizer(trained(vocab_size=600, **LOSSLESS), "apart")._by_words
-    assert not Tokenizer(trained(), "unigram")._by_words
+    assert joining.lossless and joining.is_exact_bpe and not joining.by_words
+    assert Tokenizer(trained(vocab_size=600, **LOSSLESS), "apart").by_words
+    assert not Tokenizer(trained(), "unigram").by_words
 
 
 @needs_wiki
@@ -143,7 +143,7 @@ def test_every_packaged_document_comes_back(language: str) -> None:
     encoded = tokenizer.encode_batch([document.decode() for document in documents], threads=2)
     assert all(tokenizer.decode(ids).encode() == text for ids, text in zip(encoded, documents, strict=True))
     whole = tokenizer._encode([document.decode() for document in documents], threads=2)
-    assert tokenizer._by_words and all(map(np.array_equal, encoded, whole))
+    assert tokenizer.by_words and all(map(np.array_equal, encoded, whole))
 
 
 def test_terms_stay_whole(tokenizer: Tokenizer) -> None:
