@@ -1,8 +1,8 @@
 """How fast text becomes shards against sentencepiece alone, how much memory that takes, and how fast windows are read.
 
-    python tests/benchmarks/preparation.py rate [MB|FILE]  text into shards / sentencepiece alone, alternating
-    python tests/benchmarks/preparation.py memory [MB]     peak memory of the whole preparation, of 10 MB and of MB
-    python tests/benchmarks/preparation.py windows         random windows of 513 tokens
+    python tests/benchmarks/preparation.py rate [MB|FILE]    text into shards / sentencepiece alone, alternating
+    python tests/benchmarks/preparation.py memory [MB|FILE]  peak memory of the whole preparation, of 10 MB and of that
+    python tests/benchmarks/preparation.py windows           random windows of 513 tokens
 
 The text is the packaged English one, over and over, the words of each article in another order every time: as long as
 wanted, and no article equals another. Its words are met again sooner than those of other text: `rate packaged` takes
@@ -118,10 +118,12 @@ def rate(folder: Path, text: str) -> None:
         print(f"{name} time: ratio                    ", spread([w / a for a, w in rates]))
 
 
-def memory(folder: Path, megabytes: int) -> None:
-    for size in (10, megabytes):
-        varied_text(folder / "text.txt", size)
-        recipe = recipe_file(folder, folder / "text.txt")
+def memory(folder: Path, text: str) -> None:
+    for size in ("10", text):
+        file = folder / "text.txt" if size.isdigit() else Path(size)
+        if size.isdigit():
+            varied_text(file, int(size))
+        recipe = recipe_file(folder, file)
         shutil.rmtree(folder / "data", ignore_errors=True)
         process = subprocess.Popen([sys.executable, "-m", "llm.prepare", str(recipe)])
         began = time.perf_counter()
@@ -136,7 +138,7 @@ def memory(folder: Path, megabytes: int) -> None:
             time.sleep(0.1)
         each = " + ".join(f"{peak / 1024:.0f}" for peak in peaks.values())
         print(
-            f"{size} MB: peaks {each} = {sum(peaks.values()) / 1024:.0f} MiB, "
+            f"{file.stat().st_size / 1e6:.0f} MB: peaks {each} = {sum(peaks.values()) / 1024:.0f} MiB, "
             f"{time.perf_counter() - began:.1f} s, status {process.returncode}",
             flush=True,
         )
@@ -170,7 +172,7 @@ def main() -> None:
         if what == "rate":
             rate(Path(folder), megabytes or "60")
         elif what == "memory":
-            memory(Path(folder), int(megabytes or 300))
+            memory(Path(folder), megabytes or "300")
         elif what == "windows":
             windows(Path(folder))
         else:
