@@ -32,7 +32,7 @@ from llm.tokenizer import MANIFEST, SETTINGS, Tokenizer
 
 SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory
 SMALL = 128 << 20  # bytes of shards that are checked against their sha256 at every start: a blink
-LARGE = 4 << 20  # bytes of text that are worth the start of processes that encode it
+LARGE = 16 << 20  # bytes of text that are worth the start of processes that encode it
 MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
 
 LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}
