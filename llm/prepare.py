@@ -24,6 +24,7 @@ from typing import TypeVar
 from llm import shards as sharding
 from llm import store
 from llm.corpus import Corpus, fraction, wiki_documents
+from llm.encoders import cores
 from llm.errors import DiskError, RecipeError, RefusedError, TextError, run
 from llm.recipe import Recipe, load, with_steps
 from llm.shards import Shards
@@ -31,6 +32,7 @@ from llm.tokenizer import MANIFEST, SETTINGS, Tokenizer
 
 SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory
 SMALL = 128 << 20  # bytes of shards that are checked against their sha256 at every start: a blink
+LARGE = 16 << 20  # bytes of text that are worth the start of processes that encode it
 MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
 
 LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}
@@ -218,7 +220,8 @@ def _sharded(
             return shards
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocabulary)
         about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocabulary}
-        written = sharding.write(corpus.documents(), folder, tokenizer, share=share, about=about)
+        processes = cores() if cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
+        written = sharding.write(corpus.documents(), folder, tokenizer, share=share, about=about, processes=processes)
         for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
             pass
         shards = Shards.open(folder)

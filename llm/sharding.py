@@ -3,6 +3,7 @@
 A library's all-reduce adds in an order of its own, which may change from one step to the next. Ours exchanges parts,
 adds them pairwise in the order of the ranks and gathers them, with a ring's traffic. Sharding is torch's fully_shard on
 each block and the root, called by us: accelerate's own gate opens on accelerators only, these lines run on any device.
+fully_shard and its tensors take a second to import: whoever deals no rows does without.
 """
 
 import os
@@ -13,8 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, init_device_mesh
 
 Module = TypeVar("Module", bound=nn.Module)
 Group = dist.ProcessGroup | None  # None: all processes, or the only one
@@ -107,7 +106,7 @@ def bounds(rows: int, parts: int, index: int) -> tuple[int, int]:
 
 def held(tensor: Tensor) -> Rows:
     """The rows of a parameter, sharded or not, or of its gradient."""
-    if not isinstance(tensor, DTensor):
+    if not (hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")):  # as a DTensor has
         return Rows(tensor.detach(), tuple(tensor.shape), 0)
     low, _ = bounds(tensor.shape[0], tensor.device_mesh.size(), tensor.device_mesh.get_local_rank())
     with torch.no_grad():
@@ -131,6 +130,8 @@ class Layout:
             self.parts = size() if mode == "full" else int(os.environ.get("LOCAL_WORLD_SIZE", size()))
             self.copies = size() // self.parts
             assert device is not None
+            from torch.distributed.device_mesh import init_device_mesh
+
             mesh = init_device_mesh(device.type, (self.copies, self.parts), mesh_dim_names=("copies", "parts"))
             self.mesh = mesh["parts"]
             self.shards, self.replicas = mesh.get_group("parts"), mesh.get_group("copies")
@@ -154,6 +155,8 @@ class Layout:
         """
         if not self.sharded:
             return module
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
         dtype = None if root else self.dtype
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(module, mesh=self.mesh, mp_policy=policy)
@@ -167,7 +170,10 @@ class Layout:
 
     def rest(self, model: nn.Module) -> None:
         """Let go of what a pass without a backward pass left gathered; parameters are rows again."""
-        if isinstance(model, FSDPModule):
+        if self.sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            assert isinstance(model, FSDPModule)
             model.reshard()
 
     def sum_copies(self, gradients: list[Tensor]) -> None:

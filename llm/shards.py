@@ -6,17 +6,18 @@ baked in. A file is finished once the journal names it; the manifest comes last 
 
 import hashlib
 import itertools
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from llm import store
 from llm.corpus import is_validation
+from llm.encoders import Here, Process, cores
 from llm.errors import RefusedError
 from llm.tokenizer import Tokenizer
 
@@ -104,21 +105,34 @@ def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray,
     try:
         with pyarrow.memory_map(str(path)) as source:  # what was read keeps the map, without the open file
             column = pyarrow.ipc.open_stream(source).read_all()["tokens"].chunk(0)
-        tokens, starts = column.values.to_numpy(), column.offsets.to_numpy()
-    except (pyarrow.ArrowInvalid, OSError, KeyError, IndexError, AttributeError) as error:
+        tokens, starts = _view(column.values), _view(column.offsets)
+    except (pyarrow.ArrowInvalid, OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise RefusedError(f"{path} is damaged: {_mend(path.parent)}") from error
     if tokens.dtype != dtype or len(tokens) != file["tokens"] or len(starts) != file["documents"] + 1:
         raise RefusedError(f"{path} does not hold the {file['tokens']} tokens of its manifest: {_mend(path.parent)}")
     return tokens, starts
 
 
+def _view(array: Any) -> np.ndarray:
+    """An Arrow array's numbers; its own `to_numpy` imports pandas."""
+    dtype = np.dtype(str(array.type))
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
 def write(
-    documents: Iterable[bytes], folder: Path, tokenizer: Tokenizer, *, share: float, about: dict[str, Any]
+    documents: Iterable[bytes],
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    share: float,
+    about: dict[str, Any],
+    processes: int = 0,
 ) -> Iterator[int]:
     """Encode `documents` into shards in `folder`, which are whole at the end; yields the bytes of text done.
 
     Files that an earlier, killed call finished are kept where they are what its journal says. `about` goes into the
-    manifest. The caller holds the folder's lock, and gives the same documents as in the earlier call.
+    manifest. The caller holds the folder's lock, and gives the same documents as in the earlier call. Without
+    `processes` this one encodes; the files' bytes are the same with any number of them.
     """
     store.make_folder(folder)
     files = _finished(folder)
@@ -126,7 +140,7 @@ def write(
     yield sum(file["text_bytes"] for file in itertools.chain(*files.values()))
     done = {side: sum(file["documents"] for file in files[side]) for side in SIDES}
     waiting: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for block in _encoded(_blocks(documents, share, done), tokenizer, dtype):
+    for block in _encoded(_blocks(documents, share, done), tokenizer, dtype, processes):
         side = block["side"]
         waiting[side].append(block)
         yield block["text_bytes"]
@@ -173,34 +187,44 @@ def _block(side: str, documents: list[bytes]) -> dict[str, Any]:
     return {"side": side, "text": b"".join(documents), "lengths": [len(document) for document in documents]}
 
 
-def _encoded(source: Iterator[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype) -> Iterator[dict[str, Any]]:
+def _encoded(
+    source: Iterator[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, processes: int
+) -> Iterator[dict[str, Any]]:
     """The blocks in order, each with `tokens`, the ids of its documents end to end, and `starts`, where each begins."""
     import datasets
 
+    idle: SimpleQueue[Here | Process] = SimpleQueue()
+    encoders = [(Process if processes else Here)(tokenizer, dtype) for _ in range(processes or cores())]
+    for encoder in encoders:
+        idle.put(encoder)
+
     def encode(table: Any) -> dict[str, Any]:
-        text, ends = table["text"][0].as_py(), np.cumsum(table["lengths"].chunk(0).values.to_numpy())
-        documents = [text[begin:end].decode() for begin, end in itertools.pairwise([0, *ends.tolist()])]
-        encoded = tokenizer.encode_batch(documents, threads=1)
-        starts = np.cumsum([0, *(len(ids) + 1 for ids in encoded)])
-        tokens = np.full(starts[-1], tokenizer.bos, dtype)
-        of_text = np.ones(len(tokens), bool)
-        of_text[starts[:-1]] = False
-        tokens[of_text] = np.concatenate(encoded)
-        return {"side": table["side"][0].as_py(), "text_bytes": len(text), "tokens": tokens, "starts": starts[:-1]}
+        encoder, text = idle.get(), table["text"][0].as_py()
+        try:
+            tokens, starts = encoder.encode(text, _view(table["lengths"].chunk(0).values))
+        finally:
+            idle.put(encoder)
+        return {"side": table["side"][0].as_py(), "text_bytes": len(text), "tokens": tokens, "starts": starts}
 
     lengths = datasets.List(datasets.Value("int32"))
     columns = {"side": datasets.Value("string"), "text": datasets.Value("large_binary"), "lengths": lengths}
     rows = datasets.IterableDataset.from_generator(_Unhashed(source), features=datasets.Features(columns))
-    # A block a thread keeps all cores busy to the end: sentencepiece's own threads wait for their slowest each time.
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[dict[str, Any]]] = deque()
-        for table in rows.with_format("arrow"):
-            waiting.append(pool.submit(encode, table))
-            if len(waiting) > threads + 1:
+    try:
+        if tokenizer.by_words and not processes:  # at each new word another thread would take the interpreter's lock
+            yield from map(encode, rows.with_format("arrow"))
+            return
+        # A block a thread keeps all cores busy to the end: sentencepiece's own threads wait for their slowest.
+        with ThreadPoolExecutor(len(encoders)) as pool:
+            waiting: deque[Future[dict[str, Any]]] = deque()
+            for table in rows.with_format("arrow"):
+                waiting.append(pool.submit(encode, table))
+                if len(waiting) > len(encoders) + 1:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    finally:
+        for encoder in encoders:
+            encoder.close()
 
 
 class _Unhashed:

@@ -1,13 +1,15 @@
 """Text to token ids and back, with sentencepiece: train, encode, decode, fingerprint.
 
 Our own vocabularies are BPE with one piece for each byte and no normalisation, so that every text comes back byte for
-byte. They are trained with one fixed number of threads: the same text gives the same file.
+byte. They are trained with one fixed number of threads: the same text gives the same file. As no piece of theirs goes
+on from one word into the next, the ids of a text are those of its words, and most words have been met before.
 """
 
 import codecs
 import hashlib
 import io
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +29,10 @@ SETTINGS = 1  # counts the changes of how vocabularies are trained
 LINE = 4000  # bytes of a line in training: sentencepiece leaves out longer ones than 4,192 without a word
 PART = 1 << 14  # characters encoded at once: the cost a character grows with the length
 SPACE = "\u2581"  # how sentencepiece writes a space inside of pieces
+WORD = re.compile(r"\n| *[^ \n]+| +")  # a newline, or spaces and what follows them: what such pieces do not cross
+REMEMBERED = 200_000  # words whose ids are kept: about 50 MB
+LONGEST_WORD = 32  # characters of a word that is kept: longer ones seldom come again
+MOST_CROSSING = 64  # pieces that go on into the next word: with more, looking for them costs more than words save
 PROBES = (
     "a", " a", "a ", "a\nb", "\n\n", "  a   b ", "\t\r\n", "\0", "A1234.5", "Ａﬁ①é e\u0301 ß", "한국어 漢字 ไทย עברית", 
     "🎉👩‍👩‍👧", "\ufeff\u200b\u2028\u00a0", "<s></s><unk><0x41>", f"a{SPACE}b {SPACE}", "\U0010ffff\ufffd")  # fmt: skip
@@ -42,7 +48,7 @@ class Tokenizer:
                 raise RuntimeError
         except RuntimeError as error:
             raise RefusedError(f"{name} is damaged or no sentencepiece model: name another") from error
-        self._model = model
+        self.model = model
         self.vocabulary: int = self._processor.vocab_size()
         starts = [id for id in (self._processor.bos_id(), self._processor.eos_id()) if id >= 0]
         if not starts:
@@ -59,7 +65,10 @@ class Tokenizer:
         self.unknown: int = self._processor.unk_id()
         self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, self.bos)]
         self.first_piece = max(bytes_at, default=-1) + 1
+        self._words, self._crossing = _Words(self._processor), self._find_crossing()
+        self.by_words = False  # whether texts are encoded word by word: once that is known to be exact
         self.lossless = all(self.decode(self.encode(probe)) == probe for probe in PROBES)
+        self.by_words = self.is_exact_bpe and len(self._crossing) <= MOST_CROSSING
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -121,6 +130,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """Ids of each text, without BOS: (tokens,) of int32 each."""
+        alone = [self.by_words and not any(piece in text for piece in self._crossing) for text in texts]
+        whole = iter(self._encode([text for text, words in zip(texts, alone, strict=True) if not words], threads))
+        return [self._words.encode(text) if words else next(whole) for text, words in zip(texts, alone, strict=True)]
+
+    def _encode(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """The same by sentencepiece, which is asked for each text anew."""
         if self._sign is None or not any(len(text) > PART or SPACE in text for text in texts):
             ids: list[np.ndarray] = self._processor.encode(texts, num_threads=threads, return_type="numpy")
             return ids
@@ -148,9 +163,9 @@ class Tokenizer:
         ids = list(range(self.vocabulary))
         rows = zip(self._processor.id_to_piece(ids), self._processor.get_score(ids), strict=True)
         vocab = "".join(f"{piece}\t{score:g}\n" for piece, score in rows)
-        store.write_bytes(folder / "tokenizer.model", self._model)
+        store.write_bytes(folder / "tokenizer.model", self.model)
         store.write_bytes(folder / "tokenizer.vocab", vocab.encode())
-        store.write_sealed(folder / MANIFEST, {**about, "sha256": hashlib.sha256(self._model).hexdigest()})
+        store.write_sealed(folder / MANIFEST, {**about, "sha256": hashlib.sha256(self.model).hexdigest()})
 
     def _is_no_text(self, id: int) -> bool:
         """Whether a model should never say this id: the unknown, unused ones, and controls other than BOS."""
@@ -169,6 +184,11 @@ class Tokenizer:
                 table[id] = sp.decode([id]).encode()
         return table
 
+    def _find_crossing(self) -> list[str]:
+        """What must not be in a text that is encoded word by word: U+2581, and pieces with a space behind a letter."""
+        pieces = (self._processor.id_to_piece(id) for id in [*self.symbols, *range(self.first_piece, self.vocabulary)])
+        return [SPACE, *(piece.replace(SPACE, " ") for piece in pieces if re.search(f"[^{SPACE}]{SPACE}", piece))]
+
     def _find_sign(self) -> np.ndarray | None:
         """The byte pieces that write a literal U+2581, None for a vocabulary whose texts cannot be encoded in parts."""
         sp = self._processor
@@ -177,6 +197,25 @@ class Tokenizer:
         alone = sum("\n" in sp.id_to_piece(id) for id in range(self.vocabulary)) == 1
         exact = sp.encode("a\n b") == [*sp.encode("a"), newline, *sp.encode(" b")] and sp.encode("\n") == [newline]
         return np.array(sign, np.int32) if alone and exact and all(map(sp.is_byte, sign)) else None
+
+
+class _Words(dict[str, bytes]):
+    """The ids of words as bytes of int32, which sentencepiece is asked for once; too many are forgotten together."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__()
+        self._processor = processor
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), np.int32)
+
+    def __missing__(self, word: str) -> bytes:
+        ids = array("i", self._processor.encode(word)).tobytes()
+        if len(word) <= LONGEST_WORD:
+            if len(self) >= REMEMBERED:
+                self.clear()
+            self[word] = ids
+        return ids
 
 
 class TextStream:

@@ -103,7 +103,8 @@ class Trainer:
         self.model.model.recompute = recipe.machine.recompute
         self.wrapped: Any = self.model
         if not self.layout.sharded:
-            self.wrapped = accelerator.prepare_model(self.model)
+            # Placed because we say so: to find that out, accelerate would import all of torch's sharded tensors.
+            self.wrapped = accelerator.prepare_model(self.model, device_placement=True)
             if group.world() > 1:
                 self.wrapped.register_comm_hook(None, sharding.canonical_hook)
 

@@ -276,9 +276,43 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
     assert lines == ([] if terminal else ["encoding: 3 of 4 MB, 4 s left, 0.2 MB/s"])
 
 
-def test_help_needs_neither_torch_nor_datasets() -> None:
-    code = "import sys, llm.prepare; sys.exit(bool({'torch', 'datasets', 'pyarrow'} & set(sys.modules)))"
+@pytest.mark.parametrize("verb", ["prepare", "sample", "evaluate", "verify", "show"])
+def test_help_needs_neither_torch_nor_datasets_and_half_a_second_at_most(verb: str) -> None:
+    code = f"import sys, llm.{verb}; sys.exit(bool({{'torch', 'datasets', 'pyarrow'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    before = os.times()
+    subprocess.run([sys.executable, "-m", f"llm.{verb}", "--help"], check=True, stdout=subprocess.DEVNULL)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
+
+
+@pytest.mark.slow
+def test_a_prepared_text_is_opened_and_trained_on_without_what_it_does_not_need(tmp_path: Path) -> None:
+    text_file(tmp_path)
+    prepare(recipe(tmp_path))
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from llm.prepare import ready
+        from llm.recipe import load
+        from llm.session import train
+        train(load(Path(sys.argv[1]), sys.argv[2:]), ready)
+        spared = "torch.distributed.tensor", "torch.distributed.fsdp", "pandas", "datasets", "wandb", "transformers"
+        sys.exit(", ".join(name for name in spared if name in sys.modules) or None)
+    """
+    tiny = [
+        "model.dim=32",
+        "model.layers=1",
+        "model.heads=2",
+        "train.warmup=0",
+        "tracking.wandb=off",
+        "machine.precision=fp32",
+    ]
+    given = [*settings(tmp_path, "text.txt", {}), *tiny]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, recipe_file(tmp_path), *given], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 @needs_wiki

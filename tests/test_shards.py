@@ -18,7 +18,7 @@ import pytest
 
 from llm import shards, store
 from llm.corpus import is_validation, wiki_documents
-from llm.errors import RefusedError
+from llm.errors import GroupError, RefusedError
 from llm.shards import Shards, Side
 from llm.tokenizer import Tokenizer
 from tests.test_corpus import needs_wiki
@@ -39,8 +39,10 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BLOCK", 9_000)
 
 
-def write(folder: Path, tokenizer: Tokenizer, documents: list[bytes] = TEXT) -> Shards:
-    done = list(shards.write(documents, folder, tokenizer, share=SHARE, about={"fingerprint": "f"}))
+def write(folder: Path, tokenizer: Tokenizer, documents: list[bytes] = TEXT, processes: int = 0) -> Shards:
+    done = list(
+        shards.write(documents, folder, tokenizer, share=SHARE, about={"fingerprint": "f"}, processes=processes)
+    )
     assert sum(done) == sum(map(len, documents))
     return Shards.open(folder, verify=True)
 
@@ -61,6 +63,34 @@ def test_each_side_holds_its_documents_in_order_and_no_other(tmp_path: Path, tok
     assert opened.train.text_bytes + opened.validation.text_bytes == sum(map(len, TEXT))
     assert opened.train.documents + opened.validation.documents == len(TEXT)
     assert len(opened.manifest["files"]["train"]) > 3 and not (tmp_path / "s" / "journal.json").exists()
+
+
+def test_the_files_are_the_same_whatever_the_number_of_processes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write(tmp_path / "0", tokenizer)
+    for processes in (1, 3):
+        write(tmp_path / str(processes), tokenizer, processes=processes)
+        assert files(tmp_path / str(processes)) == files(tmp_path / "0")
+
+
+def test_a_lost_process_is_one_line_and_the_same_call_goes_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write(tmp_path / "whole", tokenizer)
+    writing = shards.write(TEXT, tmp_path / "s", tokenizer, share=SHARE, about={"fingerprint": "f"}, processes=2)
+    done = itertools.islice(writing, 12)
+    assert sum(done) and len(children(os.getpid())) == 2
+    for child in children(os.getpid()):
+        os.kill(child, signal.SIGKILL)
+    with pytest.raises(GroupError, match=r"encodes text ended with status -9.*same command again"):
+        list(writing)
+    assert not children(os.getpid()) and files(tmp_path / "s")
+    write(tmp_path / "s", tokenizer, processes=2)
+    assert files(tmp_path / "s") == files(tmp_path / "whole")
+
+
+def children(parent: int) -> list[int]:
+    """The processes of `parent` that encode."""
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    each = [int(child) for task in tasks for child in task.read_text().split()]
+    return [child for child in each if b"encoders" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_there_are_as_many_bos_as_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -124,7 +154,8 @@ CHILD = """if True:
     shards.FILE, shards.BLOCK = 60_000, 9_000
     documents = [text.encode() for text in json.loads((folder / "text.json").read_text("utf-8"))]
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    for _ in shards.write(documents, folder / "shards", tokenizer, share=0.2, about={"fingerprint": "f"}):
+    about, processes = {"fingerprint": "f"}, int(sys.argv[2])
+    for _ in shards.write(documents, folder / "shards", tokenizer, share=0.2, about=about, processes=processes):
         time.sleep(0.03)
 """
 
@@ -136,11 +167,15 @@ def test_a_killed_writing_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: T
     folder, finished = tmp_path / "shards", 0
     journal = folder / "journal.json"
     for more in (1, 2, 3):
-        child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path])
+        child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path, str(more - 1)])
         while child.poll() is None and (not journal.exists() or len(journal.read_text().split("sha256")) - 1 < more):
             time.sleep(0.01)
+        encoders = children(child.pid)
+        assert len(encoders) == more - 1
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL and not (folder / "manifest.json").exists()
+        while any(Path(f"/proc/{encoder}/cwd").exists() for encoder in encoders):  # they end with their parent
+            time.sleep(0.01)
         kept = [file["name"] for side in json.loads(journal.read_text()).values() for file in side]
         assert len(kept) >= max(more, finished)
         finished = len(kept)

@@ -3,6 +3,7 @@
 import io
 import random
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm import tokenizer as tokenization
 from llm.corpus import wiki_documents
 from llm.errors import RecipeError, RefusedError, TextError
 from llm.tokenizer import PART, PROBES, TextStream, Tokenizer
@@ -74,8 +76,61 @@ def test_a_stream_holds_back_an_unfinished_character(tokenizer: Tokenizer) -> No
 def test_long_text_has_the_ids_that_sentencepiece_gives_it_whole(tokenizer: Tokenizer) -> None:
     text = "".join(document.decode() for document in DOCUMENTS)
     assert len(text) > 3 * PART
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     assert tokenizer.encode(text) == processor.encode(text)
+
+
+LOSSLESS = {
+    "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False, "user_defined_symbols": ["\n"]}  # fmt: skip
+SCRAPS = st.sampled_from(
+    [" ", "  ", "\n", "\t", "New", "York", "New York", " New  York", "Har", "the", " sea", "a,b", "1897", "é", "漢字", "\u2581",
+     "\u3000", "\u00a0", "<s>", "🎉", "x" * 40, "ab ab", "ba"])  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.one_of(SCRAPS, st.text(st.characters(exclude_categories=["Cs"]), max_size=5))))
+def test_remembered_words_have_the_ids_that_sentencepiece_gives_the_whole_text(scraps: list[str]) -> None:
+    text = "".join(scraps)
+    for tokenizer in (plain(), spaced(), joining()):
+        assert tokenizer.by_words
+        assert tokenizer.encode_batch([text], threads=1)[0].tolist() == tokenizer._encode([text], 1)[0].tolist()
+
+
+@cache
+def spaced() -> Tokenizer:
+    """A vocabulary with terms that begin with a space, end with one, hold some, or are nothing else."""
+    return Tokenizer.train(DOCUMENTS, vocabulary=330, terms=("New York", "the sea", "b ", " é", "  ", "ab  a"))
+
+
+@cache
+def joining() -> Tokenizer:
+    """A vocabulary of others, of which a few pieces go on into the next word."""
+    return Tokenizer(trained(split_by_whitespace=False, vocab_size=450, **LOSSLESS), "joining")
+
+
+@cache
+def plain() -> Tokenizer:
+    return Tokenizer.train(DOCUMENTS, vocabulary=400)
+
+
+def test_words_are_remembered_for_what_they_are_and_not_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "REMEMBERED", 10)
+    tokenizer = Tokenizer(plain().model, "again")
+    texts = [document.decode() for document in DOCUMENTS]
+    for ids, whole in zip(tokenizer.encode_batch(texts, 2), tokenizer._encode(texts, 2), strict=True):
+        assert np.array_equal(ids, whole)
+    assert 0 < len(tokenizer._words) <= 10
+    before = dict(tokenizer._words)
+    tokenizer.encode("y" * 33)
+    assert dict(tokenizer._words) == before  # too long to be worth it
+
+
+def test_a_vocabulary_whose_pieces_join_words_is_asked_for_whole_texts() -> None:
+    joining = Tokenizer(trained(split_by_whitespace=False, vocab_size=900, **LOSSLESS), "joining")
+    assert joining.lossless and joining.is_exact_bpe and not joining.by_words
+    assert Tokenizer(trained(vocab_size=600, **LOSSLESS), "apart").by_words
+    assert not Tokenizer(trained(), "unigram").by_words
 
 
 @needs_wiki
@@ -87,6 +142,8 @@ def test_every_packaged_document_comes_back(language: str) -> None:
     tokenizer = Tokenizer.train(documents[::5], vocabulary=2048)
     encoded = tokenizer.encode_batch([document.decode() for document in documents], threads=2)
     assert all(tokenizer.decode(ids).encode() == text for ids, text in zip(encoded, documents, strict=True))
+    whole = tokenizer._encode([document.decode() for document in documents], threads=2)
+    assert tokenizer.by_words and all(map(np.array_equal, encoded, whole))
 
 
 def test_terms_stay_whole(tokenizer: Tokenizer) -> None:
@@ -98,7 +155,7 @@ def test_the_same_text_gives_the_same_file_and_another_text_another_fingerprint(
     one, two = (Tokenizer.train(DOCUMENTS, vocabulary=320) for _ in range(2))
     other = Tokenizer.train(DOCUMENTS[:50], vocabulary=320)
     one.save(tmp_path)
-    assert one._model == two._model and one.fingerprint == two.fingerprint != other.fingerprint
+    assert one.model == two.model and one.fingerprint == two.fingerprint != other.fingerprint
     again = Tokenizer.load(tmp_path / "tokenizer.model")
     assert again.fingerprint == one.fingerprint and again.lossless and again.vocabulary == 320
     lines = (tmp_path / "tokenizer.vocab").read_text(encoding="utf-8").split("\n")
@@ -108,7 +165,7 @@ def test_the_same_text_gives_the_same_file_and_another_text_another_fingerprint(
 def test_the_fingerprint_is_over_the_meaning_and_not_over_the_file() -> None:
     settings = {"model_type": "bpe", "vocab_size": 200}
     one, two = (Tokenizer(trained(num_threads=threads, **settings), "x") for threads in (1, 2))
-    assert one._model != two._model and one.fingerprint == two.fingerprint
+    assert one.model != two.model and one.fingerprint == two.fingerprint
     assert Tokenizer(trained(add_dummy_prefix=False, **settings), "x").fingerprint != one.fingerprint
 
 

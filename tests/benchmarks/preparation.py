@@ -1,11 +1,12 @@
 """How fast text becomes shards against sentencepiece alone, how much memory that takes, and how fast windows are read.
 
-    python tests/benchmarks/preparation.py rate [MB]      encoding into shards / sentencepiece alone, alternating
-    python tests/benchmarks/preparation.py memory [MB]    peak memory of the whole preparation, of 10 MB and of MB
-    python tests/benchmarks/preparation.py windows        random windows of 513 tokens
+    python tests/benchmarks/preparation.py rate [MB|FILE]    text into shards / sentencepiece alone, alternating
+    python tests/benchmarks/preparation.py memory [MB|FILE]  peak memory of the whole preparation, of 10 MB and of that
+    python tests/benchmarks/preparation.py windows           random windows of 513 tokens
 
 The text is the packaged English one, over and over, the words of each article in another order every time: as long as
-wanted, and no article equals another.
+wanted, and no article equals another. Its words are met again sooner than those of other text: `rate packaged` takes
+the real text of three languages, each article once.
 """
 
 import os
@@ -17,11 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from llm.corpus import Corpus, wiki_documents
+from llm.encoders import cores
+from llm.prepare import LARGE
 from llm.recipe import load
 from llm.shards import Shards, write
 from llm.tokenizer import Tokenizer
@@ -55,9 +59,15 @@ def spread(values: list[float]) -> str:
     return f"min {min(values):.3f} median {statistics.median(values):.3f} max {max(values):.3f}"
 
 
-def write_all(documents: Iterable[bytes], folder: Path, tokenizer: Tokenizer) -> None:
-    for _ in write(documents, folder / "shards", tokenizer, share=0.05, about={"fingerprint": ""}):
+def write_all(documents: Iterable[bytes], folder: Path, tokenizer: Tokenizer, processes: int = 0) -> None:
+    about = {"fingerprint": ""}
+    for _ in write(documents, folder / "shards", tokenizer, share=0.05, about=about, processes=processes):
         pass
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -66,28 +76,38 @@ def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_c
     return clock() - began
 
 
-def rate(folder: Path, megabytes: int) -> None:
-    varied_text(folder / "text.txt", megabytes)
-    recipe = load(recipe_file(folder, folder / "text.txt"))
+def rate(folder: Path, text: str) -> None:
+    file = Path(text) if Path(text).is_file() else folder / "text.txt"
+    if text == "packaged":
+        file.write_bytes(
+            MARKER.join(each for language in ("en-us", "fr-fr", "es-es") for each in wiki_documents(language))
+        )
+    elif text.isdigit():
+        varied_text(file, int(text))
+    recipe = load(recipe_file(folder, file))
     documents = list(Corpus(recipe.text).documents())
     size = sum(map(len, documents)) / 1e6
     Tokenizer.train(documents[:10_000], vocabulary=8192).save(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     texts = [document.decode() for document in documents]
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
+    processes = threads if threads > 1 and size * 1e6 >= LARGE else 0
     raw = tokenizer._processor
+    whole_ids = raw.encode(texts[:10_000], num_threads=threads, return_type="numpy")
+    assert all(map(np.array_equal, tokenizer.encode_batch(texts[:10_000], threads), whole_ids))
 
     def alone() -> None:
         for begin in range(0, len(texts), 20_000):
             raw.encode(texts[begin : begin + 20_000], num_threads=threads, return_type="numpy")
 
     def whole() -> None:
-        write_all(Corpus(recipe.text).documents(), folder, tokenizer)
+        tokenizer._words.clear()  # as at a first start
+        write_all(Corpus(recipe.text).documents(), folder, tokenizer, processes)
 
     write_all(documents[:100], folder, tokenizer)  # `datasets` imports torch when it is first used
-    print(f"{size:.0f} MB, {len(texts)} documents, {threads} threads, {REPEATS} repeats")
+    print(f"{size:.0f} MB, {len(texts)} documents, {threads} cores, {processes} processes, {REPEATS} repeats")
     # On a machine that does other work at the same time, only processor time can be compared.
-    for name, clock in (("wall", time.perf_counter), ("processor", time.process_time)):
+    for name, clock in (("wall", time.perf_counter), ("processor", cpu_seconds)):
         rates: list[tuple[float, float]] = []
         for _ in range(REPEATS):
             raw_rate = size / seconds(alone, clock)
@@ -98,14 +118,37 @@ def rate(folder: Path, megabytes: int) -> None:
         print(f"{name} time: ratio                    ", spread([w / a for a, w in rates]))
 
 
-def memory(folder: Path, megabytes: int) -> None:
-    for size in (10, megabytes):
-        varied_text(folder / "text.txt", size)
-        recipe = recipe_file(folder, folder / "text.txt")
+def memory(folder: Path, text: str) -> None:
+    for size in ("10", text):
+        file = folder / "text.txt" if size.isdigit() else Path(size)
+        if size.isdigit():
+            varied_text(file, int(size))
+        recipe = recipe_file(folder, file)
+        shutil.rmtree(folder / "data", ignore_errors=True)
         process = subprocess.Popen([sys.executable, "-m", "llm.prepare", str(recipe)])
         began = time.perf_counter()
-        _, status, usage = os.wait4(process.pid, 0)  # this process alone: its workers are threads
-        print(f"{size} MB: peak {usage.ru_maxrss / 1024:.0f} MiB, {time.perf_counter() - began:.1f} s, status {status}")
+        peaks: dict[
+            str, int
+        ] = {}  # of each process in KiB; their sum is an upper bound, which counts shared pages twice
+        while process.poll() is None:
+            for pid in [str(process.pid), *children(process.pid)]:
+                with suppress(OSError, IndexError):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    peaks[pid] = int(status.split("VmHWM:")[1].split()[0])
+            time.sleep(0.1)
+        each = " + ".join(f"{peak / 1024:.0f}" for peak in peaks.values())
+        print(
+            f"{file.stat().st_size / 1e6:.0f} MB: peaks {each} = {sum(peaks.values()) / 1024:.0f} MiB, "
+            f"{time.perf_counter() - began:.1f} s, status {process.returncode}",
+            flush=True,
+        )
+
+
+def children(parent: int) -> list[str]:
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    with suppress(OSError):
+        return [child for task in tasks for child in task.read_text().split()]
+    return []
 
 
 def windows(folder: Path) -> None:
@@ -127,9 +170,9 @@ def main() -> None:
     what, megabytes = (*sys.argv[1:], "", "")[:2]
     with tempfile.TemporaryDirectory() as folder:
         if what == "rate":
-            rate(Path(folder), int(megabytes or 60))
+            rate(Path(folder), megabytes or "60")
         elif what == "memory":
-            memory(Path(folder), int(megabytes or 300))
+            memory(Path(folder), megabytes or "300")
         elif what == "windows":
             windows(Path(folder))
         else:

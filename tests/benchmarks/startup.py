@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+VERBS = ("prepare", "sample", "evaluate", "verify", "show")
 IMPORTS = "import torch, accelerate, safetensors.torch, sentencepiece, pyarrow, yaml, tqdm"
 
 
@@ -47,8 +48,7 @@ def main() -> None:
         commands = {
             "bare imports": ([sys.executable, "-c", IMPORTS], ""),
             "command to the first step": (train, "step 1/1"),
-            "llm.sample --help": ([sys.executable, "-m", "llm.sample", "--help"], ""),
-            "llm.prepare --help": ([sys.executable, "-m", "llm.prepare", "--help"], ""),
+            **{f"llm.{verb} --help": ([sys.executable, "-m", f"llm.{verb}", "--help"], "") for verb in VERBS},
         }
         figures: dict[str, list[tuple[float, float]]] = {each: [] for each in commands}
         for round in range(-1, rounds):
