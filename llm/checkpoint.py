@@ -5,6 +5,7 @@ follow from the tensors alone, so that equal digests mean equal weights and mome
 loaded.
 """
 
+import itertools
 import json
 import math
 import os
@@ -137,6 +138,12 @@ def _header(tensors: dict[str, Rows]) -> tuple[bytes, dict[str, int], int]:
     return head, offsets, len(head) + end
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of whole tensors, durably."""
+    head, _, _ = _header({name: Rows(tensor, tuple(tensor.shape), 0) for name, tensor in tensors.items()})
+    store.write_chunks(path, itertools.chain([head], (_bytes(tensors[name]) for name in sorted(tensors))))
+
+
 def _own_rows(tensors: dict[str, Rows], offsets: dict[str, int]) -> Iterator[tuple[int, memoryview]]:
     """What this process holds of each tensor, with its place in the file: rows lie there one after the other."""
     for name, rows in sorted(tensors.items()):
@@ -209,6 +216,7 @@ def _has_form(manifest: dict[str, Any]) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1 << 62
 
     science, metrics, scale, best = (manifest.get(name) for name in ("science", "metrics", "scale", "best"))
+    curve = manifest.get("curve", [])
     return (
         isinstance(manifest.get("step"), int)
         and number(manifest["step"])
@@ -222,6 +230,8 @@ def _has_form(manifest: dict[str, Any]) -> bool:
         and isinstance(scale, list)
         and len(scale) == 2
         and all(map(number, scale))
+        and isinstance(curve, list)
+        and all(isinstance(each, list) and len(each) == 2 and all(map(number, each)) for each in curve)
         and all(
             isinstance(file, dict) and number(file.get("bytes")) and isinstance(file.get("sha256"), str)
             for file in manifest["files"].values()

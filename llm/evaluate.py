@@ -50,7 +50,7 @@ def main() -> None:
             nats += opened.model(batch.tokens, batch.targets).item()
     targets = tokens.tokens - 1
     print(
-        f"run                   {opened.folder.name}/{opened.checkpoint.folder.name}\n"
+        f"run                   {opened.name}\n"
         f"text                  {name}: {documents:,} documents, {size:,} bytes, {targets:,} targets\n"
         f"loss                  {nats / targets:.4f} nats a token\n"
         f"bits per byte         {nats / size / math.log(2):.4f}\n"

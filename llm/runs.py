@@ -23,6 +23,10 @@ class Opened:
     model: Transformer
     checkpoint: Checkpoint
 
+    @property
+    def name(self) -> str:
+        return f"{self.folder.name}/{self.checkpoint.folder.name}"
+
 
 def find(name: str | None) -> tuple[Path, str]:
     """Folder of a run, and which of its checkpoints: "best" unless `name` ends in /step-N, /newest or /best.

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from llm import checkpoint, cost, fingerprints, group, sharding
+from llm.card import CARD, model_card, thinned
 from llm.checkpoint import Checkpoint
 from llm.errors import DivergedError, RecipeError, RefusedError, StoppedError
 from llm.generation import Sampling, continuations
@@ -74,6 +75,7 @@ class Trainer:
         self.parent: dict[str, Any] | None = None
         self.metrics: dict[str, Any] = {}  # of the evaluation at this very step
         self.best = float("inf")  # bits per byte
+        self.curve: list[list[float]] = []  # step and bits per byte of the evaluations, for the model card
         self.saved = -1  # step of the newest checkpoint
         self.until = -1  # a step to stop after, as if asked to
         self.stop = 0  # the signal that asked to stop, or OUT_OF_TIME
@@ -290,6 +292,7 @@ class Trainer:
             "best": bits < self.best,
         }
         self.best = min(self.best, bits)
+        self.curve = thinned([*self.curve, [self.state.step, bits]])
         if self.tracker is not None:
             self.tracker.log(self.state.step, **self.metrics)
         # A sharded model speaks with all its processes.
@@ -354,13 +357,16 @@ class Trainer:
             weights=self.weights(),
             moments=self.optimizer.moments,
             manifest=self.manifest(),
-            beside=self.beside,
+            beside={**self.beside, CARD: self.card()},
             council=self.council,
             layout=self.layout,
         )
         if self.council.writes:
             checkpoint.retain(self.run, self.recipe.checkpoint.keep, self.state.step)
         self.saved = self.state.step
+
+    def card(self) -> bytes:
+        return model_card(self.recipe, self.tokenizer, self.shards, self.state.step, self.curve)
 
     def weights(self) -> dict[str, Rows]:
         return {name: held(p) for name, p in self.model.named_parameters()}
@@ -376,6 +382,7 @@ class Trainer:
             "parent": self.parent,
             "metrics": self.metrics,
             "best": None if self.best == float("inf") else self.best,
+            "curve": self.curve,
             "scale": [self.scale.item(), self.good_steps.item()],
         }
 
@@ -390,6 +397,7 @@ class Trainer:
             self.load(found)
             self.saved = found.step
             self.parent = found.manifest["parent"]
+            self.curve = found.manifest.get("curve") or []
             self.best = found.manifest.get("best") or float("inf")  # not looked for: disks may have kept others
         elif self.recipe.from_:
             run, step = self.recipe.from_.split("/step-")
