@@ -30,6 +30,9 @@ def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, 
     """README.md of the checkpoint after `step`; `recipe` has its length in steps."""
     shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
     texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.files)
+    began = f" on from `{_plain(Path(recipe.model.from_).name)}`" if recipe.model.from_ else ""
+    family = "Qwen3's" if not recipe.model.from_ else "as it came"
+    only = "" if recipe.model.from_ else " and on nothing else"
     at_step = [bits for at, bits in curve if at == step]
     validated = f"{at_step[0]:.4f}" if at_step else "not evaluated at this step"
     prompt = recipe.evaluate.prompts[0] if recipe.evaluate.prompts else "The"
@@ -42,7 +45,7 @@ tags: [causal-lm, {recipe.run}]
 
 # {recipe.run}
 
-A language model that goes on with a text, trained on the text below and on nothing else.
+A language model that goes on with a text, trained{began} on the text below{only}.
 
 | | |
 |---|---|
@@ -51,7 +54,7 @@ A language model that goes on with a text, trained on the text below and on noth
 | held out | {_side(shards.validation)} |
 | tokenizer | {tokenizer.vocabulary:,} pieces, fingerprint `{tokenizer.fingerprint[:12]}` |
 | parameters | {cost.parameters(shape, tokenizer.vocabulary):,} |
-| architecture | Qwen3: {shape.layers} layers of {shape.dim}, {shape.heads} heads of {shape.head_dim} over \
+| architecture | {family}: {shape.layers} layers of {shape.dim}, {shape.heads} heads of {shape.head_dim} over \
 {shape.kv_heads} of keys and values, MLP {shape.ffn_dim}, {"tied" if shape.tied else "untied"} embeddings |
 | context | {shape.context:,} tokens |
 | training | step {step:,} of {train.steps:,}, {read:,} tokens, {read / shards.train.tokens:.2f} epochs, \

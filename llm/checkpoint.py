@@ -156,15 +156,24 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
 
 
-def load_tensors(path: Path, into: dict[str, Rows]) -> None:
+def tensor_names(path: Path) -> set[str]:
+    """Names of what a safetensors file holds."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise RefusedError(f"{path} cannot be read: {error}") from error
+
+
+def load_tensors(path: Path, into: dict[str, Rows], *, more: bool = False) -> None:
     """Copy this process's rows of a safetensors file into those of the same name, whatever world wrote it.
 
-    RefusedError unless names and shapes agree.
+    RefusedError unless shapes agree, and names, but that the file may hold `more`.
     """
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
             names = set(file.keys())
-            if names != into.keys():
+            if names != into.keys() and not (more and into.keys() <= names):
                 odd = sorted(names ^ into.keys())[0]
                 raise RefusedError(f"{path} and the model differ in their tensors, first in {odd}: not of one kind")
             for name, rows in into.items():

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llm import checkpoint, cost, fingerprints, group, sharding
+from llm import checkpoint, cost, fingerprints, group, pretrained, sharding
 from llm.card import CARD, model_card, thinned
 from llm.checkpoint import Checkpoint
 from llm.errors import DivergedError, RecipeError, RefusedError, StoppedError
@@ -82,11 +82,12 @@ class Trainer:
         self.began = self.stopped_at = time.monotonic()
         self.tracker: Tracker | None = None  # the main process's
         self.record: fingerprints.Record | None = None  # likewise
-        self.beside = {**model_files(recipe.model, tokenizer), **tokenizer_files(tokenizer)}
+        family = pretrained.family_of(recipe)
+        self.beside = {**model_files(recipe.model, tokenizer, family), **tokenizer_files(tokenizer)}
         dtype = TYPES[recipe.machine.precision]
         self.layout = Layout(recipe.machine.shard, self.device, dtype)
         with self.device:
-            self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, self.layout.deal)
+            self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, self.layout.deal, family)
         self.layout.deal(self.model, root=True)
         self.order = Order(recipe.seed, shards.train.tokens, recipe.model.context)
         lean = torch.float32 if dtype == torch.float32 else torch.bfloat16
@@ -417,6 +418,9 @@ class Trainer:
                 "science": source.manifest["science"],
                 "data": source.manifest["data"],
             }
+        elif self.recipe.model.from_:
+            folder = Path(self.recipe.model.from_).expanduser()
+            self.parent = {"model": folder.name, "digest": pretrained.load(folder, self.weights())}
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is valid on every disk of the group."""

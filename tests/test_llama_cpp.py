@@ -52,7 +52,7 @@ def made(folder: Path, shape: Model, tokenizer: Tokenizer) -> Opened:
         (model.lm_head.weight if not shape.tied else model.model.norm.weight).mul_(
             3
         )  # so that it is sure of its choices
-    for name, data in {**model_files(shape, tokenizer), "README.md": b"card"}.items():
+    for name, data in {**model_files(shape, tokenizer, model.family), "README.md": b"card"}.items():
         (folder / name).write_bytes(data)
     return Opened(folder / "made", RECIPES["quickstart"], tokenizer, model, Checkpoint(folder, {}))
 
