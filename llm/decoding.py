@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.model import NORM_EPS, Block, Cache, RMSNorm, Transformer
+from llm.model import Block, Cache, RMSNorm, Transformer
 
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
@@ -39,7 +39,7 @@ class Decoding:
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.embedding, self.cos, self.sin = decoder.embed_tokens.weight, decoder.cos, decoder.sin
         self.keys, self.values, self.slots = cache.keys.unbind(), cache.values.unbind(), cache.slots
-        self.blocks = []
+        self.blocks, head = [], (shape.head_dim,)
         norms: list[Tensor] = []
         for block in decoder.layers:
             assert isinstance(block, Block)
@@ -47,10 +47,13 @@ class Decoding:
             reads = merged(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
             gates = merged(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
             self.blocks.append((reads, attention.o_proj.weight.t(), gates, mlp.down_proj.weight.t()))
-            norms += [attention.q_norm.weight] * shape.heads + [attention.k_norm.weight] * shape.kv_heads
+            for norm, count in ((attention.q_norm, shape.heads), (attention.k_norm, shape.kv_heads)):
+                norms += [norm.weight if isinstance(norm, RMSNorm) else torch.full(head, shape.head_dim**-0.5)] * count
         self.head = merged(decoder.norm, model.lm_head)
         self.norms = torch.stack(norms).view(shape.layers, 1, -1, shape.head_dim) * shape.head_dim**0.5
-        self.least, self.least_head = (torch.tensor((n * NORM_EPS) ** 0.5) for n in (shape.dim, shape.head_dim))
+        self.normed = isinstance(attention.q_norm, RMSNorm)  # Llama's heads are not
+        eps = decoder.norm.eps
+        self.least, self.least_head = (torch.tensor((n * eps) ** 0.5) for n in (shape.dim, shape.head_dim))
         left, right = self.norms.chunk(2, dim=-1)  # of (layers, 1, H + K, E)
         self.crossed = torch.cat((-right, left), dim=-1)
 
@@ -74,7 +77,7 @@ class Decoding:
         x = self.embedding[tokens]  # (B, D)
         for layer, (reads, writes, gates, down) in enumerate(self.blocks):
             heads = (unit(x, self.least) @ reads).view(rows, -1, self.head_dim)  # (B, H + K + K, E)
-            qk = unit(heads[:, :rotated], self.least_head)
+            qk = unit(heads[:, :rotated], self.least_head) if self.normed else heads[:, :rotated]
             qk = torch.addcmul(qk * cos[layer], qk.roll(self.head_dim // 2, -1), sin[layer])
             keys, values = self.keys[layer], self.values[layer]  # (B, K, L, E)
             keys[:, :, slot] = qk[:, self.heads :]

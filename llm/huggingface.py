@@ -1,23 +1,30 @@
 """The files that make a checkpoint a Hugging Face model folder, written as plain JSON, without their library.
 
-The architecture is Qwen3's, which is exactly ours. The tokenizer is written as byte-fallback BPE, whose ids are those
-of sentencepiece on any text without a literal U+2581, which that format cannot tell from a space.
+The architecture is Qwen3's, which is exactly ours, or Llama's for weights that were. Our tokenizer is written as
+byte-fallback BPE, whose ids are those of sentencepiece on any text without a literal U+2581, which that format cannot
+tell from a space; a borrowed one goes along as it came.
 """
 
 import json
 from typing import Any
 
-from llm.model import NORM_EPS, ROPE_THETA
+from llm.borrowed import Borrowed
+from llm.model import Family
 from llm.recipe import Model
 from llm.tokenizer import SPACE, Tokenizer
 
 
-def model_files(shape: Model, tokenizer: Tokenizer) -> dict[str, bytes]:
+def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str, bytes]:
     """config.json and generation_config.json of a resolved shape, by name."""
-    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.bos}  # a document ends where the next begins
+    ends: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.bos,
+    }  # a document ends where the next begins
+    if isinstance(tokenizer, Borrowed):  # or where it ended for those who made it
+        ends["eos_token_id"] = list(tokenizer.ends)
     config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family.name]],
+        "model_type": family.name,
         "vocab_size": tokenizer.vocabulary,
         "hidden_size": shape.dim,
         "intermediate_size": shape.ffn_dim,
@@ -25,15 +32,15 @@ def model_files(shape: Model, tokenizer: Tokenizer) -> dict[str, bytes]:
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.context,
+        "max_position_embeddings": family.positions or shape.context,
         "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPS,
-        "rope_theta": ROPE_THETA,
+        "rms_norm_eps": family.norm_eps,
+        "rope_theta": family.rope_theta,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "tie_word_embeddings": shape.tied,
-        "use_sliding_window": False,
+        **({"use_sliding_window": False} if family.name == "qwen3" else {"mlp_bias": False}),
         "use_cache": True,
         "torch_dtype": "float32",
         **ends,
@@ -46,6 +53,8 @@ def model_files(shape: Model, tokenizer: Tokenizer) -> dict[str, bytes]:
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json, by name; nothing for a vocabulary that is no byte-fallback BPE."""
+    if isinstance(tokenizer, Borrowed):
+        return tokenizer.files
     if not tokenizer.is_exact_bpe:
         return {}
     ids = range(tokenizer.vocabulary)

@@ -6,6 +6,7 @@ in shapes: B windows, T tokens, D dim, H heads, K kv_heads, E head_dim, F ffn_di
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,25 @@ ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
 
 
+@dataclass(frozen=True)
+class Family:
+    """What no recipe says: a model of our own is Qwen3; somebody else's weights may bring Llama, without QK-norm."""
+
+    name: str = "qwen3"  # or "llama"
+    rope_theta: float = ROPE_THETA
+    norm_eps: float = NORM_EPS
+    positions: int = 0  # tokens that it was made for; 0: as many as the context
+
+
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         # The weight in the input's type: the fused kernel takes no mixture.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,7 +76,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: Model, layer: int) -> None:
+    def __init__(self, shape: Model, layer: int, family: Family) -> None:
         super().__init__()
         self.shape, self.layer = shape, layer
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -72,8 +84,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(shape.dim, keys, bias=False)
         self.v_proj = nn.Linear(shape.dim, keys, bias=False)
         self.o_proj = nn.Linear(queries, shape.dim, bias=False)
-        self.q_norm = RMSNorm(shape.head_dim)
-        self.k_norm = RMSNorm(shape.head_dim)
+        normed = family.name == "qwen3"
+        self.q_norm = RMSNorm(shape.head_dim, family.norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, family.norm_eps) if normed else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
         split = (*x.shape[:2], -1, self.shape.head_dim)
@@ -106,12 +119,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Model, layer: int, seed: int) -> None:
+    def __init__(self, shape: Model, layer: int, seed: int, family: Family) -> None:
         super().__init__()
         self.rate, self.seed, self.layer = float(shape.dropout), seed, layer
-        self.input_layernorm = RMSNorm(shape.dim)
-        self.self_attn = Attention(shape, layer)
-        self.post_attention_layernorm = RMSNorm(shape.dim)
+        self.input_layernorm = RMSNorm(shape.dim, family.norm_eps)
+        self.self_attn = Attention(shape, layer, family)
+        self.post_attention_layernorm = RMSNorm(shape.dim, family.norm_eps)
         self.mlp = MLP(shape)
 
     def drop(self, x: Tensor, windows: Tensor | None, place: int) -> Tensor:
@@ -130,14 +143,17 @@ class Decoder(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, shape: Model, vocabulary: int, seed: int, deal: Callable[[Block], Block]) -> None:
+    def __init__(
+        self, shape: Model, vocabulary: int, seed: int, deal: Callable[[Block], Block], family: Family
+    ) -> None:
         super().__init__()
         self.shape, self.seed, self.rate = shape, seed, float(shape.dropout)
         self.recompute = False  # forget a block's activations and compute them again on the way back
         self.embed_tokens = nn.Embedding(vocabulary, shape.dim)
-        self.layers = nn.ModuleList(deal(Block(shape, layer, seed)) for layer in range(shape.layers))
-        self.norm = RMSNorm(shape.dim)
-        frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+        self.layers = nn.ModuleList(deal(Block(shape, layer, seed, family)) for layer in range(shape.layers))
+        self.norm = RMSNorm(shape.dim, family.norm_eps)
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        frequencies = 1.0 / family.rope_theta**exponents
         angles = torch.outer(torch.arange(shape.context, dtype=torch.float32), frequencies).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)  # (context, E)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -163,11 +179,16 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, shape: Model, vocabulary: int, seed: int = 0, deal: Callable[[Block], Block] = lambda block: block
+        self,
+        shape: Model,
+        vocabulary: int,
+        seed: int = 0,
+        deal: Callable[[Block], Block] = lambda block: block,
+        family: Family = Family(),
     ) -> None:
         super().__init__()
-        self.shape = shape
-        self.model = Decoder(shape, vocabulary, seed, deal)
+        self.shape, self.family = shape, family
+        self.model = Decoder(shape, vocabulary, seed, deal, family)
         self.lm_head = nn.Linear(shape.dim, vocabulary, bias=False)
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight

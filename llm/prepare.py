@@ -26,6 +26,7 @@ from llm import store
 from llm.corpus import Corpus, fraction, wiki_documents
 from llm.encoders import cores
 from llm.errors import DiskError, RecipeError, RefusedError, TextError, run
+from llm.pretrained import shaped, tokenizer_of
 from llm.recipe import Recipe, load, with_steps
 from llm.shards import Shards
 from llm.tokenizer import MANIFEST, SETTINGS, Tokenizer
@@ -84,7 +85,9 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
     say(f"bytes: {_sides(*survey.text_bytes)}")
 
-    if recipe.tokenizer.path:
+    if recipe.model.from_:
+        tokenizer = tokenizer_of(Path(recipe.model.from_).expanduser())
+    elif recipe.tokenizer.path:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer.path).expanduser())
     else:
         tokenizer = _trained(recipe, survey, cache, say, lambda: sample or _survey(corpus, share, show)[1])
@@ -105,6 +108,7 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
 
 def ready(recipe: Recipe, say: Say = print) -> tuple[Recipe, Tokenizer, Shards]:
     """The same for the trainer, with the recipe's length in steps, which may depend on the text."""
+    recipe = shaped(recipe)
     prepared = prepare(recipe, say)
     return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
 

@@ -65,6 +65,7 @@ class Model:
     context: int = setting(512, unit="tokens", least=2, below=1 << 20)
     dropout: float | Auto = setting(0.0, unit="share of the features; auto: by the number of epochs", least=0, below=1)
     tied: bool = setting(True, unit="input and output embeddings are one matrix")
+    from_: str | None = setting(None, unit="folder of a Qwen3 or Llama model, whose weights and tokenizer are taken")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run. `from_` is the key `from`."""
+    """One run. `from_` is the key `from`, here and under `model`."""
 
     run: str = setting(unit="name of the folder under runs/")
     seed: int = setting(1, unit="any whole number", least=0, below=1 << 32)
@@ -394,7 +395,7 @@ def _sections() -> tuple[str, ...]:
 
 @cache
 def _keys_of(section: str) -> tuple[str, ...]:
-    return tuple(f"{section}.{each.name}" for each in fields(typing.get_type_hints(Recipe)[section]))
+    return tuple(f"{section}.{each.name.rstrip('_')}" for each in fields(typing.get_type_hints(Recipe)[section]))
 
 
 @cache
@@ -445,6 +446,8 @@ def resolve(recipe: Recipe) -> Recipe:
         raise RecipeError("text.files is empty: name at least one text")
     if any(not term or "\n" in term for term in recipe.tokenizer.terms):
         raise RecipeError("tokenizer.terms: a term is a word or some words on one line, not empty")
+    if model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
+        raise RecipeError("model.from takes its tokenizer along: leave tokenizer.path and tokenizer.terms out")
     lengths = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
     if len(lengths) != 1:
         raise RecipeError(
@@ -527,7 +530,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     for each in fields(recipe):
         value = getattr(recipe, each.name)
         if is_dataclass(value):
-            values.update({f"{each.name}.{leaf.name}": getattr(value, leaf.name) for leaf in fields(value)})
+            values.update({f"{each.name}.{leaf.name.rstrip('_')}": getattr(value, leaf.name) for leaf in fields(value)})
         else:
             values[each.name.rstrip("_")] = value
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

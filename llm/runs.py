@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from llm import checkpoint
+from llm import borrowed, checkpoint, pretrained
 from llm.checkpoint import Checkpoint
 from llm.errors import RecipeError, RefusedError
 from llm.group import warn
@@ -22,6 +22,10 @@ class Opened:
     tokenizer: Tokenizer
     model: Transformer
     checkpoint: Checkpoint
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.name}/{self.checkpoint.folder.name}"
 
 
 def find(name: str | None) -> tuple[Path, str]:
@@ -84,12 +88,12 @@ def _open(folder: Path, which: str, device: torch.device | None) -> Opened:
     found = found or checkpoint.newest(folder, warn)
     assert found is not None
     recipe = load(folder / "recipe.yaml")
-    tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer.model")
+    tokenizer = borrowed.load(folder / "tokenizer")
     if tokenizer.fingerprint != found.manifest["tokenizer"]:
         raise RefusedError(
             f"{folder / 'tokenizer'} is not the tokenizer that {found.folder.name} was trained with, or is damaged"
         )
-    model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed)
+    model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, family=pretrained.family(found.folder))
     weights = {name: held(p) for name, p in model.named_parameters()}
     checkpoint.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
     return Opened(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)

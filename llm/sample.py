@@ -95,7 +95,7 @@ def main() -> None:
     tokenizer = opened.tokenizer
     sampling = Sampling(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)
-    print(f"{opened.folder.name}/{opened.checkpoint.folder.name}, seed {seed}", file=sys.stderr)
+    print(f"{opened.name}, seed {seed}", file=sys.stderr)
     for prompts in prompts_of(given):
         ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
         context = opened.recipe.model.context

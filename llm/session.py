@@ -141,7 +141,7 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
         f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}; "
         f"and sends {cost.size(traffic.total) if traffic.total else 'nothing'} a step"
     )
-    if not trainer.tokenizer.is_exact_bpe:
+    if not trainer.tokenizer.is_portable:
         group.say(
             "the vocabulary is not byte-fallback BPE: checkpoints go without tokenizer.json, transformers opens "
             "their model alone; the run keeps tokenizer/tokenizer.model for sentencepiece"

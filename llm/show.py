@@ -43,13 +43,13 @@ def main() -> None:
 
 def show_step(folder: Path, step: int, world: int, characters: int) -> None:
     """Print every window of the batch, by process and micro-batch."""
+    from llm import borrowed
     from llm.budget import RECORD as PLAN
     from llm.order import Order
     from llm.recipe import load, skipped
     from llm.shards import Shards
     from llm.store import read_sealed
     from llm.stream import Stream
-    from llm.tokenizer import Tokenizer
 
     recipe = load(folder / "recipe.yaml")
     steps = read_sealed(folder / PLAN)["plan"][-1][1] if recipe.train.hours else recipe.train.steps
@@ -58,7 +58,7 @@ def show_step(folder: Path, step: int, world: int, characters: int) -> None:
     machine = read_sealed(folder / "machine.json")
     world = world or int(machine["world"])
     shards = Shards.open(Path(read_sealed(folder / "shards.json")["folder"]))
-    tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer.model")
+    tokenizer = borrowed.load(folder / "tokenizer")
     order = Order(recipe.seed, shards.train.tokens, recipe.model.context)
     micro_batch = int(machine["micro_batch"])
     if recipe.windows_per_step % (world * micro_batch):

@@ -124,6 +124,11 @@ class Tokenizer:
         scores = self._processor.get_score(list(range(self.first_piece, self.vocabulary)))
         return self.lossless and self._sign is not None and all(score == -rank for rank, score in enumerate(scores))
 
+    @property
+    def is_portable(self) -> bool:
+        """Whether tokenizer.json can say it."""
+        return self.is_exact_bpe
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS."""
         return [int(id) for id in self.encode_batch([text], threads=1)[0]]

@@ -23,9 +23,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llm import advice, checkpoint, cost, fingerprints, group, sharding, store
+from llm import advice, checkpoint, cost, fingerprints, group, pretrained, sharding, store
 from llm.budget import RECORD as PLAN
 from llm.budget import Budget
+from llm.card import CARD, model_card, thinned
 from llm.checkpoint import Checkpoint
 from llm.errors import DivergedError, GroupError, RecipeError, RefusedError, StoppedError
 from llm.generation import Sampling, continuations
@@ -80,6 +81,7 @@ class Trainer:
         self.parent: dict[str, Any] | None = None
         self.metrics: dict[str, Any] = {}  # of the evaluation at this very step
         self.best = float("inf")  # bits per byte
+        self.curve: list[list[float]] = []  # step and bits per byte of the evaluations, for the model card
         self.saved = -1  # step of the newest checkpoint
         self.until = -1  # a step to stop after, as if asked to
         self.stop = 0  # the signal that asked to stop, or OUT_OF_TIME
@@ -87,11 +89,12 @@ class Trainer:
         self.tracker: Tracker | None = None  # the main process's
         self.record: fingerprints.Record | None = None  # likewise
         self.budget = Budget(recipe.train.hours) if recipe.train.hours else None
-        self.beside = {**model_files(recipe.model, tokenizer), **tokenizer_files(tokenizer)}
+        family = pretrained.family_of(recipe)
+        self.beside = {**model_files(recipe.model, tokenizer, family), **tokenizer_files(tokenizer)}
         dtype = TYPES[recipe.machine.precision]
         self.layout = Layout(recipe.machine.shard, self.device, dtype)
         with self.device:
-            self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, self.layout.deal)
+            self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, self.layout.deal, family)
         self.layout.deal(self.model, root=True)
         self.order = Order(recipe.seed, shards.train.tokens, recipe.model.context)
         lean = torch.float32 if dtype == torch.float32 else torch.bfloat16
@@ -374,6 +377,7 @@ class Trainer:
             "epochs_seen": self.epochs_seen,
         }
         self.best = min(self.best, bits)
+        self.curve = thinned([*self.curve, [self.state.step, bits]])
         if self.tracker is not None:
             self.tracker.log(self.state.step, **self.metrics)
         # A sharded model speaks with all its processes.
@@ -440,13 +444,16 @@ class Trainer:
             weights=self.weights(),
             moments=self.optimizer.moments,
             manifest=self.manifest(),
-            beside=self.beside,
+            beside={**self.beside, CARD: self.card()},
             council=self.council,
             layout=self.layout,
         )
         if self.council.writes:
             checkpoint.retain(self.run, self.recipe.checkpoint.keep, self.state.step)
         self.saved = self.state.step
+
+    def card(self) -> bytes:
+        return model_card(self.recipe, self.tokenizer, self.shards, self.state.step, self.curve)
 
     def weights(self) -> dict[str, Rows]:
         return {name: held(p) for name, p in self.model.named_parameters()}
@@ -463,6 +470,7 @@ class Trainer:
             "budget": self.budget.record() if self.budget is not None else None,
             "metrics": self.metrics,
             "best": None if self.best == float("inf") else self.best,
+            "curve": self.curve,
             "scale": [self.scale.item(), self.good_steps.item()],
         }
 
@@ -479,6 +487,7 @@ class Trainer:
             self.load(found)
             self.saved = found.step
             self.parent = found.manifest["parent"]
+            self.curve = found.manifest.get("curve") or []
             self.best = found.manifest.get("best") or float("inf")  # not looked for: disks may have kept others
         elif self.recipe.from_:
             run, step = self.recipe.from_.split("/step-")
@@ -498,6 +507,9 @@ class Trainer:
                 "science": source.manifest["science"],
                 "data": source.manifest["data"],
             }
+        elif self.recipe.model.from_:
+            folder = Path(self.recipe.model.from_).expanduser()
+            self.parent = {"model": folder.name, "digest": pretrained.load(folder, self.weights())}
 
     def resume_plan(self, budget: Budget, found: Checkpoint | None) -> None:
         """Take up what the run planned; what was planned beyond the checkpoint is followed as far as it reaches."""

@@ -219,10 +219,9 @@ def _first_tensor(a: Path, b: Path) -> str:
 
 def verify_run(name: str) -> list[Verdict]:
     """Read every file of a run again, against what was recorded of it."""
-    from llm import budget, checkpoint, fingerprints, store
+    from llm import borrowed, budget, checkpoint, fingerprints, store
     from llm.runs import find
     from llm.shards import Shards
-    from llm.tokenizer import Tokenizer
 
     folder, _ = find(name)
     verdicts, tokenizers = [], set()
@@ -238,7 +237,7 @@ def verify_run(name: str) -> list[Verdict]:
         tokenizers.add(checkpoint.open_checkpoint(path).manifest["tokenizer"])
 
     def tokenizer() -> None:
-        found = Tokenizer.load(folder / "tokenizer" / "tokenizer.model").fingerprint
+        found = borrowed.load(folder / "tokenizer").fingerprint
         if tokenizers - {found}:
             raise RefusedError("it is not the one that the checkpoints were trained with")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm.decoding import Decoding
 from llm.generation import Sampling, choose, continuations, generate, prefill
-from llm.model import Cache, Transformer
+from llm.model import Cache, Family, Transformer
 from tests import tiny
 
 CONTEXT = 16
@@ -56,10 +56,11 @@ def test_cached_logits_are_the_uncached_ones_for_rows_of_any_lengths(keys: dict[
 
 
 @shapes
+@pytest.mark.parametrize("family", [Family(), Family("llama", rope_theta=5e5, norm_eps=1e-5)], ids=["qwen3", "llama"])
 @torch.no_grad()
-def test_decoding_says_the_uncached_logits_for_rows_of_any_lengths(keys: dict[str, int]) -> None:
+def test_decoding_says_the_uncached_logits_for_rows_of_any_lengths(keys: dict[str, int], family: Family) -> None:
     """With another layout of the weights and of the cache; equal lengths go without a mask."""
-    model = tiny.transformer(**keys)
+    model = tiny.stirred(Transformer(tiny.shape(**keys), tiny.VOCABULARY, family=family))
     for prompts in (PROMPTS, [[3, 1, 4], [5, 9, 2]], [[7]]):
         texts = [list(prompt) for prompt in prompts]
         cache = Cache(model.shape, len(texts), CONTEXT, torch.device("cpu"), torch.float32)

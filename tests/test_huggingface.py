@@ -1,8 +1,6 @@
 """A checkpoint is a Hugging Face model as it lies: their ids, their logits and their greedy text are ours, to the bit."""
 
-import random
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from llm.model import Transformer
 from llm.optimizer import Optimizer
 from llm.recipe import Model
 from llm.runs import open_run
+from llm.selfcheck import SCRIPTS, tough_texts
 from llm.sharding import Layout, held
 from llm.tokenizer import SPACE, Tokenizer
 from tests import tiny
@@ -36,45 +35,6 @@ SHAPES = {
     for tied in (True, False)
 }
 TERMS = ("New York", "Har", "a,b", 'q"', " of the ", "<b>")
-SCRIPTS = (
-    "abc XYZ",
-    "éßŁø",
-    "αβγ Ω",
-    "привет",
-    "שלום",
-    "مرحبا",
-    "नमस्ते",
-    "ไทย",
-    "漢字かな",
-    "한국어",
-    "𝔘𐍈",
-    "e\u0301\u0323",
-    "½Å℃",
-)
-ODD = (" ", "  ", "\n", "\n\n", "\r\n", "\t", "\x00", "\x07\x1b", "\x7f", "\u00a0", "\u200b", "\u2028", "\ufeff", "\ufffd",
-       "🎉", "👩‍👩‍👧", "🇩🇪", "<s>", "</s>", "<unk>", "<0x41>", "<|endoftext|>", "▂", "_", "1234567", "...", *TERMS)  # fmt: skip
-
-
-def tough_texts(count: int) -> Iterator[str]:
-    """Hostile texts by hand, then mixtures of scripts, spaces, controls, terms and long runs, drawn from a seed."""
-    yield from (text for text in HOSTILE if SPACE not in text and len(text) < 10_000)
-    yield from ("a" * 5_000, " " * 3_000, "\n" * 3_000, "ab" * 2_000, "<s>" * 500, "New York" * 300)
-    draw = random.Random(4)
-    words = [word for document in DOCUMENTS[:20] for word in document.decode().split(" ")]
-    for _ in range(count):
-        parts = []
-        for _ in range(draw.randint(0, 12)):
-            kind = draw.random()
-            if kind < 0.35:
-                parts.append(draw.choice(words))
-            elif kind < 0.6:
-                parts.append("".join(draw.choices(draw.choice(SCRIPTS), k=draw.randint(1, 8))))
-            elif kind < 0.9:
-                parts.append(draw.choice(ODD) * draw.choice((1, 1, 1, 2, 7)))
-            else:
-                code = draw.randrange(0x110000)
-                parts.append(chr(code) if not 0xD800 <= code < 0xE000 and chr(code) != SPACE else "x")
-        yield draw.choice(("", " ")).join(parts)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +48,7 @@ def saved(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
     layout = Layout("none", torch.device("cpu"), torch.float32)
     moments = Optimizer(model, RECIPES["quickstart"].train, torch.float32, layout).moments
     weights = {name: held(p) for name, p in model.named_parameters()}
-    beside = {**model_files(model.shape, tokenizer), **tokenizer_files(tokenizer)}
+    beside = {**model_files(model.shape, tokenizer, model.family), **tokenizer_files(tokenizer)}
     manifest = {"step": 1, "metrics": {}}
     checkpoint.save(
         folder, weights=weights, moments=moments, manifest=manifest, beside=beside, council=Council(), layout=layout
@@ -109,22 +69,41 @@ def opened(folder: Path) -> Any:
 
 
 def ours_and_theirs_agree(ours: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Logits to the bit at every position of the context, and 100 greedy tokens."""
+    """Logits to the bit at every position of the context, and 200 greedy tokens."""
     theirs = opened(folder)
     tokens = tiny.ids(1, ours.shape.context, vocabulary=tokenizer.vocabulary)
     with torch.no_grad():
         assert torch.equal(ours.logits(tokens), theirs(tokens).logits)
     ids = [tokenizer.bos, *tokenizer.encode("the sea")]
     banned = (*tokenizer.banned, tokenizer.bos)  # as neither may end the text before its time
-    mine = [row[0] for row in generate(ours, [ids], 100, Sampling(temperature=0), banned=banned)]
+    mine = [row[0] for row in generate(ours, [ids], 200, Sampling(temperature=0), banned=banned)]
     text = theirs.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
-        min_new_tokens=100, max_new_tokens=100, temperature=None, top_k=None, min_p=None,
+        min_new_tokens=200, max_new_tokens=200, temperature=None, top_k=None, min_p=None,
         pad_token_id=tokenizer.bos)[0].tolist()  # fmt: skip
-    assert text == [*ids, *mine] and len(mine) == 100
+    assert text == [*ids, *mine] and len(mine) == 200
 
 
+def slow_but(*names: str) -> list[Any]:
+    """The shapes, all but these marked slow."""
+    slow = {name: [] if any(each in name for each in names) else [pytest.mark.slow] for name in SHAPES}
+    return [pytest.param(shape, marks=slow[name], id=name) for name, shape in SHAPES.items()]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_shape_of_our_recipes_that_was_trained_opens_as_it_lies(tmp_path: Path, shape: Model) -> None:
+    keys = {f"model.{key}": str(value).lower() for key, value in asdict(shape).items() if key != "from_"}
+    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **keys, **{
+        "train.steps": 4, "train.warmup": 0, "train.tokens_per_step": shape.context, "machine.micro_batch": 1,
+        "text.documents": "lines", "evaluate.every": 99})  # fmt: skip
+    ended = run(train(recipe), tmp_path)
+    assert ended.status == 0, ended.err
+    of_run = open_run(str(tmp_path / "runs" / "tiny"))
+    ours_and_theirs_agree(of_run.model, of_run.tokenizer, of_run.checkpoint.folder)
+
+
+@pytest.mark.parametrize("shape", slow_but("quickstart"))
 def test_transformers_opens_a_checkpoint_and_says_the_same(tmp_path: Path, tokenizer: Tokenizer, shape: Model) -> None:
     model = tiny.stirred(Transformer(shape, tokenizer.vocabulary), seed=5)
     ours_and_theirs_agree(model, tokenizer, saved(tmp_path / "step-000001", model, tokenizer))
@@ -134,20 +113,20 @@ def test_transformers_opens_a_checkpoint_and_says_the_same(tmp_path: Path, token
 def test_a_run_that_was_trained_opens_as_it_lies(tmp_path: Path, tied: bool) -> None:
     text = write_text(tmp_path / "text.txt")
     recipe = write_recipe(
-        tmp_path, text, **{"model.tied": str(tied).lower(), "model.context": 128, "train.tokens_per_step": 256}
+        tmp_path, text, **{"model.tied": str(tied).lower(), "model.context": 256, "train.tokens_per_step": 512}
     )
     assert run(train(recipe), tmp_path).status == 0
     of_run = open_run(str(tmp_path / "runs" / "tiny" / "step-000012"))
     ours_and_theirs_agree(of_run.model, of_run.tokenizer, of_run.checkpoint.folder)
 
 
-def test_2000_tough_texts_have_their_ids_and_come_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_5000_tough_texts_have_their_ids_and_come_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """All but those with a literal U+2581, which their format cannot tell from a space."""
     theirs = transformers.AutoTokenizer.from_pretrained(
         saved(tmp_path / "s", tiny.transformer(vocabulary=480), tokenizer)
     )
-    texts = list(tough_texts(2_400))
-    assert len(set(texts)) > 2_000 and {"", "<s>", "<0x0A>"} <= set(texts)
+    texts = [*(text for text in HOSTILE if SPACE not in text and len(text) < 10_000), *tough_texts(tokenizer, 5_600)]
+    assert len(set(texts)) > 5_000 and {"", "<s>", "<0x0A>", "New York"} <= set(texts)
     assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.bos and len(theirs) == tokenizer.vocabulary
     for text, ids, found in zip(
         texts, tokenizer.encode_batch(texts, threads=2), theirs(texts)["input_ids"], strict=True

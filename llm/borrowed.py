@@ -1,0 +1,155 @@
+"""The tokenizer of somebody else's model, through the library `tokenizers`, its files kept as they are.
+
+The only module that imports tokenizers. Ids are theirs to the last: what their tokenizer takes for a special piece in a
+text is one here too, unlike in a vocabulary of our own.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm import store
+from llm.errors import RecipeError, RefusedError
+from llm.tokenizer import MANIFEST, PROBES, SPACE, Tokenizer
+
+FILE = "tokenizer.json"
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+class Borrowed(Tokenizer):
+    """Documents begin with `bos`, which is their piece for a beginning, or else for an end; ids 0..vocabulary-1.
+
+    A vocabulary may be larger than the tokenizer's pieces: the ids that are left over mean nothing.
+    """
+
+    def __init__(self, files: dict[str, bytes], *, bos: int, ends: Iterable[int], vocabulary: int, name: str) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise RecipeError(f"{name} is read with the package tokenizers: pip install -e '.[export]'") from None
+        try:
+            self._library = tokenizers.Tokenizer.from_buffer(files[FILE])
+        except Exception as error:  # the library raises nothing narrower
+            raise RefusedError(f"{name} is damaged or of a kind that is not known here: {str(error)[:200]}") from error
+        self._library.no_padding()
+        self._library.no_truncation()
+        self.files, self.bos, self.vocabulary = files, bos, vocabulary
+        self.ends = tuple(sorted({bos, *ends}))
+        if max(*self.ends, self._library.get_vocab_size() - 1) >= vocabulary:
+            raise RefusedError(f"{name} has ids that the model of {vocabulary} pieces has no place for")
+        self.banned = tuple(id for id in range(vocabulary) if self._library.id_to_token(id) is None)
+        self.symbols: list[int] = []
+        self._adds_space = False
+        self._bytes = self._bytes_of_all()
+        self._adds_space = b"".join(self._bytes[id] for id in self.encode("a")) == b" a"
+        self.lossless = all(self.decode(self.encode(probe)) == probe for probe in PROBES)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest over the tokenizer's file and what else decides the ids of a document."""
+        return store.digest_of([self.files[FILE].decode(), self.bos, self.vocabulary])
+
+    @cached_property
+    def is_exact_bpe(self) -> bool:
+        return False
+
+    @property
+    def is_portable(self) -> bool:
+        return True
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        found = self._library.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.int32) for each in found]
+
+    def piece(self, id: int) -> str:
+        return str(self._library.id_to_token(int(id)) or "")
+
+    def save(self, folder: Path, **about: Any) -> None:
+        """Write their files as they are, and a manifest with their digests and what they do not say."""
+        digests = {name: store.digest_of(data.decode()) for name, data in self.files.items()}
+        for name, data in self.files.items():
+            store.write_bytes(folder / name, data)
+        says = {"bos": self.bos, "ends": self.ends, "vocabulary": self.vocabulary}
+        store.write_sealed(folder / MANIFEST, {**about, **says, "files": digests})
+
+    def _bytes_of_all(self) -> list[bytes]:
+        """By id: byte-level pieces write each byte as a letter, others a space as U+2581 and a byte as <0x..>."""
+        added = self._library.get_added_tokens_decoder()
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.files[FILE]).get("decoder"))
+        letters = _byte_letters()
+        table = []
+        for id in range(self.vocabulary):
+            piece = self.piece(id)
+            if id in added:
+                table.append(b"" if added[id].special else added[id].content.encode())
+            elif byte_level:
+                table.append(b"".join(letters.get(each, each.encode()) for each in piece))
+            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                table.append(bytes([int(piece[3:5], 16)]))
+            else:
+                table.append(piece.replace(SPACE, " ").encode())
+        return table
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer that a run keeps in `folder`, trained here or borrowed. RefusedError where it is damaged."""
+    if not (folder / FILE).is_file():
+        return Tokenizer.load(folder / "tokenizer.model")
+    manifest = store.read_sealed(folder / MANIFEST)
+    files = {name: folder / name for name in manifest["files"] if name in (FILE, *BESIDE)}
+    for name, path in files.items():
+        if not path.is_file() or store.digest_of(path.read_text(errors="replace")) != manifest["files"][name]:
+            raise RefusedError(f"{path} is missing or damaged: its digest is not the recorded one")
+    data = {name: path.read_bytes() for name, path in files.items()}
+    says = {name: manifest[name] for name in ("bos", "ends", "vocabulary")}
+    return Borrowed(data, **says, name=str(folder))
+
+
+def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of the model folder whose config.json is `config`; RefusedError where it cannot be had."""
+    vocabulary = config["vocab_size"]
+    if not (folder / FILE).is_file():
+        tokenizer = Tokenizer.load(folder / "tokenizer.model")
+        if tokenizer.vocabulary != vocabulary:
+            raise RefusedError(
+                f"{folder / 'tokenizer.model'} has {tokenizer.vocabulary} pieces, the model {vocabulary}: "
+                f"put its {FILE} there too"
+            )
+        return tokenizer
+    files = {name: (folder / name).read_bytes() for name in (FILE, *BESIDE) if (folder / name).is_file()}
+    about = store.read_json(folder / BESIDE[0]) if BESIDE[0] in files else {}
+    if "auto_map" in about:
+        raise RefusedError(f"{folder / BESIDE[0]} asks for code of its own (auto_map), which is not run here")
+    pieces = {piece: id for id, piece in _pieces(store.read_json(folder / FILE))}
+
+    def named(name: str) -> list[int]:
+        """Of bos or eos: the id of the tokenizer's piece, then those of the model's configuration."""
+        piece = about.get(f"{name}_token")
+        piece = piece.get("content") if isinstance(piece, dict) else piece
+        ids = config.get(f"{name}_token_id")
+        found = [pieces.get(str(piece)), *(ids if isinstance(ids, list) else [ids])]
+        return [id for id in found if isinstance(id, int)]
+
+    starts = [*named("bos"), *named("eos")]
+    if not starts:
+        raise RefusedError(f"{folder} names no piece for where a text begins or ends (bos_token, eos_token)")
+    return Borrowed(files, bos=starts[0], ends=named("eos"), vocabulary=vocabulary, name=str(folder / FILE))
+
+
+def _pieces(whole: dict[str, Any]) -> Iterable[tuple[int, str]]:
+    vocabulary = whole.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, dict):
+        yield from ((id, piece) for piece, id in vocabulary.items())
+    yield from ((each["id"], each["content"]) for each in whole.get("added_tokens") or [])
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """What each letter of a byte-level piece stands for: printable bytes themselves, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): bytes([byte]) for byte in plain} | {chr(256 + n): bytes([b]) for n, b in enumerate(others)}
