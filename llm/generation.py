@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from llm.decoding import Decoding
 from llm.model import Cache, Transformer
@@ -78,8 +77,8 @@ def generate(
     never = torch.tensor(banned, dtype=torch.int64, device=device)
     generator = torch.Generator().manual_seed(seed)
     cache = Cache(model.shape, len(texts), context, device, model.lm_head.weight.dtype)
-    # Weights that are dealt to several processes come together in the model's own passes only.
-    lean = Decoding(model, cache) if device.type == "cpu" and not isinstance(model, FSDPModule) and tokens > 1 else None
+    # Weights that are dealt to several processes (by `unshard` they are known) come together in its own passes only.
+    lean = Decoding(model, cache) if device.type == "cpu" and not hasattr(model, "unshard") and tokens > 1 else None
     done = [False] * len(texts)
     logits = None
     for _ in range(tokens):
