@@ -25,13 +25,14 @@ SHARES = {"embed_tokens": 1.0, "lm_head": 0.25, "norm": 0.5}  # of Muon's rate, 
 # a, b, c of a x + b x^3 + c x^5: three in turn bring all of 0.0127 to 1 within 20 % of 1. Each has the least maximum of
 # |1 - p| over the interval that the one before leaves (Remez).
 POLYNOMIALS = ((7.9883, -23.2063, 17.1169), (3.5093, -2.6294, 0.5260), (2.4945, -1.8380, 0.4372))
+LEVEL = 0.88  # where the five usual polynomials leave singular values, and for which rates are usually given
 TINY = 1e-7
 STACKED = 8  # matrices of one shape that are orthogonalised together
 VECTOR = 64  # numbers; the last of a tensor that it does not divide are rounded otherwise by a CPU's kernels
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Each of `matrices` (n, rows, columns) with its singular values pushed to about 1. In the type of the input.
+    """Each of `matrices` (n, rows, columns) with its singular values pushed to about LEVEL. In the type of the input.
 
     By odd polynomials of the singular values, as in Jordan, "Muon: an optimizer for hidden layers in neural networks",
     2024, each the best for what the one before leaves, as in Amsel and others, "The Polar Express", 2025.
@@ -46,7 +47,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
             bound = 1.01 * (square.norm(dim=(1, 2), keepdim=True) + TINY).pow(0.25)
             x, gram, square = x / bound, gram / bound**2, square / bound**4
         x = torch.baddbmm(x, torch.add(gram * b, square, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x) * LEVEL
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from llm.model import Transformer
-from llm.optimizer import BETAS, EPS, MOMENTUM, SHARES, STACKED, Optimizer, gradient_norm, orthogonalised
+from llm.optimizer import (
+    BETAS,
+    EPS,
+    LEVEL,
+    MOMENTUM,
+    POLYNOMIALS,
+    SHARES,
+    STACKED,
+    Optimizer,
+    gradient_norm,
+    orthogonalised,
+)
 from llm.recipe import Train
 from llm.sharding import Layout, held
 from tests import tiny
@@ -84,17 +95,16 @@ def test_adamw_is_torchs(train: Train, tied: bool) -> None:
 
 def muon(weight: Tensor, gradients: list[Tensor], rates: list[float], decay: float) -> Tensor:
     """The published algorithm in fp64, one matrix alone. The iteration is an odd polynomial of the singular values."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     weight, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
     for gradient, rate in zip(gradients, rates, strict=True):
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient.double()
         nesterov = MOMENTUM * momentum + (1 - MOMENTUM) * gradient.double()
         u, s, vh = torch.linalg.svd(nesterov, full_matrices=False)
-        s = s / s.norm()
-        for _ in range(5):
+        s = s / (1.01 * (s**8).sum() ** (1 / 8))
+        for a, b, c in POLYNOMIALS:
             s = a * s + b * s**3 + c * s**5
         rows, columns = weight.shape
-        weight = weight * (1 - rate * decay) - rate * math.sqrt(max(1, rows / columns)) * (u * s @ vh)
+        weight = weight * (1 - rate * decay) - rate * math.sqrt(max(1, rows / columns)) * (u * LEVEL * s @ vh)
     return weight
 
 
@@ -115,11 +125,14 @@ def test_muon_is_the_published_one_on_tall_wide_and_square_matrices() -> None:
     rates = [MUON.learning_rate * share for share in shares]
     for name, p in matrices.items():
         true = muon(before[name], gradients[name], rates, MUON.weight_decay)
-        # Of the change, not of the weight. The polynomial's slope at small singular values, 3.4^5, enlarges 6e-8.
+        # Of the change, not of the weight. The polynomial's slope at small singular values, 70, enlarges 6e-8.
         assert off(p.detach() - before[name], true - before[name]) < 1e-5
 
 
-def test_muon_is_torchs_within_the_rounding_of_bf16() -> None:
+def test_muon_is_torchs_but_for_the_polynomials_within_the_rounding_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.optim._muon, "_zeropower_via_newtonschulz", lambda x, *of_theirs: orthogonalised(x.bfloat16()[None])[0]
+    )
     ours, theirs = model(), model()
     optimizer = Optimizer(ours, MUON, torch.bfloat16)
     matrices = in_blocks(theirs)
@@ -132,6 +145,17 @@ def test_muon_is_torchs_within_the_rounding_of_bf16() -> None:
         reference.step()
     for name, p in in_blocks(ours).items():
         assert off(p.detach() - before[name], matrices[name].detach() - before[name]) < 0.01
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 170), (170, 64)])
+def test_three_polynomials_come_as_near_to_the_orthogonal_matrix_as_the_usual_five(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    usual = torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+    ours = orthogonalised(matrix[None])[0]
+    nearness = [torch.cosine_similarity(each.flatten(), (u @ v).flatten(), dim=0) for each in (ours, usual)]
+    assert nearness[0] > nearness[1] - 0.005 and nearness[0] > 0.97
+    assert float(ours.norm() / usual.norm()) == pytest.approx(1, abs=0.05), "so rates mean the same"
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (64, 16), (16, 64), (1, 8), (8, 1)])
