@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llm import store
+from llm.card import CARD
 from llm.errors import RecipeError, RefusedError
 from llm.runs import Opened
 from llm.selfcheck import check_llama_cpp
@@ -61,7 +62,8 @@ def write(folder: Path, opened: Opened, kind: str) -> None:
     store.write_bytes(
         folder / "Modelfile", MODELFILE.format(name=name.lower(), file=path.name, context=shape.context).encode()
     )
-    store.write_bytes(folder / "README.md", _beside(opened, "README.md"))
+    if CARD in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
+        store.write_bytes(folder / CARD, _beside(opened, CARD))
 
 
 def check(folder: Path, opened: Opened, kind: str) -> Iterator[str]:

@@ -36,7 +36,9 @@ SHAPES = {
     for tied in (True, False)
 }
 KINDS = ("f32", "f16", "bf16", "q8_0")
-TOP_5 = {"f32": 0.999, "f16": 0.99, "bf16": 0.95, "q8_0": 0.95}  # share of the five likeliest that both name
+# Share of the five likeliest that both name. Weights drawn at random lie close: q8_0, whose error is a 250th of the
+# largest number of 32, lets about one in twenty change places with the sixth.
+TOP_5 = {"f32": 0.999, "f16": 0.99, "bf16": 0.95, "q8_0": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +73,15 @@ def test_llama_cpp_says_what_the_run_says(tmp_path: Path, tokenizer: Tokenizer, 
     opened = made(tmp_path, shape, tokenizer)
     gguf_file.write(tmp_path, opened, kind)
     lines = list(gguf_file.check(tmp_path, opened, kind))
-    print(kind, lines[-1])
     assert len(lines) == 3 and "ids of 1,000 tough texts equal" in lines[1]
     path = gguf_file.file_of(tmp_path, opened, kind)
     ids = [tokenizer.bos, *tokenizer.encode("the sea")]
     if kind == "f32":
         ours = [row[0] for row in generate(opened.model, [ids], 64, Sampling(temperature=0))]
         assert said_by(path, ids, 64) == ours and len(ours) == 64
-    assert top_5(path, opened.model) >= TOP_5[kind]
+    agreement = top_5(path, opened.model)
+    print(f"{kind}: {lines[-1]}; of the five likeliest {agreement:.1%} are the same")
+    assert agreement >= TOP_5[kind]
 
 
 @torch.no_grad()
