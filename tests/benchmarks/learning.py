@@ -88,7 +88,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("16,384", "tokenizer.vocabulary=16384"),
     ]),
     "quickstart": ("", [Row("as it stands")]),
-    "2M": ("train.tokens=2M evaluate.every=80", [Row("defaults"), HOBBY, NANOGPT]),
+    "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=80"), HOBBY, NANOGPT]),
     "8M": ("train.tokens=8M evaluate.every=800", [Row("defaults")]),
     "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
         Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
@@ -106,6 +106,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("rates / 2", "train.learning_rate=0.01"),
         Row("rates x 2", "train.learning_rate=0.04"),
         Row("embeddings at 0.5", other="optimizer.SHARES.embed_tokens=0.5"),
+        Row("embeddings at 1.4, as at any width", other="optimizer.SHARES.embed_tokens=1.414"),
     ]),
 }  # fmt: skip
 
