@@ -21,7 +21,8 @@ from llm.sharding import Layout, Rows, bounds, gather, held, size
 MOMENTUM = 0.9  # Muon's; the usual 0.95 looks further back than runs of some thousand steps can afford
 BETAS = (0.9, 0.95)  # AdamW's
 EPS = 1e-8
-SHARES = {"embed_tokens": 1.0, "lm_head": 0.25, "norm": 0.5}  # of Muon's rate, for what Muon does not take
+SHARES = {"embed_tokens": 1.0, "lm_head": 0.25, "norm": 0.5}  # of Muon's rate, for what Muon does not take,
+WIDTH = 192  # at this width; those of matrices fall with the root of it, as ever more features add up in a logit
 # a, b, c of a x + b x^3 + c x^5: three in turn bring all of 0.0127 to 1 within 20 % of 1. Each has the least maximum of
 # |1 - p| over the interval that the one before leaves (Remez).
 POLYNOMIALS = ((7.9883, -23.2063, 17.1169), (3.5093, -2.6294, 0.5260), (2.4945, -1.8380, 0.4372))
@@ -127,7 +128,8 @@ class Optimizer:
             self._muon(rate, scale, finite)
             for part, share in SHARES.items():  # undecayed: rare rows would only shrink
                 named = {name: p for name, p in self.rest.items() if part in name}
-                self._adamw(named, step, rate * share, 0.0, scale, finite)
+                dim = next((p.shape[1] for p in named.values() if p.ndim == 2), WIDTH)
+                self._adamw(named, step, rate * share * math.sqrt(WIDTH / dim), 0.0, scale, finite)
             return
         decayed = {name: p for name, p in self.rest.items() if p.ndim == 2}  # norms never are
         self._adamw(decayed, step, rate, self.decay, scale, finite)

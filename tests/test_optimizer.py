@@ -16,6 +16,7 @@ from llm.optimizer import (
     POLYNOMIALS,
     SHARES,
     STACKED,
+    WIDTH,
     Optimizer,
     gradient_norm,
     orthogonalised,
@@ -74,7 +75,10 @@ def test_adamw_is_torchs(train: Train, tied: bool) -> None:
         {
             "params": [p],
             "weight_decay": train.weight_decay if train is ADAMW and p.ndim == 2 else 0.0,
-            "share": 1.0 if train is ADAMW else next(share for part, share in SHARES.items() if part in names[id(p)]),
+            "share": 1.0
+            if train is ADAMW
+            else next(share for part, share in SHARES.items() if part in names[id(p)])
+            * (1.0 if p.ndim == 1 else math.sqrt(WIDTH / p.shape[1])),
         }
         for p in rest
     ]

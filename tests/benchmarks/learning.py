@@ -21,6 +21,7 @@ from llm.prepare import MARKER
 from tests.benchmarks.alternatives import plant
 from tests.forks import ROOT, ended, script, start
 
+PARTS = {"third": 3, "sixth": 6}  # one article in so many of the packaged text, as a text of its own
 SPEEDS = {96: 9500, 128: 7800, 192: 5000, 384: 1800}  # tokens a second and thread, by width, to tell the cost by
 
 
@@ -72,10 +73,13 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("warm-up of 50 steps", "train.warmup=50"),
         Row("averaged weights", other="averaged", seeds=2),
     ]),
-    "regularisation": (NARROW, [
-        Row("no decay", "train.weight_decay=0"),
-        Row("decay 0.3", "train.weight_decay=0.3"),
-        Row("dropout 10 %", "model.dropout=10%"),
+    "regularisation": ("text.files=[sixth.txt] model.dim=96 model.heads=3 train.epochs=8 evaluate.every=225", [
+        Row("decay 0.1 (2.2 epochs)"),
+        Row("decay 0.7 epochs (0.32)", "train.weight_decay=0.7epochs"),
+        Row("decay 0.2 epochs (1.1)", "train.weight_decay=0.2epochs"),
+        Row("decay 0.7 epochs, dropout 5 %", "train.weight_decay=0.7epochs model.dropout=5%"),
+        Row("decay 0.7 epochs, dropout 10 %", "train.weight_decay=0.7epochs model.dropout=10%"),
+        Row("decay 0.7 epochs, averaged", "train.weight_decay=0.7epochs", "averaged"),
     ]),
     "vocabulary": (NARROW, [
         Row("1,024", "tokenizer.vocabulary=1024"),
@@ -83,7 +87,8 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("8,192", "tokenizer.vocabulary=8192"),
         Row("16,384", "tokenizer.vocabulary=16384"),
     ]),
-    "2M": ("train.tokens=2M evaluate.every=80", [Row("defaults"), HOBBY, NANOGPT]),
+    "quickstart": ("", [Row("as it stands")]),
+    "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=80"), HOBBY, NANOGPT]),
     "8M": ("train.tokens=8M evaluate.every=800", [Row("defaults")]),
     "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
         Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
@@ -101,6 +106,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("rates / 2", "train.learning_rate=0.01"),
         Row("rates x 2", "train.learning_rate=0.04"),
         Row("embeddings at 0.5", other="optimizer.SHARES.embed_tokens=0.5"),
+        Row("embeddings at 1.4, as at any width", other="optimizer.SHARES.embed_tokens=1.414"),
     ]),
 }  # fmt: skip
 
@@ -115,7 +121,8 @@ def cost(table: str, row: Row) -> float:
     changes = overrides(table, row)
     tokens = float(changes.get("train.tokens", "2M").replace("M", "e6").replace("k", "e3"))
     if "train.epochs" in changes:
-        tokens = float(changes["train.epochs"]) * 1.39e6 * (1 / 3 if "text.files" in changes else 1)
+        parts = [number for part, number in PARTS.items() if part in changes.get("text.files", "")]
+        tokens = float(changes["train.epochs"]) * 1.39e6 / max([1, *parts])
     return tokens / SPEEDS[int(changes.get("model.dim", 192))] + 15
 
 
@@ -133,9 +140,9 @@ def train(table: str, row: Row, seed: int, threads: int) -> dict[str, object]:
             plant(row.other)
             launch()
 
-        if "third.txt" in given.get("text.files", ""):
-            documents = list(wiki_documents("en"))[::3]
-            (folder / "third.txt").write_bytes(f"{MARKER}\n".encode().join(documents))
+        for part, number in PARTS.items():
+            documents = list(wiki_documents("en"))[::number] if part in given.get("text.files", "") else []
+            (folder / f"{part}.txt").write_bytes(f"{MARKER}\n".encode().join(documents))
         child = ended(start(act, folder), folder, seconds=7200)
         if child.status:
             raise SystemExit(f"{table}, {row.name}: {child.err}")
