@@ -25,9 +25,9 @@ def steps(recipe: str, count: int, overrides: list[str], recompute: bool) -> dic
 
     from llm.model import Transformer
     from llm.optimizer import Optimizer
-    from llm.recipe import load
+    from llm.recipe import load, with_steps
 
-    loaded = load(Path(recipe), overrides)
+    loaded = with_steps(load(Path(recipe), overrides), 1_400_000)  # tokens of a text, by which `auto` is settled
     context, vocabulary = loaded.model.context, loaded.tokenizer.vocabulary
     model = Transformer(loaded.model, vocabulary, seed=1)
     model.model.recompute = recompute

@@ -18,7 +18,7 @@ from llm import fingerprints
 from llm.gradients import Counter
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm
-from llm.recipe import load
+from llm.recipe import load, with_steps
 from llm.sharding import Layout, held
 from llm.stream import Batch
 
@@ -27,6 +27,7 @@ ROUNDS = 9
 
 def main() -> None:
     recipe = load(Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/quickstart.yaml"), sys.argv[2:])
+    recipe = with_steps(recipe, 1_400_000)  # tokens of a text, by which `auto` is settled
     torch.manual_seed(0)
     vocabulary = recipe.tokenizer.vocabulary
     rows = recipe.windows_per_step
