@@ -26,7 +26,6 @@ from llm import store
 from llm.corpus import Corpus, fraction, wiki_documents
 from llm.encoders import cores
 from llm.errors import DiskError, RecipeError, RefusedError, TextError, run
-from llm.pretrained import shaped, tokenizer_of
 from llm.recipe import Recipe, load, with_steps
 from llm.shards import Shards
 from llm.tokenizer import MANIFEST, SETTINGS, Tokenizer
@@ -86,6 +85,8 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     say(f"bytes: {_sides(*survey.text_bytes)}")
 
     if recipe.model.from_:
+        from llm.pretrained import tokenizer_of  # with torch, which others need not wait for
+
         tokenizer = tokenizer_of(Path(recipe.model.from_).expanduser())
     elif recipe.tokenizer.path:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer.path).expanduser())
@@ -108,7 +109,10 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
 
 def ready(recipe: Recipe, say: Say = print) -> tuple[Recipe, Tokenizer, Shards]:
     """The same for the trainer, with the recipe's length in steps, which may depend on the text."""
-    recipe = shaped(recipe)
+    if recipe.model.from_:
+        from llm.pretrained import shaped
+
+        recipe = shaped(recipe)
     prepared = prepare(recipe, say)
     return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
 
