@@ -583,7 +583,7 @@ class Trainer:
         return cost.memory(shape, vocabulary, muon=muon, parts=layout.parts), traffic
 
     def rehearse(self) -> float:
-        """Seconds of a step to expect, from one micro-batch run twice; weights and moments are left alone.
+        """Seconds of a step to expect, from one micro-batch after a small one; weights and moments are left alone.
 
         On an accelerator `auto` is settled here: the largest micro-batch that runs in its memory.
         """
@@ -606,7 +606,8 @@ class Trainer:
         while True:
             assert isinstance(self.recipe.machine.micro_batch, int)
             try:
-                self._rehearse(self.recipe.machine.micro_batch)
+                if not self.recipe.machine.compile:  # which has run one already, and would be done anew for another size
+                    self._rehearse(1)
                 return self._rehearse(self.recipe.machine.micro_batch)
             except (RuntimeError, MemoryError) as error:
                 self.halve(error, self.state.step + 1)
