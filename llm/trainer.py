@@ -606,7 +606,7 @@ class Trainer:
         while True:
             assert isinstance(self.recipe.machine.micro_batch, int)
             try:
-                if not self.recipe.machine.compile:  # which has run one already, and would be done anew for another size
+                if not self.recipe.machine.compile:  # which ran one, and would be done anew for another size
                     self._rehearse(1)
                 return self._rehearse(self.recipe.machine.micro_batch)
             except (RuntimeError, MemoryError) as error:

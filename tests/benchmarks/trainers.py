@@ -41,6 +41,7 @@ def theirs(recipe_path: str, overrides: list[str]) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from llm.huggingface import model_files
+    from llm.model import Family
     from llm.order import Order
     from llm.prepare import prepare
     from llm.recipe import load
@@ -67,7 +68,7 @@ def theirs(recipe_path: str, overrides: list[str]) -> None:
         def on_step_end(self, *arguments: object, **options: object) -> None:
             times.append(time.perf_counter())
 
-    config = json.loads(model_files(recipe.model, prepared.tokenizer)["config.json"])
+    config = json.loads(model_files(recipe.model, prepared.tokenizer, Family())["config.json"])
     model = Qwen3ForCausalLM(Qwen3Config(**config))
     micro_batch = max(
         n for n in range(1, recipe.windows_per_step + 1) if recipe.windows_per_step % n == 0 and n * context <= 2048
