@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -83,6 +84,7 @@ def as_disk_error(error: OSError) -> LLMError | None:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Exit with what `main` returns, or with one line and the status of the LLMError that it raised."""
+    grouped = os.environ.get("WORLD_SIZE", "1") != "1"
     try:
         status = main() or 0
         sys.stdout.flush()  # here, where it may fail, rather than at the interpreter's end
@@ -104,7 +106,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         _tell(f"error: {disk}")
         status = disk.status
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    except Exception:
+        if not grouped:
+            raise
+        traceback.print_exc()
+        status = 1
+    if grouped:
         # The threads of the exchange may call into an interpreter that is shutting down, which aborts the process, or
         # wait for a peer that hangs. All that must last is on the disk by now.
         for output in (sys.stdout, sys.stderr):

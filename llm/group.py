@@ -68,21 +68,24 @@ class Council:
         try:
             dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
         except RuntimeError as error:
-            raise self.blamed(error, after) from error
+            raise self.blamed(error) from error
         return int(box)
 
-    def blamed(self, error: RuntimeError, after: str) -> Exception:
+    def blamed(self, error: RuntimeError) -> Exception:
         """`error` itself, or the GroupError that it is where a peer has ended; it names the process.
 
-        `after` is how far this process has come: who is behind it, by the note that each leaves, is the one.
+        Who has left another note than this process of how far it has come is the one.
         """
         if self.group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return error
-        everyone, last = range(world()), self._last_notes()
-        if not last:
+        last = self._last_notes()
+        if not last and rank() != 0:
             return GroupError("process 0 is gone or hangs; the same command goes on")
-        behind = [each for each in everyone if last.get(each) != after] or [each for each in everyone if each != rank()]
-        said = ", ".join(f"process {each} (last heard of after {last.get(each, 'its start')})" for each in behind)
+        others = [each for each in range(world()) if each != rank()]
+        behind = [each for each in others if last.get(each) != last.get(rank())] or others
+        said = ("one of " if len(behind) > 1 else "") + ", ".join(
+            f"process {each} (last heard of after {last.get(each, 'its start')})" for each in behind
+        )
         return GroupError(f"{said} is gone or hangs; the same command goes on ({str(error).splitlines()[0][:160]})")
 
     def _last_notes(self) -> dict[int, str]:
@@ -141,9 +144,12 @@ class Council:
         """The main process's `value`, as JSON knows it; once for each name `what`."""
         if self.group is None:
             return value
-        if rank() == 0:
-            self.notes.set(what, json.dumps(value))
-        return json.loads(self.notes.get(what))
+        try:
+            if rank() == 0:
+                self.notes.set(what, json.dumps(value))
+            return json.loads(self.notes.get(what))
+        except RuntimeError as error:
+            raise self.blamed(error) from error
 
     @contextmanager
     def together(self, *, patient: bool = False) -> Iterator[None]:

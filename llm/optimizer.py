@@ -29,7 +29,7 @@ POLYNOMIALS = ((7.9883, -23.2063, 17.1169), (3.5093, -2.6294, 0.5260), (2.4945, 
 LEVEL = 0.88  # where the five usual polynomials leave singular values, and for which rates are usually given
 TINY = 1e-7
 STACKED = 8  # matrices of one shape that are orthogonalised together
-VECTOR = 64  # numbers; the last of a tensor that it does not divide are rounded otherwise by a CPU's kernels
+VECTOR = 64  # numbers that every CPU's kernel takes at once, or a multiple of them
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -168,30 +168,27 @@ class Optimizer:
     def _adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
     ) -> None:
-        tensors = [
-            (
-                held(p).local,
-                _gradient(p),
-                self.moments[f"{name}/exp_avg"].local,
-                self.moments[f"{name}/exp_avg_sq"].local,
-            )
-            for name, p in named.items()
-            if held(p).local.numel()
-        ]
-        ready = [each for each in tensors if each[0].numel() % VECTOR == 0]
-        if odd := [each for each in tensors if each[0].numel() % VECTOR]:
-            joined = [_joined(each) for each in zip(*odd, strict=True)]
-            ready.append((joined[0], joined[1], joined[2], joined[3]))
-        if not ready:
+        # A CPU's kernel rounds the last numbers of a tensor otherwise where VECTOR does not divide it: these ends of
+        # all tensors are joined to one that it divides.
+        whole, ends = [], []
+        for name, p in named.items():
+            moments = (self.moments[f"{name}/exp_avg"], self.moments[f"{name}/exp_avg_sq"])
+            flat = [held(p).local.view(-1), _gradient(p).reshape(-1), *(each.local.view(-1) for each in moments)]
+            end = len(flat[0]) // VECTOR * VECTOR
+            whole += [[each[:end] for each in flat]] if end else []
+            ends += [[each[end:] for each in flat]] if end < len(flat[0]) else []
+        if ends:
+            whole.append([_joined(each) for each in zip(*ends, strict=True)])
+        if not whole:
             return
-        weights, gradients, averages, squares = zip(*ready, strict=True)
+        weights, gradients, averages, squares = (list(each) for each in zip(*whole, strict=True))
         adamw(
-            list(weights),
-            list(gradients),
-            list(averages),
-            list(squares),
+            weights,
+            gradients,
+            averages,
+            squares,
             [],
-            list(torch.full((len(ready),), float(step), device=scale.device).unbind()),
+            list(torch.full((len(whole),), float(step), device=scale.device).unbind()),
             fused=True,
             grad_scale=1 / scale,
             found_inf=(~finite).float(),
@@ -203,19 +200,16 @@ class Optimizer:
             eps=EPS,
             maximize=False,
         )
-        for which in (0, 2, 3) if odd else ():
-            parts = [each[which] for each in odd]
-            pieces = ready[-1][which].split([*(part.numel() for part in parts), _padding(parts)])
-            torch._foreach_copy_(parts, [piece.view_as(part) for piece, part in zip(pieces, parts, strict=False)])
-
-
-def _padding(parts: Sequence[Tensor]) -> int:
-    return -sum(part.numel() for part in parts) % VECTOR
+        for which in (0, 2, 3) if ends else ():
+            parts = [each[which] for each in ends]
+            pieces = whole[-1][which][: sum(map(len, parts))].split([len(part) for part in parts])
+            torch._foreach_copy_(parts, pieces)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """All `parts` in one flat tensor of a length that VECTOR divides, with zeros at its end."""
-    return torch.cat([*(part.flatten() for part in parts), parts[0].new_zeros(_padding(parts))])
+    """All flat `parts` in one tensor of a length that VECTOR divides, with zeros at its end."""
+    joined = torch.cat(list(parts))
+    return F.pad(joined, (0, -len(joined) % VECTOR))
 
 
 def exchanged(

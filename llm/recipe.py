@@ -28,7 +28,7 @@ MOST_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst of
 LEAST_VOCABULARY = 264  # every byte, the pieces without text, and some room
 NOTHING = ("", "~", "null", "Null", "NULL")  # unquoted, no value
 SCALES = {"": "1", "k": "1e3", "m": "1e6", "b": "1e9", "g": "1e9", "%": "0.01"}
-TIMES = {"s": 1 / 3600, "min": 1 / 60, "h": 1, "d": 24}  # in hours
+TIMES = {"s": 1 / 3600, "m": 1 / 60, "min": 1 / 60, "h": 1, "d": 24}  # in hours
 
 
 def setting(default: Any = MISSING, *, unit: str, least: float | None = None, below: float | None = None) -> Any:
@@ -352,7 +352,9 @@ def _convert(name: str, value: Any, kind: Any, each: "Field[Any]") -> Any:
             raise RecipeError(f"{name} = {shown}: a time constant of 0.001 epochs or more is expected")
         return Epochs(f"{constant:.12g} epochs")
     if int in options or float in options:
-        time = re.fullmatch(r"(.*\d) ?(s|min|h|d)", value) if each.metadata["unit"].startswith("hours") else None
+        time = re.fullmatch(r"(.*?) ?([a-z%]+)", value.lower()) if each.metadata["unit"].startswith("hours") else None
+        if time and time[2] not in TIMES:
+            raise RecipeError(f"{name} = {shown!r}: a time is expected, such as 8h, 90min or 2d")
         number = _number(name, time[1] if time else value, whole=int in options, words=words)
         number = number * TIMES[time[2]] if time else number
         least, below = each.metadata["least"], each.metadata["below"]

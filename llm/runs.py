@@ -62,13 +62,13 @@ def find(name: str | None) -> tuple[Path, str]:
 def open_run(name: str | None, device: torch.device | None = None) -> Opened:
     """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names what is damaged."""
     folder, which = find(name)
-    there = checkpoint.folders(folder)
-    try:
-        return _open(folder, which, device)
-    except RefusedError:
-        if set(there) <= set(checkpoint.folders(folder)):
-            raise
-    return open_run(name, device)  # a training run put a newer one in the place of what was being read
+    while True:
+        there = set(checkpoint.folders(folder))
+        try:
+            return _open(folder, which, device)
+        except (RefusedError, FileNotFoundError):
+            if there <= set(checkpoint.folders(folder)):
+                raise  # else a training run put a newer one in the place of what was being read
 
 
 def _open(folder: Path, which: str, device: torch.device | None) -> Opened:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 Plan: TypeAlias = Sequence[tuple[int, int]]
-"""Pairs (step, steps) by step: from that update on the run was to have so many. One pair, but under a time budget."""
+"""Pairs (step, steps): from that update on the run was to have so many. One pair, (0, steps), but under a budget."""
 
 
 def planned(step: int, plan: Plan) -> int:
@@ -20,6 +20,6 @@ def rate_share(step: int, *, plan: Plan, warmup: int, decay: float) -> float:
     """
     steps = planned(step, plan)
     rising = (step + 1) / warmup if step < warmup else 1.0
-    falling_steps = steps * decay
+    falling_steps = (steps - plan[0][0]) * decay
     falling = (steps - step) / (falling_steps + 1) if falling_steps else 1.0
     return max(0.0, min(1.0, rising, falling))

@@ -11,13 +11,13 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from llm import cost, group, store
-from llm.errors import LLMError, RefusedError, as_disk_error
+from llm.errors import GroupError, LLMError, RefusedError, as_disk_error
 from llm.machine import die_with_parent, remember, start_group
 from llm.recipe import Machine, Recipe, dump, signed
 from llm.shards import Shards
 from llm.tokenizer import Tokenizer
 from llm.tracking import readable
-from llm.trainer import Trainer
+from llm.trainer import Trainer, is_short_of_memory
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # each asks to finish the step, save and stop
 
@@ -88,7 +88,7 @@ def _train(
         for folder in (run, run / "checkpoints", run / "tokenizer"):
             store.sweep(folder)
     trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
-    trainer.until = until
+    trainer.until, trainer.auto = until, asked.micro_batch == "auto"
     with council.together():
         trainer.resume()
     if trainer.plan and trainer.state.step >= trainer.steps:
@@ -97,15 +97,19 @@ def _train(
             f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
         )
         return
-    with council.together():
-        _begin(trainer, replace(recipe, machine=asked))
     for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), trainer.on_signal)
     try:
+        _begin(trainer, replace(recipe, machine=asked))
         trainer.fit()
-    except RuntimeError as error:
-        raise council.blamed(error, f"step {trainer.state.step}") from error
+    except (RuntimeError, MemoryError) as error:
+        if is_short_of_memory(error):
+            raise GroupError(
+                f"no memory after step {trainer.state.step}: take a smaller machine.micro_batch, or "
+                f"machine.recompute=true ({' '.join(str(error).split())[:120]})"
+            ) from error
+        raise (council.blamed(error) if isinstance(error, RuntimeError) else error) from error
     finally:
         if trainer.tracker is not None:
             trainer.tracker.close()
@@ -120,11 +124,12 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
         trainer.budget.begin(trainer.state.step, trainer.council.from_main("step", step_seconds))
         trainer.keep_plan(trainer.budget)
     recipe, run, steps = trainer.recipe, trainer.run, trainer.steps
-    if trainer.council.writes:
-        store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
-        store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
-        remember(recipe, run)
-        trainer.tokenizer.save(run / "tokenizer")
+    with trainer.council.together():
+        if trainer.council.writes:
+            store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
+            store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
+            remember(recipe, run)
+            trainer.tokenizer.save(run / "tokenizer")
     left, per_step = steps - trainer.state.step, recipe.train.tokens_per_step
     epochs = steps * recipe.windows_per_step / trainer.order.windows
     numbers = cost.parameters(recipe.model, trainer.tokenizer.vocabulary)

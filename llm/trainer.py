@@ -84,6 +84,7 @@ class Trainer:
         self.curve: list[list[float]] = []  # step and bits per byte of the evaluations, for the model card
         self.saved = -1  # step of the newest checkpoint
         self.until = -1  # a step to stop after, as if asked to
+        self.auto = True  # whether the micro-batch is ours to choose
         self.stop = 0  # the signal that asked to stop, or OUT_OF_TIME
         self.began = self.stopped_at = time.monotonic()
         self.tracker: Tracker | None = None  # the main process's
@@ -156,31 +157,25 @@ class Trainer:
             try:
                 return self.accumulate([batch.to(self.device) for batch in self.stream.at(step)])
             except (RuntimeError, MemoryError) as error:
-                self.halve(error, step + 1)
+                if not is_short_of_memory(error):
+                    raise
+            self.halve(step + 1)  # here, where what the failed one held is free
 
-    def halve(self, error: Exception, step: int) -> None:
-        """Take the next smaller micro-batch where `error` says that memory was short.
-
-        GroupError, with the setting that may do, where that cannot be.
-        """
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error))):
-            raise error
+    def halve(self, step: int) -> None:
+        """Take the next smaller micro-batch; GroupError, with the setting that may do, where that cannot be."""
         was, share = self.recipe.machine.micro_batch, self.recipe.windows_per_step // group.world()
         assert isinstance(was, int)
         size = max((n for n in range(1, was // 2 + 1) if share % n == 0), default=0)
         self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        short = f"process {group.rank()} has no memory for micro-batches of {was} windows at step {step}"
+        short = f"no memory for micro-batches of {was} windows at step {step}"
         if not size:
             raise GroupError(f"{short}: take machine.recompute=true, or a smaller model.context or model.dim")
-        if group.world() > 1:  # the others wait in an exchange already
-            raise GroupError(f"{short}: run the same command again with machine.micro_batch={size}")
-        if self.recipe.machine.exact:
-            raise GroupError(
-                f"{short}, and under machine.exact their size decides the bits: take another run=NAME "
-                f"with machine.micro_batch={size}"
-            )
+        # The others of a group wait in an exchange already; elsewhere the size was asked for, or decides the bits.
+        if group.world() > 1 or not self.auto or self.recipe.machine.exact:
+            other = "take another run=NAME" if self.recipe.machine.exact else "run the same command again"
+            raise GroupError(f"{short}: {other} with machine.micro_batch={size}")
         self.recipe = replace(self.recipe, machine=replace(self.recipe.machine, micro_batch=size))
         remember(self.recipe, self.run)
         event = f"{short}: it is done anew in micro-batches of {size}, as are all from here on"
@@ -241,6 +236,9 @@ class Trainer:
             state.step += 1
             self.metrics = {}
             last = state.step == self.steps
+            if last and self.budget is not None:
+                self.budget.finished = True
+                self.keep_plan(self.budget)
             if last or state.step % recipe.tracking.every == 0:
                 self.check()
                 self.sign(loss)
@@ -255,7 +253,7 @@ class Trainer:
             if last or state.step % recipe.checkpoint.every == 0 or self.metrics.get("best"):
                 self.save()
             if self.budget is not None:
-                self.revise(self.budget, time.perf_counter() - began, last)
+                self.revise(self.budget, time.perf_counter() - began)
         if state.step < self.steps:
             self.save()
             if self.budget is not None:
@@ -275,15 +273,12 @@ class Trainer:
         """Updates of the whole run, as planned by now."""
         return planned(self.state.step, self.plan)
 
-    def revise(self, budget: Budget, paused: float, last: bool) -> None:
+    def revise(self, budget: Budget, paused: float) -> None:
         """Under a time budget: plan anew how many steps it allows, where that is due; durable before it counts."""
-        step = self.state.step
         budget.paused(paused)
-        budget.finished = budget.finished or last
-        steps = self.council.largest(budget.proposal(step) if group.rank() == 0 else 0)
+        steps = self.council.largest(budget.proposal(self.state.step) if group.rank() == 0 else 0)
         if steps:
-            budget.revise(step, steps)
-        if steps or last:
+            budget.revise(self.state.step, steps)
             self.keep_plan(budget)
             if self.tracker is not None:
                 self.tracker.plan(self.steps)
@@ -516,7 +511,8 @@ class Trainer:
         record, path = found and found.manifest.get("budget"), self.run / PLAN
         if path.exists():
             try:
-                record = store.read_sealed(path)
+                kept = store.read_sealed(path)
+                record = {**kept, "seconds": max(kept["seconds"], record["seconds"] if record else 0)}
             except RefusedError as error:
                 group.warn(f"{error}; the plan that the checkpoint holds is taken instead")
         if record := self.council.from_main("plan", record):
@@ -589,72 +585,83 @@ class Trainer:
         """
         share = self.recipe.windows_per_step // group.world()
         if self.recipe.machine.micro_batch == "auto":
-            sizes = [n for n in range(1, share + 1) if share % n == 0]
-            fits = sizes[0]
-            for size in sizes:
+            fits = 1
+            for size in [n for n in range(1, share + 1) if share % n == 0]:
                 try:
-                    self._rehearse(size)
+                    self._pass(size)
+                    short = False
                 except torch.OutOfMemoryError:
+                    short = True
+                if self.council.largest(short):
                     break
                 fits = size
             torch.cuda.empty_cache()
-            self.recipe = replace(
-                self.recipe, machine=replace(self.recipe.machine, micro_batch=-self.council.largest(-fits))
-            )
-        if self.recipe.machine.compile:
-            self.compile()
+            self.recipe = replace(self.recipe, machine=replace(self.recipe.machine, micro_batch=fits))
+        compiled = False
         while True:
             assert isinstance(self.recipe.machine.micro_batch, int)
             try:
-                if not self.recipe.machine.compile:  # which ran one, and would be done anew for another size
-                    self._rehearse(1)
+                if self.recipe.machine.compile and not compiled:
+                    compiled = self.compile()
+                if not compiled:  # a compiled one would be done anew for another size
+                    self._pass(1)
                 return self._rehearse(self.recipe.machine.micro_batch)
             except (RuntimeError, MemoryError) as error:
-                self.halve(error, self.state.step + 1)
+                if not is_short_of_memory(error):
+                    raise
+            self.halve(self.state.step + 1)
 
-    def compile(self) -> None:
-        """Compile each block and say how long it took; go on without where this machine cannot."""
+    def compile(self) -> bool:
+        """Compile each block and say how long it took; go on without (False) where this machine cannot."""
         from torch._dynamo.exc import TorchDynamoException  # a second that others need not wait
 
         assert isinstance(self.recipe.machine.micro_batch, int)
         warnings.filterwarnings(
             "ignore", "The .grad attribute of a Tensor that is not a leaf"
         )  # the compiler's own doing
-        began, failed = time.perf_counter(), ""
+        began = time.perf_counter()
         for block in self.model.blocks:
             block.compile()
         try:
-            self._rehearse(self.recipe.machine.micro_batch)
+            self._pass(self.recipe.machine.micro_batch)
         except TorchDynamoException as error:
-            failed = " ".join(str(error).split())[:160]
-        if self.council.largest(failed != ""):
-            group.say(f"machine.compile: it cannot be done here, going on without ({failed or 'on another process'})")
+            why = " ".join(str(error).split())[:160]
+            if group.world() > 1:  # the others may be able to, and wait
+                raise GroupError(f"machine.compile cannot be done here: take machine.compile=false ({why})") from None
+            group.say(f"machine.compile cannot be done here, going on without ({why})")
             for block in self.model.blocks:
                 block._compiled_call_impl = None
             self.recipe = replace(self.recipe, machine=replace(self.recipe.machine, compile=False))
-        else:
-            group.say(f"machine.compile: the blocks were compiled in {time.perf_counter() - began:.0f} s")
+            return False
+        group.say(f"machine.compile: the blocks were compiled in {time.perf_counter() - began:.0f} s")
+        return True
 
-    def _rehearse(self, micro_batch: int) -> float:
-        """Seconds of a step in micro-batches of this size, by running one of them and an update that is masked."""
-        began = time.perf_counter()
+    def _pass(self, micro_batch: int) -> None:
+        """Forward and backward of one micro-batch of this size, whose gradient is forgotten."""
         tokens = torch.zeros(micro_batch, self.recipe.model.context, dtype=torch.int64, device=self.device)
         with nullcontext() if self.layout.sharded else self.accelerator.no_sync(self.wrapped):
             with self.accelerator.autocast():
                 loss = self.wrapped(tokens, tokens, tokens[:, 0])
             loss.backward()
         loss.item()
-        seconds = time.perf_counter() - began
+        self.model.zero_grad(set_to_none=True)
+
+    def _rehearse(self, micro_batch: int) -> float:
+        """Seconds of a step in micro-batches of this size, by running one of them and an update that is masked."""
         began = time.perf_counter()
+        self._pass(micro_batch)
+        passed = time.perf_counter()
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
         nothing = torch.zeros((), device=self.device)
         self.optimizer.step(0, 0.0, nothing + 1, nothing > 0)
         self.model.zero_grad(set_to_none=True)
-        return (
-            seconds * (self.recipe.windows_per_step // group.world() // micro_batch)
-            + nothing.item()
-            + time.perf_counter()
-            - began
-        )
+        passes = self.recipe.windows_per_step // group.world() // micro_batch
+        return (passed - began) * passes + nothing.item() + time.perf_counter() - passed
+
+
+def is_short_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error)) is not None
 
 
 def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 from llm.budget import Budget
 from llm.schedule import planned, rate_share
 from llm.store import read_sealed
-from tests.forks import digest, ended, run, start, train, write_recipe, write_text
+from tests.forks import digest, ended, run, run_group, start, train, write_recipe, write_text
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,30 @@ def test_a_budget_with_a_kill_and_a_stop_lands_and_its_plan_replays_to_the_bit(t
     assert last == plan[-1][1]
     assert run(train(recipe), tmp_path).out.count("nothing to do") == 1
     assert replayed(tmp_path, recipe) == digest(tmp_path)
+
+
+def test_two_processes_share_one_plan_and_go_on_from_another_run(tmp_path: Path, text: Path) -> None:
+    """Half of the decay is over this run's own steps: what came before it is not counted."""
+    recipe = recipe_of(tmp_path, text, 2.0)
+    assert run(train(recipe, "run=before", "train.steps=300"), tmp_path).status == 0
+    for each in run_group(train(recipe, "from=before/step-000300"), tmp_path, 2):
+        assert each.status == 0, each.err
+    plan = read_plan(tmp_path)
+    assert plan["finished"] and plan["plan"][0][0] == 300
+    rates = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert next(line for line in rates if "learning_rate" in line)["learning_rate"] == pytest.approx(0.02)
+
+
+def test_a_plan_that_is_damaged_or_of_another_time(tmp_path: Path, text: Path) -> None:
+    recipe = recipe_of(tmp_path, text, 2.0)
+    assert run(train(recipe, stop_after=5), tmp_path).status == 75
+    other = run(train(recipe, "train.hours=9s"), tmp_path)
+    assert other.status == 4 and "train.hours" in other.err and other.err.count("\n") == 1
+    path = tmp_path / "runs/tiny/plan.json"
+    path.write_bytes(path.read_bytes().replace(b"plan", b"plam", 1))
+    done = run(train(recipe), tmp_path)
+    assert done.status == 0 and "plan.json is damaged" in done.err
+    assert read_plan(tmp_path)["finished"]
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

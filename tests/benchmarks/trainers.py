@@ -22,7 +22,7 @@ SHAPES = {
     "small": (7, ["train.tokens_per_step=4096"]),
 }
 PLAIN = ["text.files=[wiki-leads]", "evaluate.every=100k", "checkpoint.every=100k", "evaluate.prompts=[]", "tracking.every=1",
-         "train.optimizer=adamw", "train.learning_rate=1e-3", "train.warmup=0", "train.decay=0"]  # fmt: skip
+         "train.optimizer=adamw", "train.learning_rate=1e-3", "train.weight_decay=0.1", "model.dropout=0", "train.warmup=0", "train.decay=0"]  # fmt: skip
 
 
 def ours(recipe: str, overrides: list[str]) -> None:
