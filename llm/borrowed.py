@@ -1,7 +1,7 @@
 """The tokenizer of somebody else's model, through the library `tokenizers`, its files kept as they are.
 
 The only module that imports tokenizers. Ids are theirs to the last: what their tokenizer takes for a special piece in a
-text is one here too, unlike in a vocabulary of our own.
+text is one here too, unless their settings say otherwise as ours do.
 """
 
 import json
@@ -38,12 +38,15 @@ class Borrowed(Tokenizer):
             raise RefusedError(f"{name} is damaged or of a kind that is not known here: {str(error)[:200]}") from error
         self._library.no_padding()
         self._library.no_truncation()
+        settings = json.loads(files.get(BESIDE[0], b"{}"))
+        self._library.encode_special_tokens = bool(settings.get("split_special_tokens"))
         self.files, self.bos, self.vocabulary = files, bos, vocabulary
         self.ends = tuple(sorted({bos, *ends}))
         if max(*self.ends, self._library.get_vocab_size() - 1) >= vocabulary:
             raise RefusedError(f"{name} has ids that the model of {vocabulary} pieces has no place for")
         self.banned = tuple(id for id in range(vocabulary) if self._library.id_to_token(id) is None)
         self.symbols: list[int] = []
+        self.by_words = False
         self._adds_space = False
         self._bytes = self._bytes_of_all()
         self._adds_space = b"".join(self._bytes[id] for id in self.encode("a")) == b" a"

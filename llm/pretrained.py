@@ -74,9 +74,8 @@ def family_of(recipe: Recipe) -> Family:
 
 
 def shaped(recipe: Recipe) -> Recipe:
-    """The recipe with the shape of the folder that it starts from. RecipeError where it says another."""
-    if not recipe.model.from_:
-        return recipe
+    """The recipe with the shape of the folder model.from. RecipeError where it says another."""
+    assert recipe.model.from_ is not None
     config = read_config(Path(recipe.model.from_).expanduser())
     shape, plain = recipe.model, Model(context=recipe.model.context)
     theirs = {name: config[field] for name, field in FIELDS.items()}
