@@ -154,6 +154,7 @@ def test_what_was_exported_here_is_somebody_elses_there(tmp_path: Path) -> None:
     ended = run(train(recipe_of(tmp_path, tmp_path / "source")), tmp_path)
     assert ended.status == 0, ended.err
     assert run(script("module:llm.export", "tiny", "--to", "out"), tmp_path).status == 0
+    assert run(script("module:llm.export", "tiny", "--gguf", "f32"), tmp_path).status == 2  # llama.cpp has its own list
 
 
 def test_without_a_beginning_of_its_own_a_document_begins_with_their_end(tmp_path: Path) -> None:
@@ -180,6 +181,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "sliding layers": (changed("config.json", layer_types=["sliding_attention"] * 2), "sliding"),
     "quantised": (changed("config.json", quantization_config={"bits": 4}), "quantization_config"),
     "a size that is none": (changed("config.json", hidden_size="32"), "hidden_size"),
+    "a rope that is none": (changed("config.json", rope_parameters=[1]), "rope_parameters"),
+    "a base that is no number": (changed("config.json", rope_parameters={"rope_theta": "x"}), "rope_theta"),
+    "no heads": (changed("config.json", num_attention_heads=0, head_dim=None), "head"),
+    "weights for less": (changed("config.json", hidden_size=4096, num_hidden_layers=999), "lacks weights"),
+    "settings that are none": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "no settings"),
     "a huge size": (changed("config.json", vocab_size=1 << 40), "vocab_size"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors only"),
     "a way out": (lambda folder: (folder / pretrained.INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}'), "outside"),
