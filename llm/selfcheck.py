@@ -239,14 +239,16 @@ def _transformers() -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without their progress bars and advice on stderr: what goes wrong is raised."""
-    library = _transformers()
-    level = library.logging.get_verbosity()
-    library.logging.set_verbosity(logging.CRITICAL)
-    library.logging.disable_progress_bar()
+    settings = _transformers().logging
+    level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity(logging.CRITICAL)
+    if bars:
+        settings.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        library.logging.set_verbosity(level)
-        library.logging.enable_progress_bar()
+        settings.set_verbosity(level)
+        if bars:
+            settings.enable_progress_bar()
