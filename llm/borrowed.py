@@ -1,7 +1,7 @@
 """The tokenizer of somebody else's model, through the library `tokenizers`, its files kept as they are.
 
 The only module that imports tokenizers. Ids are theirs to the last: what their tokenizer takes for a special piece in a
-text is one here too, unlike in a vocabulary of our own.
+text is one here too, unless their settings say otherwise as ours do.
 """
 
 import json
@@ -28,22 +28,18 @@ class Borrowed(Tokenizer):
     """
 
     def __init__(self, files: dict[str, bytes], *, bos: int, ends: Iterable[int], vocabulary: int, name: str) -> None:
-        try:
-            import tokenizers
-        except ImportError:
-            raise RecipeError(f"{name} is read with the package tokenizers: pip install -e '.[export]'") from None
-        try:
-            self._library = tokenizers.Tokenizer.from_buffer(files[FILE])
-        except Exception as error:  # the library raises nothing narrower
-            raise RefusedError(f"{name} is damaged or of a kind that is not known here: {str(error)[:200]}") from error
+        self._library = _opened(files, name)
         self._library.no_padding()
         self._library.no_truncation()
+        self._library.encode_special_tokens = _settings(files).get("split_special_tokens") is True
+        named = [bos, *ends, self._library.get_vocab_size() - 1]
+        if not all(isinstance(id, int) and 0 <= id < vocabulary for id in named):
+            raise RefusedError(f"{name} has ids that the model of {vocabulary} pieces has no place for")
         self.files, self.bos, self.vocabulary = files, bos, vocabulary
         self.ends = tuple(sorted({bos, *ends}))
-        if max(*self.ends, self._library.get_vocab_size() - 1) >= vocabulary:
-            raise RefusedError(f"{name} has ids that the model of {vocabulary} pieces has no place for")
         self.banned = tuple(id for id in range(vocabulary) if self._library.id_to_token(id) is None)
         self.symbols: list[int] = []
+        self.by_words = False
         self._adds_space = False
         self._bytes = self._bytes_of_all()
         self._adds_space = b"".join(self._bytes[id] for id in self.encode("a")) == b" a"
@@ -122,17 +118,17 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
             )
         return tokenizer
     files = {name: (folder / name).read_bytes() for name in (FILE, *BESIDE) if (folder / name).is_file()}
-    about = store.read_json(folder / BESIDE[0]) if BESIDE[0] in files else {}
+    about = _settings(files)
     if "auto_map" in about:
         raise RefusedError(f"{folder / BESIDE[0]} asks for code of its own (auto_map), which is not run here")
-    pieces = {piece: id for id, piece in _pieces(store.read_json(folder / FILE))}
+    library = _opened(files, str(folder / FILE))
 
     def named(name: str) -> list[int]:
         """Of bos or eos: the id of the tokenizer's piece, then those of the model's configuration."""
         piece = about.get(f"{name}_token")
         piece = piece.get("content") if isinstance(piece, dict) else piece
         ids = config.get(f"{name}_token_id")
-        found = [pieces.get(str(piece)), *(ids if isinstance(ids, list) else [ids])]
+        found = [library.token_to_id(str(piece)), *(ids if isinstance(ids, list) else [ids])]
         return [id for id in found if isinstance(id, int)]
 
     starts = [*named("bos"), *named("eos")]
@@ -141,11 +137,26 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     return Borrowed(files, bos=starts[0], ends=named("eos"), vocabulary=vocabulary, name=str(folder / FILE))
 
 
-def _pieces(whole: dict[str, Any]) -> Iterable[tuple[int, str]]:
-    vocabulary = whole.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, dict):
-        yield from ((id, piece) for piece, id in vocabulary.items())
-    yield from ((each["id"], each["content"]) for each in whole.get("added_tokens") or [])
+def _settings(files: dict[str, bytes]) -> dict[str, Any]:
+    """tokenizer_config.json. RefusedError where it is none."""
+    try:
+        settings = json.loads(files.get(BESIDE[0], b"{}"))
+        if isinstance(settings, dict):
+            return settings
+    except (ValueError, RecursionError):
+        pass
+    raise RefusedError(f"{BESIDE[0]} is damaged: not JSON, or no settings of a tokenizer")
+
+
+def _opened(files: dict[str, bytes], name: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise RecipeError(f"{name} is read with the package tokenizers: pip install -e '.[export]'") from None
+    try:
+        return tokenizers.Tokenizer.from_buffer(files[FILE])
+    except Exception as error:  # the library raises nothing narrower
+        raise RefusedError(f"{name} is damaged or of a kind that is not known here: {str(error)[:200]}") from error
 
 
 def _byte_letters() -> dict[str, bytes]:

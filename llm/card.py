@@ -5,7 +5,6 @@ No dates, no speeds and no paths: what a bystander has to know of the model and 
 
 from pathlib import Path
 
-from llm import cost
 from llm.corpus import licence
 from llm.recipe import Recipe
 from llm.shards import Shards, Side
@@ -26,8 +25,8 @@ print(say("{prompt}", max_new_tokens=60)[0]["generated_text"])
 Curve = list[list[float]]  # of each evaluation: step, bits per byte
 
 
-def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, curve: Curve) -> bytes:
-    """README.md of the checkpoint after `step`; `recipe` has its length in steps."""
+def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, curve: Curve, numbers: int) -> bytes:
+    """README.md of the checkpoint after `step`, of a model of so many numbers; `recipe` has its length in steps."""
     shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
     texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.files)
     began = f" on from `{_plain(Path(recipe.model.from_).name)}`" if recipe.model.from_ else ""
@@ -53,7 +52,7 @@ A language model that goes on with a text, trained{began} on the text below{only
 | training side | {_side(shards.train)} |
 | held out | {_side(shards.validation)} |
 | tokenizer | {tokenizer.vocabulary:,} pieces, fingerprint `{tokenizer.fingerprint[:12]}` |
-| parameters | {cost.parameters(shape, tokenizer.vocabulary):,} |
+| parameters | {numbers:,} |
 | architecture | {family}: {shape.layers} layers of {shape.dim}, {shape.heads} heads of {shape.head_dim} over \
 {shape.kv_heads} of keys and values, MLP {shape.ffn_dim}, {"tied" if shape.tied else "untied"} embeddings |
 | context | {shape.context:,} tokens |

@@ -15,7 +15,7 @@ from llm import store
 from llm.card import CARD
 from llm.errors import RecipeError, RefusedError
 from llm.runs import Opened
-from llm.selfcheck import check_llama_cpp
+from llm.selfcheck import check_llama_cpp, overlaps, symbols_of
 from llm.tokenizer import SPACE, Tokenizer
 
 NAMES = {
@@ -45,6 +45,8 @@ def write(folder: Path, opened: Opened, kind: str) -> None:
         raise RecipeError(
             "--gguf is for models with a vocabulary of our own, byte-fallback BPE: export a folder instead"
         )
+    if texts := overlaps(symbols_of(tokenizer)):  # it takes the longest first, all others the leftmost
+        raise RefusedError(f"llama.cpp would split {texts[0]!r} in another way: tokenizer.terms overlap in it")
     path = file_of(folder, opened, kind)
     writer = library.GGUFWriter(path, "qwen3")
     for add, value in settings(opened).items():

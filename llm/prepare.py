@@ -228,7 +228,7 @@ def _sharded(
             return shards
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocabulary)
         about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocabulary}
-        processes = cores() if cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
+        processes = cores() if tokenizer.by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
         written = sharding.write(corpus.documents(), folder, tokenizer, share=share, about=about, processes=processes)
         for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
             pass

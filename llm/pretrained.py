@@ -10,6 +10,7 @@ from typing import Any
 
 from llm import checkpoint, store
 from llm.borrowed import borrow
+from llm.cost import parameters
 from llm.errors import RecipeError, RefusedError
 from llm.model import Family
 from llm.recipe import Model, Recipe, resolve
@@ -39,27 +40,38 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: model_type = {str(config.get('model_type'))[:40]!r}: {' or '.join(FAMILIES)} is expected"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    layers = config.get("layer_types") or []
+    if not isinstance(rope, dict):
+        raise RefusedError(f"{path}: rope_parameters = {str(rope)[:40]!r} is not what a model has there")
     for what, asked in {
         "scaled rotary positions (rope_scaling)": rope.get("rope_type", rope.get("type", "default")) != "default",
         "rotary positions on a part of a head": config.get("partial_rotary_factor", 1.0) != 1.0,
         "biases (attention_bias)": config.get("attention_bias"),
         "biases (mlp_bias)": config.get("mlp_bias"),
-        "sliding windows (use_sliding_window)": config.get("use_sliding_window") or "sliding_attention" in layers,
+        "sliding windows (use_sliding_window)": config.get("use_sliding_window")
+        or "sliding_attention" in str(config.get("layer_types")),
         "quantised weights (quantization_config)": config.get("quantization_config"),
         "another activation than silu (hidden_act)": config.get("hidden_act", "silu") != "silu",
     }.items():
         if asked:
             raise RefusedError(f"{path} asks for {what}, which the model here does not do")
-    given: dict[str, Any] = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
-    given |= {"rope_theta": rope.get("rope_theta", 10_000.0), "num_key_value_heads": config.get("num_attention_heads")}
+    heads, theta = config.get("num_attention_heads"), rope.get("rope_theta", 10_000.0)
+    given = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": theta, "num_key_value_heads": heads}
     given |= {name: value for name, value in config.items() if value is not None}
-    for name in [*FIELDS.values(), "vocab_size", "max_position_embeddings"]:
-        if name == "head_dim" and name not in given:
-            given[name] = given["hidden_size"] // given["num_attention_heads"]
-        if not isinstance(given.get(name), int) or not given[name] <= 1 << 24 or given[name] < (name[:3] != "tie"):
-            raise RefusedError(f"{path}: {name} = {str(given.get(name))[:40]!r} is no size of a model")
+    if "head_dim" not in given and _is_size(heads) and _is_size(given.get("hidden_size")):
+        given["head_dim"] = given["hidden_size"] // heads
+    for name, value in (
+        (name, given.get(name)) for name in [*FIELDS.values(), "vocab_size", "max_position_embeddings"]
+    ):
+        if not (isinstance(value, bool) if name == "tie_word_embeddings" else _is_size(value)):
+            raise RefusedError(f"{path}: {name} = {str(value)[:40]!r} is not what a model has there")
+    for name in ("rope_theta", "rms_norm_eps"):
+        if not isinstance(given[name], int | float) or not 0 < given[name] < 1e12:
+            raise RefusedError(f"{path}: {name} = {str(given[name])[:40]!r}: a number above 0 is expected")
     return given
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 24
 
 
 def family(folder: Path) -> Family:
@@ -74,13 +86,11 @@ def family_of(recipe: Recipe) -> Family:
 
 
 def shaped(recipe: Recipe) -> Recipe:
-    """The recipe with the shape of the folder that it starts from. RecipeError where it says another."""
-    if not recipe.model.from_:
-        return recipe
+    """The recipe with the shape of the folder model.from. RecipeError where it says another."""
+    assert recipe.model.from_ is not None
     config = read_config(Path(recipe.model.from_).expanduser())
     shape, plain = recipe.model, Model(context=recipe.model.context)
     theirs = {name: config[field] for name, field in FIELDS.items()}
-    theirs["tied"] = bool(theirs["tied"])
     resolved = resolve(replace(recipe, model=plain)).model
     for name, value in theirs.items():
         said = getattr(shape, name)
@@ -89,7 +99,11 @@ def shaped(recipe: Recipe) -> Recipe:
     most = config["max_position_embeddings"]
     if shape.context > most:
         raise RecipeError(f"model.context = {shape.context} is more than the {most} tokens of {shape.from_}")
-    return resolve(replace(recipe, model=replace(shape, **theirs)))
+    recipe = resolve(replace(recipe, model=replace(shape, **theirs)))
+    there = sum(path.stat().st_size for path in Path(str(shape.from_)).expanduser().glob("*.safetensors"))
+    if (numbers := parameters(recipe.model, config["vocab_size"])) > there:  # before room is made for them
+        raise RefusedError(f"{shape.from_} lacks weights: {there:,} bytes of safetensors only for {numbers:,} numbers")
+    return recipe
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

@@ -5,6 +5,7 @@ Accelerate owns devices, processes, precision and wrapping; the order of the dat
 resume are ours.
 """
 
+import math
 import os
 import re
 import signal
@@ -448,7 +449,8 @@ class Trainer:
         self.saved = self.state.step
 
     def card(self) -> bytes:
-        return model_card(self.recipe, self.tokenizer, self.shards, self.state.step, self.curve)
+        numbers = sum(math.prod(rows.shape) for rows in self.weights().values())
+        return model_card(self.recipe, self.tokenizer, self.shards, self.state.step, self.curve, numbers)
 
     def weights(self) -> dict[str, Rows]:
         return {name: held(p) for name, p in self.model.named_parameters()}

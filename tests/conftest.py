@@ -1,5 +1,10 @@
 """What all tests share."""
 
+import os
+
+# Their bars share one lock over all forked processes, and a child that is killed may hold it for ever.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
 import pytest
 import torch
 

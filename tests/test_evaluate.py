@@ -67,16 +67,7 @@ def test_documents_alone_cost_what_each_costs_by_itself(here: Path) -> None:
 
 def test_of_pairs_the_likelier_one_is_counted(here: Path) -> None:
     opened = open_run(str(here / "runs/tiny"), torch.device("cpu"))
-    sentences = [
-        "The river rises.",
-        "rises The.",
-        "a",
-        "b",
-        "He played for the club.",
-        "He played club the for.",
-        "x",
-        "x",
-    ]
+    sentences = ["The river rises.", "rises The.", "a", "b", "b", "a", "x", "x"]  # one of two turned, none of two equal
     alone = [likelihoods(opened, [sentence], 1)[0] for sentence in sentences]
     assert likelihoods(opened, sentences, 3) == pytest.approx(alone, rel=1e-5)
     pairs = list(zip(sentences[::2], sentences[1::2], strict=True))
@@ -87,7 +78,7 @@ def test_of_pairs_the_likelier_one_is_counted(here: Path) -> None:
     assert read_pairs(here / "pairs.tsv") == read_pairs(here / "pairs.jsonl") == pairs
     right = sum(good > bad for good, bad in zip(alone[::2], alone[1::2], strict=True))
     ended = evaluate(here, "--pairs", "pairs.tsv", "--rows", 3)
-    assert ended.status == 0 and f"likelier in {right} of 4, {right / 4:.2%}" in ended.out and 2 <= right < 4, ended.err
+    assert ended.status == 0 and f"likelier in {right} of 4, {right / 4:.2%}" in ended.out and 0 < right < 3, ended.err
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,16 @@ def test_a_gguf_file_holds_the_run(here: Path, tmp_path: Path, name: str, kind: 
     assert f"FROM ./{name}-{kind}.gguf" in (tmp_path / "Modelfile").read_text()
 
 
+def test_terms_that_overlap_are_split_alike_by_transformers_and_refused_for_llama_cpp(
+    here: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, here / "text.txt", **{"tokenizer.terms": "[New York, York City, aba]"})
+    assert run(train(recipe), tmp_path).status == 0
+    assert exported(tmp_path, "tiny").status == 0
+    ended = exported(tmp_path, "tiny", "--gguf", "f32")
+    assert ended.status == 4 and "'New York City'" in ended.err and not (tmp_path / "exports/tiny-gguf-f32").exists()
+
+
 def test_a_gguf_file_with_another_tensor_is_refused(tmp_path: Path, opened: Opened) -> None:
     pytest.importorskip("gguf", reason="reads GGUF: install the extra `test`")
     gguf_file.write(tmp_path, opened, "f16")

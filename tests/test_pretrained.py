@@ -139,6 +139,24 @@ def test_their_ids_and_bytes_are_kept(tmp_path: Path) -> None:
         borrowed.load(tmp_path / "kept")
 
 
+def test_what_was_exported_here_is_somebody_elses_there(tmp_path: Path) -> None:
+    """A vocabulary of our own comes back through tokenizers with the same ids, and the run goes on with another text."""
+    text = write_text(tmp_path / "text.txt")
+    assert run(train(write_recipe(tmp_path, text, **{"run": "first", "model.context": 32})), tmp_path).status == 0
+    assert run(script("module:llm.export", "first", "--to", "source"), tmp_path).status == 0
+    first = open_run(str(tmp_path / "runs/first"))
+    again = pretrained.tokenizer_of(tmp_path / "source")
+    texts = tough_texts(again, 400)
+    assert all(
+        again.encode(text) == first.tokenizer.encode(text) and again.decode(again.encode(text)) == text
+        for text in texts
+    )
+    ended = run(train(recipe_of(tmp_path, tmp_path / "source")), tmp_path)
+    assert ended.status == 0, ended.err
+    assert run(script("module:llm.export", "tiny", "--to", "out"), tmp_path).status == 0
+    assert run(script("module:llm.export", "tiny", "--gguf", "f32"), tmp_path).status == 2  # llama.cpp has its own list
+
+
 def test_without_a_beginning_of_its_own_a_document_begins_with_their_end(tmp_path: Path) -> None:
     assert pretrained.tokenizer_of(made(tmp_path / "source", "qwen3")).bos == 0
 
@@ -163,6 +181,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "sliding layers": (changed("config.json", layer_types=["sliding_attention"] * 2), "sliding"),
     "quantised": (changed("config.json", quantization_config={"bits": 4}), "quantization_config"),
     "a size that is none": (changed("config.json", hidden_size="32"), "hidden_size"),
+    "a rope that is none": (changed("config.json", rope_parameters=[1]), "rope_parameters"),
+    "a base that is no number": (changed("config.json", rope_parameters={"rope_theta": "x"}), "rope_theta"),
+    "no heads": (changed("config.json", num_attention_heads=0, head_dim=None), "head"),
+    "weights for less": (changed("config.json", hidden_size=4096, num_hidden_layers=999), "lacks weights"),
+    "settings that are none": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "no settings"),
     "a huge size": (changed("config.json", vocab_size=1 << 40), "vocab_size"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors only"),
     "a way out": (lambda folder: (folder / pretrained.INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}'), "outside"),

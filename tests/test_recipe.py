@@ -103,6 +103,7 @@ SCIENCE = {
     "model.context": "1024",
     "model.dropout": "10%",
     "model.tied": "no",
+    "model.from": "folder",
     "train.steps": "200",
     "train.tokens": "10M",
     "train.epochs": "3",
