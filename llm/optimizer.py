@@ -19,7 +19,7 @@ from llm.recipe import Train
 from llm.sharding import Layout, Rows, bounds, gather, held, size
 
 MOMENTUM = 0.9  # Muon's; the usual 0.95 looks further back than runs of some thousand steps can afford
-BETAS = (0.9, 0.95)  # AdamW's
+BETAS = (0.9, 0.99)  # AdamW's; small batches want the second long
 EPS = 1e-8
 SHARES = {"embed_tokens": 1.0, "lm_head": 0.25, "norm": 0.5}  # of Muon's rate, for what Muon does not take,
 WIDTH = 192  # at this width; those of matrices fall with the root of it, as ever more features add up in a logit

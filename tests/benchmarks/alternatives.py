@@ -29,10 +29,12 @@ def plant(text: str) -> None:
         place: Any = importlib.import_module(f"llm.{module}")
         for key in path:
             place = getattr(place, key)
+        numbers = [float(number) for number in value.split(",")]
+        given = numbers[0] if len(numbers) == 1 else tuple(numbers)
         if isinstance(place, dict):
-            place[last] = float(value)
+            place[last] = given
         else:
-            setattr(place, last, float(value))
+            setattr(place, last, given)
 
 
 def _updates(change: Callable[[Optimizer, int, Tensor], Tensor]) -> None:

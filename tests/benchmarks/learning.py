@@ -47,8 +47,18 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("embeddings at 2 of it", other="optimizer.SHARES.embed_tokens=2"),
         Row("Muon's rate 0.01, embeddings as they were", "train.learning_rate=0.01", "optimizer.SHARES.embed_tokens=2"),
         Row("Muon's rate 0.04, embeddings as they were", "train.learning_rate=0.04", "optimizer.SHARES.embed_tokens=0.5"),
+        Row("AdamW's second beta 0.99", other="optimizer.BETAS=0.9,0.99"),
+        Row("AdamW's second beta 0.98, first 0.8", other="optimizer.BETAS=0.8,0.98"),
         Row("untied", "model.tied=false"),
         Row("untied, head at 0.5", "model.tied=false", "optimizer.SHARES.lm_head=0.5"),
+    ]),
+    "twice as long": ("model.dim=128 model.heads=2 train.tokens=1M", [
+        Row("defaults"),
+        Row("rates / 2", "train.learning_rate=0.01"),
+        Row("rates / 2, last 97 % falling", "train.learning_rate=0.01 train.decay=97%"),
+        Row("Muon's rate / 2, embeddings as they were", "train.learning_rate=0.01", "optimizer.SHARES.embed_tokens=2"),
+        Row("second beta 0.99", other="optimizer.BETAS=0.9,0.99"),
+        Row("untied", "model.tied=false"),
     ]),
     "muon": (NARROW, [
         Row("momentum 0.8", other="optimizer.MOMENTUM=0.8"),
@@ -141,7 +151,7 @@ def train(table: str, row: Row, seed: int, threads: int) -> dict[str, object]:
             launch()
 
         for part, number in PARTS.items():
-            documents = list(wiki_documents("en"))[::number] if part in given.get("text.files", "") else []
+            documents = list(wiki_documents("en-us"))[::number] if part in given.get("text.files", "") else []
             (folder / f"{part}.txt").write_bytes(f"{MARKER}\n".encode().join(documents))
         child = ended(start(act, folder), folder, seconds=7200)
         if child.status:
