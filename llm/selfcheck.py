@@ -92,7 +92,8 @@ def symbols_of(tokenizer: Tokenizer) -> list[str]:
 
 def overlaps(symbols: list[str]) -> list[str]:
     """Texts in which the end of one symbol is the beginning of another: whose it is depends on who looks."""
-    cuts = ((a, b, cut) for a in symbols for b in symbols for cut in range(1, min(len(a), len(b))))
+    pairs = ((a, b) for a in symbols for b in symbols if a != b)
+    cuts = ((a, b, cut) for a, b in pairs for cut in range(1, min(len(a), len(b))))
     return [a + b[cut:] for a, b, cut in cuts if a.endswith(b[:cut])]
 
 

@@ -99,7 +99,14 @@ def test_5000_tough_texts_have_their_ids(tmp_path: Path, tokenizer: Tokenizer) -
     opened = made(tmp_path, tiny.shape(context=256), tokenizer)
     gguf_file.write(tmp_path, opened, "f32")
     theirs = llama_cpp.Llama(str(gguf_file.file_of(tmp_path, opened, "f32")), vocab_only=True, verbose=False)
-    texts = [" begins with a space", "  two", "ends in newlines\n\n\n", "\n", *tough_texts(tokenizer, 6_000, seed=9)]
+    texts = [
+        " begins with a space",
+        "  two",
+        "ends in newlines\n\n\n",
+        "\n",
+        " of the of the of the ",
+        *tough_texts(tokenizer, 6_000, seed=9),
+    ]
     assert len(set(texts)) > 5_000
     for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=2), strict=True):
         assert theirs.tokenize(text.encode(), add_bos=True, special=False) == [tokenizer.bos, *ids.tolist()], text[:200]
