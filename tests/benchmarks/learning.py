@@ -47,7 +47,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("embeddings at 2 of it", other="optimizer.SHARES.embed_tokens=2"),
         Row("Muon's rate 0.01, embeddings as they were", "train.learning_rate=0.01", "optimizer.SHARES.embed_tokens=2"),
         Row("Muon's rate 0.04, embeddings as they were", "train.learning_rate=0.04", "optimizer.SHARES.embed_tokens=0.5"),
-        Row("AdamW's second beta 0.99", other="optimizer.BETAS=0.9,0.99"),
+        Row("AdamW's second beta 0.95", other="optimizer.BETAS=0.9,0.95"),
         Row("AdamW's second beta 0.98, first 0.8", other="optimizer.BETAS=0.8,0.98"),
         Row("untied", "model.tied=false"),
         Row("untied, head at 0.5", "model.tied=false", "optimizer.SHARES.lm_head=0.5"),
@@ -57,7 +57,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("rates / 2", "train.learning_rate=0.01"),
         Row("rates / 2, last 97 % falling", "train.learning_rate=0.01 train.decay=97%"),
         Row("Muon's rate / 2, embeddings as they were", "train.learning_rate=0.01", "optimizer.SHARES.embed_tokens=2"),
-        Row("second beta 0.99", other="optimizer.BETAS=0.9,0.99"),
+        Row("AdamW's second beta 0.95", other="optimizer.BETAS=0.9,0.95"),
         Row("untied", "model.tied=false"),
     ]),
     "muon": (NARROW, [
@@ -98,7 +98,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("16,384", "tokenizer.vocabulary=16384"),
     ]),
     "quickstart": ("", [Row("as it stands")]),
-    "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=80"), HOBBY, NANOGPT]),
+    "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160"), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), HOBBY, NANOGPT]),
     "8M": ("train.tokens=8M evaluate.every=800", [Row("defaults")]),
     "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
         Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
