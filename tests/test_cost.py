@@ -14,7 +14,7 @@ import llm.trainer
 from llm import cost
 from llm.model import Transformer
 from llm.optimizer import Optimizer
-from llm.recipe import Recipe, load
+from llm.recipe import Recipe, load, with_steps
 from llm.sharding import Rows, bounds, held
 from tests.forks import ROOT, run, run_group, train, write_recipe, write_text
 
@@ -23,7 +23,8 @@ WORLDS = [1, 2, 4, 7]  # 7: rows that do not come out even, and processes that h
 
 
 def recipe(folder: Path, name: str) -> Recipe:
-    return load(write_recipe(folder, folder / "none.txt") if name == "tiny" else ROOT / "recipes" / f"{name}.yaml")
+    path = write_recipe(folder, folder / "none.txt") if name == "tiny" else ROOT / "recipes" / f"{name}.yaml"
+    return with_steps(load(path), 1_400_000)  # tokens of a text, by which `auto` is settled
 
 
 @pytest.mark.parametrize("name", RECIPES)
