@@ -1,6 +1,7 @@
 """Memory that runs short halves the micro-batch and does the step anew, on the same curve."""
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +19,29 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def limited(recipe: Path, headroom: int, at: int, *overrides: str) -> Callable[[], None]:
-    """Training whose process may hold `headroom` bytes more than it does just before update `at`."""
+    """Training whose process may hold `headroom` bytes more than it does just before update `at`.
+
+    Before the rehearsal where `at` is negative, and then not the main process.
+    """
+
+    def limit() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + headroom, resource.RLIM_INFINITY))
 
     def act() -> None:
-        update = Trainer.update
+        update, rehearse = Trainer.update, Trainer.rehearse
 
         def short(self: Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             if step == at:
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                most = pages * resource.getpagesize() + headroom
-                resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+                limit()
             return update(self, step)
 
-        Trainer.update = short  # type: ignore[method-assign]
+        def short_before(self: Trainer) -> float:
+            if at < 0 and os.environ.get("RANK", "0") != "0":
+                limit()
+            return rehearse(self)
+
+        Trainer.update, Trainer.rehearse = short, short_before  # type: ignore[method-assign]
         train(recipe, *overrides)()
 
     return act
@@ -86,3 +97,11 @@ def test_where_that_cannot_be_the_setting_that_may_do_is_named(
     assert {each.status for each in ended} == {6}, ended[0].err
     said = "".join(each.err for each in ended)
     assert mend in said and "at step 2" in said and "Traceback" not in said, said
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_one_of_a_group_that_is_short_before_the_first_step_takes_the_others_along(tmp_path: Path, text: Path) -> None:
+    recipe = large(tmp_path, text, **{"machine.micro_batch": 8})
+    main, other = run_group(limited(recipe, 60 << 20, at=-1), tmp_path, 2)
+    assert other.status == 6 and "machine.micro_batch=4" in other.err and "Traceback" not in other.err, other.err
+    assert main.status == 6 and "process 1" in main.err and "Traceback" not in main.err, main.err
