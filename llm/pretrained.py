@@ -54,8 +54,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     }.items():
         if asked:
             raise RefusedError(f"{path} asks for {what}, which the model here does not do")
-    heads, theta = config.get("num_attention_heads"), rope.get("rope_theta", 10_000.0)
-    given = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": theta, "num_key_value_heads": heads}
+    heads = config.get("num_attention_heads")
+    bases = [each["rope_theta"] for each in (config, rope) if each.get("rope_theta") is not None]  # of old, of late
+    if bases and bases[0] != bases[-1]:
+        raise RefusedError(f"{path} says rope_theta = {str(bases[0])[:40]} and {str(bases[-1])[:40]}: leave one out")
+    theta = bases[0] if bases else 10_000.0
+    given: dict[str, Any] = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+    given |= {"rope_theta": theta, "num_key_value_heads": heads}
     given |= {name: value for name, value in config.items() if value is not None}
     if "head_dim" not in given and _is_size(heads) and _is_size(given.get("hidden_size")):
         given["head_dim"] = given["hidden_size"] // heads

@@ -51,7 +51,7 @@ def made(
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }[family]
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}
+    rope = {"rope_theta": 500_000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}
     ends = {"bos_token_id": 1 if family == "llama" else None, "eos_token_id": 0}
     theirs = model(config(**(SIZES | rope | ends | keys)))
     tiny.stirred(theirs, seed=3)
@@ -183,6 +183,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a size that is none": (changed("config.json", hidden_size="32"), "hidden_size"),
     "a rope that is none": (changed("config.json", rope_parameters=[1]), "rope_parameters"),
     "a base that is no number": (changed("config.json", rope_parameters={"rope_theta": "x"}), "rope_theta"),
+    "two bases": (changed("config.json", rope_theta=1e4, rope_parameters={"rope_theta": 1e5}), "leave one out"),
     "no heads": (changed("config.json", num_attention_heads=0, head_dim=None), "head"),
     "weights for less": (changed("config.json", hidden_size=4096, num_hidden_layers=999), "lacks weights"),
     "settings that are none": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "no settings"),
