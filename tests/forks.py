@@ -129,10 +129,10 @@ def run(act: Callable[[], None], folder: Path) -> Ended:
     return ended(start(act, folder), folder)
 
 
-def run_group(act: Callable[[], None], folder: Path, world: int, node: int = 0) -> list[Ended]:
+def run_group(act: Callable[[], None], folder: Path, world: int, node: int = 0, seconds: float = 120) -> list[Ended]:
     """The same act in `world` processes that form a group, as torchrun would start them on nodes of `node` processes."""
     children = start_group(act, folder, world, node)
-    return [ended(child, folder, "" if world == 1 else f"-{rank}") for rank, child in enumerate(children)]
+    return [ended(child, folder, "" if world == 1 else f"-{rank}", seconds) for rank, child in enumerate(children)]
 
 
 def start_group(act: Callable[[], None], folder: Path, world: int, node: int = 0) -> list[int]:

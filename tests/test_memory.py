@@ -49,7 +49,7 @@ def peaks(folder: Path, recipe: Path, world: int, shard: str) -> list[int]:
         launch()
 
     folder.mkdir()
-    for each in run_group(act, folder, world):
+    for each in run_group(act, folder, world, seconds=900):
         assert each.status == 0, each.err
     return [int((folder / f"peak-{rank}").read_text()) for rank in range(world)]
 
