@@ -127,18 +127,18 @@ def memory(folder: Path, text: str) -> None:
         shutil.rmtree(folder / "data", ignore_errors=True)
         process = subprocess.Popen([sys.executable, "-m", "llm.prepare", str(recipe)])
         began = time.perf_counter()
-        peaks: dict[
-            str, int
-        ] = {}  # of each process in KiB; their sum is an upper bound, which counts shared pages twice
+        most, high = 0, 0  # KiB: of all processes at one moment (pages that they share counted twice), and of one alone
         while process.poll() is None:
+            together = 0
             for pid in [str(process.pid), *children(process.pid)]:
                 with suppress(OSError, IndexError):
                     status = Path(f"/proc/{pid}/status").read_text()
-                    peaks[pid] = int(status.split("VmHWM:")[1].split()[0])
-            time.sleep(0.1)
-        each = " + ".join(f"{peak / 1024:.0f}" for peak in peaks.values())
+                    together += int(status.split("VmRSS:")[1].split()[0])
+                    high = max(high, int(status.split("VmHWM:")[1].split()[0]))
+            most = max(most, together, high)
+            time.sleep(0.02)
         print(
-            f"{file.stat().st_size / 1e6:.0f} MB: peaks {each} = {sum(peaks.values()) / 1024:.0f} MiB, "
+            f"{file.stat().st_size / 1e6:.0f} MB: peak {most / 1024:.0f} MiB, of one process {high / 1024:.0f}, "
             f"{time.perf_counter() - began:.1f} s, status {process.returncode}",
             flush=True,
         )
