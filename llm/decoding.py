@@ -89,3 +89,61 @@ class Decoding:
             gate, up = (unit(x, self.least) @ gates).chunk(2, dim=-1)
             x = torch.addmm(x, F.silu(gate) * up, down)
         return unit(x, self.least) @ self.head
+
+
+class Replay:
+    """The same on a CUDA device: the model's own step, recorded once as a graph of kernels and replayed.
+
+    One launch takes the place of some thirty a block. A graph always reads the same part of the cache, so there is one
+    for each of a few lengths; what lies behind a row's position is masked.
+    """
+
+    LEAST = 128  # slots of the shortest graph; each following one has twice as many
+
+    def __init__(self, model: Transformer, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+        self.tokens = torch.zeros(len(cache.rows), 1, dtype=torch.int64, device=cache.keys.device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def begin(self, lengths: list[int]) -> None:
+        self.positions.copy_(torch.tensor(lengths)[:, None])
+        self.longest = max(lengths)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) after `tokens` (B,), each the next one of its row; overwritten by the next step."""
+        self.tokens.copy_(tokens[:, None])
+        self.longest += 1
+        slots = self.LEAST
+        while slots < self.longest:
+            slots *= 2
+        slots = min(slots, len(self.cache.slots))
+        if slots not in self.graphs:
+            self.graphs[slots] = self.record(slots)
+        graph, logits = self.graphs[slots]
+        graph.replay()
+        self.positions += 1
+        return logits
+
+    def record(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A step that reads the first `slots` of the cache. Doing it again writes the same keys at the same place."""
+
+        def act() -> Tensor:
+            self.cache.at(self.positions, slots)
+            return self.model.logits(self.tokens, self.cache)[:, -1]
+
+        strict = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)  # each slot is written once: the kernels that sort are not needed
+        try:
+            beside = torch.cuda.Stream()  # libraries make their buffers at a first call, which must not be recorded
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                act()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = act()
+        finally:
+            torch.use_deterministic_algorithms(strict)
+        return graph, logits

@@ -11,31 +11,32 @@ from torch import Tensor
 
 
 @torch.library.custom_op("llm::keep_mask", mutates_args=())
-def keep_mask(positions: Tensor, seed: int, site: int, tokens: int, dim: int, rate: float) -> Tensor:
+def keep_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int, rate: float) -> Tensor:
     """Which elements stay: bool (windows, tokens, dim), each True with probability 1 - rate to within 1/65536.
 
     positions: (windows,) of int64; `site` numbers the places of the model where dropout stands.
     """
-    if positions.device.type != "cpu":
-        return _hashed(positions, seed, site, tokens * dim, rate).view(-1, tokens, dim)
     words = -(-tokens * dim // 4)
     keep = np.empty((len(positions), words * 4), dtype=bool)
     threshold = np.uint16(min(65535, round(rate * 65536)))
     for row, position in zip(keep, positions.tolist(), strict=True):
         bits = np.random.Philox(
-            key=np.array([seed, position], np.uint64), counter=np.array([0, 0, site, 0], np.uint64)
+            key=np.array([seed, position], np.uint64), counter=np.array([0, 0, int(site), 0], np.uint64)
         ).random_raw(words)
         np.greater_equal(bits.view(np.uint16), threshold, out=row)
     return torch.from_numpy(keep)[:, : tokens * dim].contiguous().view(-1, tokens, dim)
 
 
 @keep_mask.register_fake
-def _(positions: Tensor, seed: int, site: int, tokens: int, dim: int, rate: float) -> Tensor:
+def _(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int, rate: float) -> Tensor:
     return positions.new_empty((positions.shape[0], tokens, dim), dtype=torch.bool)
 
 
-def _hashed(positions: Tensor, seed: int, site: int, elements: int, rate: float) -> Tensor:
-    """The same promise by integer arithmetic alone: bool (windows, elements). int32 products wrap, as they should."""
+def hashed_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int, rate: float) -> Tensor:
+    """The same by integer arithmetic alone, which a compiler joins with what stands around it.
+
+    int32 products wrap, as they should.
+    """
 
     def scramble(word: Tensor) -> Tensor:  # the finaliser of MurmurHash3, by Austin Appleby
         word = (word ^ ((word >> 16) & 0xFFFF)) * -2048144789
@@ -46,13 +47,20 @@ def _hashed(positions: Tensor, seed: int, site: int, elements: int, rate: float)
         return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
     high, low = (positions >> 32).int(), ((positions + (1 << 31)) % (1 << 32) - (1 << 31)).int()
-    key = scramble(scramble(scramble(scramble(low) ^ as_int32(seed)) + high) + as_int32(site * 0x9E3779B1))[:, None]
-    counter = torch.arange(elements, dtype=torch.int32, device=positions.device) * as_int32(0x9E3779B1)
+    odd = as_int32(0x9E3779B1)
+    key = scramble(scramble(scramble(scramble(low) ^ as_int32(seed)) + high) + site.int() * odd)[:, None]
+    counter = torch.arange(tokens * dim, dtype=torch.int32, device=positions.device) * odd
     word = scramble(scramble(counter[None] ^ key) + key)
-    return (word & 0xFFFF) >= round(rate * 65536)
+    return ((word & 0xFFFF) >= round(rate * 65536)).view(-1, tokens, dim)
 
 
-def dropout(hidden: Tensor, positions: Tensor, *, seed: int, site: int, rate: float) -> Tensor:
-    """`hidden` (windows, tokens, dim), a share `rate` of it set to zero and the rest scaled up to keep the mean."""
-    keep = keep_mask(positions, seed, site, hidden.shape[1], hidden.shape[2], rate)
+def dropout(hidden: Tensor, positions: Tensor, *, seed: int, site: int | Tensor, rate: float) -> Tensor:
+    """`hidden` (windows, tokens, dim), a share `rate` of it set to zero and the rest scaled up to keep the mean.
+
+    Where the code is compiled `site` is a tensor, so that it is the same code for all sites.
+    """
+    if not isinstance(site, Tensor):
+        site = positions.new_full((), site)
+    mask = keep_mask if positions.device.type == "cpu" else hashed_mask
+    keep = mask(positions, seed, site, hidden.shape[1], hidden.shape[2], rate)
     return hidden * (keep.to(hidden.dtype) * (1 / (1 - rate)))

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm.decoding import Decoding
+from llm.decoding import Decoding, Replay
 from llm.model import Cache, Transformer
 
 
@@ -78,7 +79,12 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     cache = Cache(model.shape, len(texts), context, device, model.lm_head.weight.dtype)
     # Weights that are dealt to several processes (by `unshard` they are known) come together in its own passes only.
-    lean = Decoding(model, cache) if device.type == "cpu" and not hasattr(model, "unshard") and tokens > 1 else None
+    ways: dict[str, Any] = {"cpu": Decoding, "cuda": Replay}
+    lean = (
+        ways[device.type](model, cache)
+        if device.type in ways and not hasattr(model, "unshard") and tokens > 1
+        else None
+    )
     done = [False] * len(texts)
     logits = None
     for _ in range(tokens):

@@ -124,6 +124,8 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
         recipe = replace(recipe, machine=replace(recipe.machine, shard="full"))
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # read by torchrun's processes before the first Accelerator
+    if torch.cuda.is_available():
+        repeat_bits()
     if group.world() > 1 and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -149,6 +151,14 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     with council.together():
         _refuse_uneven(recipe)
     return accelerator, council, recipe
+
+
+def repeat_bits() -> None:
+    """Take those of CUDA's kernels only that add in the same order each time: attention's usual one on the way back,
+    for one, adds as its threads come by."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _refuse_uneven(recipe: Recipe) -> None:

@@ -96,14 +96,18 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, L, E)
             q = q.to(k.dtype)
+            if x.shape[1] == 1:  # the heads that share keys stand as tokens of one head: no kernel repeats keys then
+                q = q.reshape(len(q), self.shape.kv_heads, -1, self.shape.head_dim)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=None if cache is None else cache.mask,
             is_causal=cache is None,
-            enable_gqa=self.shape.kv_heads < self.shape.heads,
+            enable_gqa=k.shape[1] < q.shape[1],
         )  # (B, H, T, E)
+        if cache is not None and x.shape[1] == 1:
+            y = y.reshape(len(y), self.shape.heads, 1, -1)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -119,9 +123,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    sites: Tensor
+
     def __init__(self, shape: Model, layer: int, seed: int, family: Family) -> None:
         super().__init__()
-        self.rate, self.seed, self.layer = float(shape.dropout), seed, layer
+        self.rate, self.seed = float(shape.dropout), seed
+        self.register_buffer("sites", torch.tensor([2 * layer + 1, 2 * layer + 2]), persistent=False)
         self.input_layernorm = RMSNorm(shape.dim, family.norm_eps)
         self.self_attn = Attention(shape, layer, family)
         self.post_attention_layernorm = RMSNorm(shape.dim, family.norm_eps)
@@ -130,13 +137,13 @@ class Block(nn.Module):
     def drop(self, x: Tensor, windows: Tensor | None, place: int) -> Tensor:
         if windows is None or not self.rate:
             return x
-        return dropout(x, windows, seed=self.seed, site=2 * self.layer + place, rate=self.rate)
+        return dropout(x, windows, seed=self.seed, site=self.sites[place], rate=self.rate)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, windows: Tensor | None, cache: Cache | None = None
     ) -> Tensor:
-        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, cache), windows, 1)
-        return x + self.drop(self.mlp(self.post_attention_layernorm(x)), windows, 2)
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, cache), windows, 0)
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)), windows, 1)
 
 
 class Decoder(nn.Module):

@@ -125,8 +125,8 @@ class Layout:
         self.shards: Group = None  # the processes among which rows are dealt
         self.replicas: Group = None  # those that hold the same rows as this one
         self.parts, self.copies, self.index = 1, size(), 0
-        self.dtype = dtype
-        if mode != "none" and size() > 1:
+        self.dtype, self.sharded = dtype, False
+        if mode != "none" and dist.is_initialized():
             self.parts = size() if mode == "full" else int(os.environ.get("LOCAL_WORLD_SIZE", size()))
             self.copies = size() // self.parts
             assert device is not None
@@ -136,10 +136,7 @@ class Layout:
             self.mesh = mesh["parts"]
             self.shards, self.replicas = mesh.get_group("parts"), mesh.get_group("copies")
             self.index = mesh.get_local_rank("parts")
-
-    @property
-    def sharded(self) -> bool:
-        return self.parts > 1
+            self.sharded = self.parts > 1 or size() == 1  # one process that has a group deals to itself
 
     @property
     def first_copy(self) -> bool:

@@ -33,7 +33,7 @@ from llm.errors import DivergedError, GroupError, RecipeError, RefusedError, Sto
 from llm.generation import Sampling, continuations
 from llm.gradients import Counter
 from llm.huggingface import model_files, tokenizer_files
-from llm.loss import IGNORED
+from llm.loss import IGNORED, compile_loss
 from llm.machine import remember
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm, wide
@@ -624,6 +624,7 @@ class Trainer:
         began = time.perf_counter()
         for block in self.model.blocks:
             block.compile()
+        compile_loss(self.device.type == "cuda")  # on a CPU it gains nothing
         try:
             self._pass(self.recipe.machine.micro_batch)
         except TorchDynamoException as error:
@@ -633,6 +634,7 @@ class Trainer:
             group.say(f"machine.compile cannot be done here, going on without ({why})")
             for block in self.model.blocks:
                 block._compiled_call_impl = None
+            compile_loss(False)
             self.recipe = replace(self.recipe, machine=replace(self.recipe.machine, compile=False))
             return False
         group.say(f"machine.compile: the blocks were compiled in {time.perf_counter() - began:.0f} s")

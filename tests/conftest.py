@@ -4,6 +4,8 @@ import os
 
 # Their bars share one lock over all forked processes, and a child that is killed may hold it for ever.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Whether there is a GPU is asked in a way that leaves CUDA alone, which no forked child could use otherwise.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm.dropout import _hashed, dropout, keep_mask
+from llm.dropout import dropout, hashed_mask, keep_mask
 from tests import tiny
 
 TOKENS, DIM = 31, 33  # an odd number of elements, so that a window does not end with a word of bits
@@ -19,11 +19,11 @@ Mask = Callable[..., Tensor]
 
 
 def on_the_cpu(positions: Tensor, *, seed: int = 1, site: int = 3, rate: float = 0.5) -> Tensor:
-    return keep_mask(positions, seed, site, TOKENS, DIM, rate)
+    return keep_mask(positions, seed, torch.tensor(site), TOKENS, DIM, rate)
 
 
 def on_an_accelerator(positions: Tensor, *, seed: int = 1, site: int = 3, rate: float = 0.5) -> Tensor:
-    return _hashed(positions, seed, site, TOKENS * DIM, rate).view(-1, TOKENS, DIM)
+    return hashed_mask(positions, seed, torch.tensor(site), TOKENS, DIM, rate)
 
 
 @pytest.fixture(params=[on_the_cpu, on_an_accelerator])
@@ -131,7 +131,7 @@ def test_every_place_of_the_model_is_a_site_of_its_own(monkeypatch: pytest.Monke
     asked: list[tuple[int, int]] = []
 
     def spy(hidden: Tensor, positions: Tensor, *, seed: int, site: int, rate: float) -> Tensor:
-        asked.append((seed, site))
+        asked.append((seed, int(site)))
         return dropout(hidden, positions, seed=seed, site=site, rate=rate)
 
     monkeypatch.setattr("llm.model.dropout", spy)

@@ -48,20 +48,20 @@ def off(found: Tensor, true: Tensor) -> float:
 @pytest.mark.parametrize("spread", [1.0, 300.0])  # at 300, exp of a logit would be infinite
 @pytest.mark.parametrize("rows", [1, 2, ROWS - 1, ROWS, ROWS + 1, 1000])
 def test_it_is_cross_entropy_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, spread: float) -> None:
-    monkeypatch.setattr(loss, "CHUNK_NUMBERS", rows * VOCABULARY)
+    monkeypatch.setitem(loss.CHUNK_NUMBERS, "cpu", rows * VOCABULARY)
     for found, true in zip(ours(*world(spread=spread)), exact(*world(spread=spread)), strict=True):
         assert found.dtype == torch.float32
         assert off(found, true) < 1e-6  # fp32 rounds by 6e-8; a sum of some dozens adds a few of these
 
 
 def test_a_chunk_holds_at_least_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_NUMBERS", VOCABULARY - 1)
+    monkeypatch.setitem(loss.CHUNK_NUMBERS, "cpu", VOCABULARY - 1)
     assert off(ours(*world())[0], exact(*world())[0]) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, ROWS - 1, 1000])
 def test_bf16_costs_the_rounding_of_its_logits_and_no_more(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(loss, "CHUNK_NUMBERS", rows * VOCABULARY)
+    monkeypatch.setitem(loss.CHUNK_NUMBERS, "cpu", rows * VOCABULARY)
     total, hidden_gradient, weight_gradient = ours(*world(torch.bfloat16))
     true = exact(*world(torch.bfloat16))
     assert (total.dtype, hidden_gradient.dtype, weight_gradient.dtype) == (torch.float32, torch.bfloat16, torch.float32)

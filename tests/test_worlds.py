@@ -1,13 +1,15 @@
 """One recipe on any number of processes, sharded or not: the same windows, the same curve, and the same bits after a stop."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llm import checkpoint
-from tests.forks import digest, run_group, train, write_recipe, write_text
+from tests.forks import digest, run, run_group, train, write_recipe, write_text
 
 NODE = 2  # processes of a node, for hybrid
 LAYOUTS = [(1, "none"), (2, "none"), (4, "none"), (2, "full"), (4, "full"), (4, "hybrid")]
@@ -36,6 +38,19 @@ def go(folder: Path, recipe: Path, world: int, shard: str, status: int = 0, **op
     assert newest.manifest["machine"]["world"] == world and newest.manifest["machine"]["machine.shard"] == shard
 
 
+def dealt_to_itself(act: Callable[[], None]) -> Callable[[], None]:
+    """The act, in a group of one process: what machine.shard asks for is done by the engine as among many."""
+
+    def alone() -> None:
+        on_gpu = torch.cuda.is_available()
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        act()
+
+    return alone
+
+
 # AdamW's update is smooth in the gradient; Muon's orthogonalisation amplifies the rounding of the sums.
 TOLERANCES = {"adamw": 1e-5, "muon": 1e-4}
 
@@ -54,6 +69,18 @@ def one_curve(folder: Path, text: Path, optimizer: str, tied: bool, steps: int, 
 @pytest.mark.parametrize(("optimizer", "tied"), [("muon", True), ("adamw", False)])
 def test_the_curve_is_the_same_on_1_and_2_processes(tmp_path: Path, text: Path, optimizer: str, tied: bool) -> None:
     one_curve(tmp_path, text, optimizer, tied, 30, FAST)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_one_process_that_deals_rows_to_itself_ends_in_the_bits_of_one_that_does_not(
+    tmp_path: Path, text: Path, optimizer: str
+) -> None:
+    recipe = write_recipe(tmp_path, text, **{"train.optimizer": optimizer, "machine.shard": "full"})
+    for name, act in {"whole": train(recipe), "dealt": dealt_to_itself(train(recipe))}.items():
+        (tmp_path / name).mkdir()
+        ended = run(act, tmp_path / name)
+        assert ended.status == 0, ended.err
+    assert digest(tmp_path / "dealt") == digest(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""Generation against transformers on equal weights: python tests/benchmarks/generation.py [RECIPE ...] [--threads N]
+"""Generation against transformers on equal weights: python tests/benchmarks/generation.py [RECIPE ...] [--threads N] [--device cuda]
 
 Each recipe's shape, weights drawn at random, is saved as a checkpoint, which transformers opens as it lies. Both then say the
-same tokens greedily, in fp32, in turn, so that a machine whose speed wanders slows both alike; min/median/max of tokens/s are
-printed. Theirs: `generate` under inference_mode, its default cache, no end token and no logits processor.
+same tokens greedily, in one precision, in turn, so that a machine whose speed wanders slows both alike; min/median/max of tokens/s
+are printed. Theirs: `generate` under inference_mode, its default cache, no end token and no logits processor.
 """
 
 import argparse
@@ -33,14 +33,15 @@ def theirs_of(folder: Path) -> Any:
     return model
 
 
-def compare(recipe: str, rows: int) -> None:
+def compare(recipe: str, rows: int, device: str, dtype: torch.dtype, rounds: int) -> None:
     settled = load(Path(recipe), ["model.dropout=0"])
     shape, vocabulary = settled.model, settled.tokenizer.vocabulary
     ours = tiny.stirred(Transformer(shape, vocabulary), seed=5).eval()
     like: Any = SimpleNamespace(bos=1, vocabulary=vocabulary, banned=(), is_exact_bpe=False)  # no text is needed here
     with tempfile.TemporaryDirectory() as folder:
-        theirs = theirs_of(saved(Path(folder) / "step-000001", ours, like))
-    prompts = tiny.ids(rows, PROMPT_TOKENS, vocabulary=vocabulary)
+        theirs = theirs_of(saved(Path(folder) / "step-000001", ours, like)).to(device, dtype)
+    ours = ours.to(device, dtype)
+    prompts = tiny.ids(rows, PROMPT_TOKENS, vocabulary=vocabulary).to(device)
     mask = torch.ones_like(prompts)
 
     @torch.inference_mode()
@@ -51,17 +52,23 @@ def compare(recipe: str, rows: int) -> None:
         columns = generate(ours, prompts.tolist(), NEW_TOKENS, Sampling(temperature=0))
         return [[token for token in row if token is not None] for row in zip(*columns, strict=True)]
 
-    assert we_say() == they_say()  # which also warms both
+    said, expected = we_say(), they_say()  # which also warms both
+    # In fp32 on a CPU to the token; elsewhere the order of sums may turn two that are as good as equal.
+    same = [a == b for one, other in zip(said, expected, strict=True) for a, b in zip(one, other, strict=True)]
+    assert all(same) or device != "cpu"
     sides: dict[str, Callable[[], object]] = {"transformers": they_say, "ours": we_say}
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, say in sides.items():
             began = time.perf_counter()
             say()
             rates[name].append(rows * NEW_TOKENS / (time.perf_counter() - began))
     gain = statistics.median(a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True))
     cells = [f"{f(values):9,.0f}" for values in rates.values() for f in (min, statistics.median, max)]
-    print(f"{Path(recipe).stem:12}{rows:6}{''.join(cells)}{gain:8.2f}", flush=True)
+    print(
+        f"{Path(recipe).stem:12}{rows:6}{''.join(cells)}{gain:8.2f}   {sum(same) / len(same):.0%} of the tokens equal",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -71,18 +78,23 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(
-        f"{versions}, {given.threads} threads, fp32, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {ROUNDS} rounds, tokens/s"
+        f"{versions}, {given.device}, {given.threads} threads, {given.precision}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, "
+        f"{given.rounds} rounds, tokens/s"
     )
     print(f"{'':18}{'transformers':>27}{'ours':>27}{'gain':>8}")
     print(f"{'recipe':12}{'rows':>6}" + f"{'min':>9}{'median':>9}{'max':>9}" * 2)
     for recipe in given.recipes:
         for rows in given.rows:
-            compare(recipe, rows)
+            dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+            compare(recipe, rows, given.device, dtype, given.rounds)
 
 
 if __name__ == "__main__":

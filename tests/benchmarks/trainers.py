@@ -1,7 +1,11 @@
-"""Tokens a second against Hugging Face's Trainer at equal shape, data, cores and precision: python tests/benchmarks/trainers.py
+"""Tokens a second against Hugging Face's Trainer at equal shape, data, device and precision.
+
+    python tests/benchmarks/trainers.py [--shapes quickstart classic small] [--precision bf16]
+    python tests/benchmarks/trainers.py --gigabytes 12 --precision bf16 --shapes small medium large     # on a GPU, held to so much of it
 
 Both train Qwen3's architecture with fused AdamW from the same windows of the packaged text, without dropout, evaluation or
-checkpoints; each in processes of its own, in turn. A step's time is the median of its run without the first three.
+checkpoints; each in processes of its own, in turn. A step's time is the median of its run without the first three. On a GPU both
+take the largest micro-batch that fits, ours as `auto` finds it, theirs by halving until it runs.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -21,21 +26,46 @@ SHAPES = {
     "classic": (9, ["train.tokens_per_step=4096", "model.dropout=0"]),
     "small": (7, ["train.tokens_per_step=4096"]),
 }
+GPU_SHAPES = {
+    "quickstart": (60, []),
+    "small": (25, []),
+    "medium": (12, ["train.tokens_per_step=65536"]),
+    "large": (8, ["train.tokens_per_step=65536"]),
+}
 PLAIN = ["text.files=[wiki-leads]", "evaluate.every=100k", "checkpoint.every=100k", "evaluate.prompts=[]", "tracking.every=1",
          "train.optimizer=adamw", "train.learning_rate=1e-3", "train.weight_decay=0.1", "model.dropout=0", "train.warmup=0", "train.decay=0"]  # fmt: skip
+# Runs a script held to so many gigabytes of the card (0: a CPU) and says how much of it was taken.
+HELD = """
+import runpy, sys, torch
+gigabytes = float(sys.argv.pop(1))
+if gigabytes:
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 2**30 / torch.cuda.mem_get_info()[1]))
+sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    if gigabytes:
+        print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} {torch.cuda.max_memory_reserved() / 2**30:.2f}")
+"""
 
 
-def ours(recipe: str, overrides: list[str]) -> None:
+def result(tokens_per_second: float, **others: Any) -> None:
+    print(json.dumps({"tokens_per_second": tokens_per_second, **others}))
+
+
+def ours(recipe: str, gigabytes: float, overrides: list[str]) -> None:
     """Run the launch script; print the median tokens a second of its record."""
-    subprocess.run(
-        [sys.executable, str(ROOT / "launch/train.py"), recipe, *overrides], check=True, stdout=subprocess.DEVNULL
-    )
+    line = [sys.executable, "-c", HELD, str(gigabytes), str(ROOT / "launch/train.py"), recipe, *overrides]
+    done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
     name = next(each.removeprefix("run=") for each in overrides if each.startswith("run="))
-    lines = map(json.loads, Path("runs", name, "metrics.jsonl").read_text().splitlines())
-    print(statistics.median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line][3:]))
+    lines = list(map(json.loads, Path("runs", name, "metrics.jsonl").read_text().splitlines()))
+    median = {key: statistics.median([line[key] for line in lines if key in line][3:]) for key in ("tokens_per_second", "utilisation")}  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.startswith(("peak", "machine.compile"))]
+    micro_batch = json.loads(Path("runs", name, "machine.json").read_text())["micro_batch"]
+    result(**median, micro_batch=micro_batch, said="; ".join(said))
 
 
-def theirs(recipe_path: str, overrides: list[str]) -> None:
+def theirs(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
     import torch
     from torch.utils.data import Dataset
     from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -47,6 +77,8 @@ def theirs(recipe_path: str, overrides: list[str]) -> None:
     from llm.recipe import load
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if gigabytes:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 2**30 / torch.cuda.mem_get_info()[1]))
     recipe = load(Path(recipe_path), overrides)
     prepared = prepare(recipe, lambda line: None)
     side, context = prepared.shards.train, recipe.model.context
@@ -66,65 +98,79 @@ def theirs(recipe_path: str, overrides: list[str]) -> None:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *arguments: object, **options: object) -> None:
+            if gigabytes:
+                torch.cuda.synchronize()
             times.append(time.perf_counter())
 
     config = json.loads(model_files(recipe.model, prepared.tokenizer, Family())["config.json"])
-    model = Qwen3ForCausalLM(Qwen3Config(**config))
-    micro_batch = max(
-        n for n in range(1, recipe.windows_per_step + 1) if recipe.windows_per_step % n == 0 and n * context <= 2048
-    )
-    arguments = TrainingArguments(
-        output_dir="theirs", max_steps=recipe.train.steps, per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=recipe.windows_per_step // micro_batch, learning_rate=1e-3, lr_scheduler_type="constant",
-        optim="adamw_torch_fused", max_grad_norm=recipe.train.clip, weight_decay=recipe.train.weight_decay, use_cpu=True,
-        bf16=recipe.machine.precision == "bf16", report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True,
-        dataloader_pin_memory=False)  # fmt: skip
-    Trainer(model=model, args=arguments, train_dataset=Windows(), callbacks=[Clock()]).train()
+    windows = recipe.windows_per_step
+    sizes = [n for n in range(windows, 0, -1) if windows % n == 0 and (gigabytes or n * context <= 2048)]
+    for micro_batch in sizes:
+        times.clear()
+        model = Qwen3ForCausalLM(Qwen3Config(**config))
+        arguments = TrainingArguments(
+            output_dir="theirs", max_steps=recipe.train.steps, per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=windows // micro_batch, learning_rate=1e-3, lr_scheduler_type="constant",
+            optim="adamw_torch_fused", max_grad_norm=recipe.train.clip, weight_decay=recipe.train.weight_decay, use_cpu=not gigabytes,
+            bf16=recipe.machine.precision == "bf16", gradient_checkpointing=recipe.machine.recompute, report_to=[], save_strategy="no",
+            logging_steps=10**6, disable_tqdm=True, dataloader_pin_memory=bool(gigabytes))  # fmt: skip
+        try:
+            Trainer(model=model, args=arguments, train_dataset=Windows(), callbacks=[Clock()]).train()
+            break
+        except torch.OutOfMemoryError:
+            del model
+        torch.cuda.empty_cache()
     steps = [b - a for a, b in pairwise(times[2:])]
-    print(recipe.train.tokens_per_step / statistics.median(steps))
+    peak = f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f}" if gigabytes else ""
+    result(recipe.train.tokens_per_step / statistics.median(steps), micro_batch=micro_batch, said=peak)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--shapes", nargs="*", default=["quickstart", "classic", "small"])
+    parser.add_argument("--gigabytes", type=float, default=0, help="train on a GPU, held to so much of its memory")
+    parser.add_argument("--steps", type=int, default=0, help="of each run, instead of what its shape says")
     parser.add_argument("--only", choices=["ours", "theirs"])
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
     if given.only:
-        return (ours if given.only == "ours" else theirs)(given.rest[0], given.rest[1:])
+        return (ours if given.only == "ours" else theirs)(given.rest[0], given.gigabytes, given.rest[1:])
     print(f"{'tokens a second, ' + given.precision:28}{'min':>10}{'median':>10}{'max':>10}")
     with tempfile.TemporaryDirectory() as folder:
         for shape in given.shapes:
-            steps, changes = SHAPES[shape]
-            found: dict[str, list[float]] = {"ours": [], "theirs": [], "ours, Muon": []}
+            steps, changes = (GPU_SHAPES if given.gigabytes else SHAPES)[shape]
+            found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": [], "ours, Muon": []}
             for round in range(given.rounds):
-                for who, speeds in found.items():
+                for who, results in found.items():
                     line = [
                         sys.executable,
                         __file__,
+                        "--gigabytes",
+                        str(given.gigabytes),
                         "--only",
                         who.split(",")[0],
                         "--",
-                        str(ROOT / f"recipes/{shape}.yaml"),
-                        *PLAIN,
                     ]
                     line += [
+                        str(ROOT / f"recipes/{shape}.yaml"),
+                        *PLAIN,
                         *changes,
-                        f"train.steps={steps}",
-                        f"machine.precision={given.precision}",
-                        f"text.cache={folder}/cache",
+                        f"train.steps={given.steps or steps}",
                     ]
+                    line += [f"machine.precision={given.precision}", f"text.cache={folder}/cache"]
                     line += [f"run={shape}-{who[-4:]}-{round}"]
                     line += ["train.optimizer=muon", "train.learning_rate=0.02"] if "Muon" in who else []
                     done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-                    speeds.append(float(done.stdout.split()[-1]))
-            for who, speeds in found.items():
-                print(
-                    f"{shape + ', ' + who:28}{min(speeds):10,.0f}{statistics.median(speeds):10,.0f}{max(speeds):10,.0f}"
-                )
-            ratio = [a / b for a, b in zip(found["ours"], found["theirs"], strict=True)]
+                    results.append(json.loads(done.stdout.splitlines()[-1]))
+            for who, results in found.items():
+                speeds = [each["tokens_per_second"] for each in results]
+                others = {k: v for k, v in results[-1].items() if k != "tokens_per_second"}
+                numbers = f"{min(speeds):10,.0f}{statistics.median(speeds):10,.0f}{max(speeds):10,.0f}"
+                print(f"{shape + ', ' + who:28}{numbers}   {others}")
+            pairs = zip(found["ours"], found["theirs"], strict=True)
+            ratio = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
             print(
                 f"{shape + ', ours / theirs':28}{min(ratio):10.2f}{statistics.median(ratio):10.2f}{max(ratio):10.2f}",
                 flush=True,
