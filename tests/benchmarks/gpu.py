@@ -33,10 +33,10 @@ VARIANTS = {
     "medium, 8 windows, recompute": (
         MEDIUM,
         f"train.steps=8 {MEDIUM_STEP} machine.micro_batch=8 machine.compile=false machine.recompute=true",
-    ),  # fmt: skip
+    ),
     "large": (LARGE, "train.steps=6"),
     "large, one third of a step": (LARGE, "train.steps=8 train.tokens_per_step=65536"),
-}  # fmt: skip
+}
 
 
 def variants(names: list[str], gigabytes: float) -> None:
