@@ -47,9 +47,10 @@ def hashed_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: in
         return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
     high, low = (positions >> 32).int(), ((positions + (1 << 31)) % (1 << 32) - (1 << 31)).int()
-    odd = as_int32(0x9E3779B1)
-    key = scramble(scramble(scramble(scramble(low) ^ as_int32(seed)) + high) + site.int() * odd)[:, None]
-    counter = torch.arange(tokens * dim, dtype=torch.int32, device=positions.device) * odd
+    place = site.int() * as_int32(0x9E3779B1)
+    key = scramble(scramble(scramble(scramble(low) ^ as_int32(seed)) + high) + place)[:, None]
+    # Not a multiple of it: a compiler would join the factors, beyond what 32 bits hold.
+    counter = torch.arange(tokens * dim, dtype=torch.int32, device=positions.device)
     word = scramble(scramble(counter[None] ^ key) + key)
     return ((word & 0xFFFF) >= round(rate * 65536)).view(-1, tokens, dim)
 

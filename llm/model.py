@@ -218,7 +218,7 @@ class Transformer(nn.Module):
                 spread = {"embed_tokens": 4 / self.shape.dim if self.shape.tied else 0.02, "lm_head": 0.001}
                 deviation = spread.get(name.split(".")[-2], self.shape.dim**-0.5)
                 generator = torch.Generator().manual_seed(mix(seed, index) >> 1)
-                drawn = torch.randn(weight.shape, generator=generator) * deviation
+                drawn = torch.randn(weight.shape, generator=generator, device="cpu") * deviation
                 rows = held(weight)
                 rows.local.copy_(drawn[rows.low : rows.low + len(rows.local)])
 

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -160,7 +161,8 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_short_of_memory(error):
                     raise
-            self.halve(step + 1)  # here, where what the failed one held is free
+                let_go(error)
+            self.halve(step + 1)
 
     def halve(self, step: int) -> None:
         """Take the next smaller micro-batch; GroupError, with the setting that may do, where that cannot be."""
@@ -554,7 +556,12 @@ class Trainer:
     def measured_flops(self) -> float:
         """Operations a second of this machine's own matrix product, in the type that the model is multiplied in."""
         dtype = TYPES[self.recipe.machine.precision]
-        return cost.measured_flops(self.device, dtype, 1024 if self.device.type == "cpu" else 8192)
+        for size in (8192, 4096, 2048) if self.device.type != "cpu" else ():
+            try:
+                return cost.measured_flops(self.device, dtype, size)
+            except torch.OutOfMemoryError as error:  # the model has nearly all of it
+                let_go(error)
+        return cost.measured_flops(self.device, dtype, 1024)
 
     @cached_property
     def step_flops(self) -> float:
@@ -592,7 +599,8 @@ class Trainer:
                 try:
                     self._pass(size)
                     short = False
-                except torch.OutOfMemoryError:
+                except torch.OutOfMemoryError as error:
+                    let_go(error)
                     short = True
                 if self.council.largest(short):
                     break
@@ -611,6 +619,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_short_of_memory(error):
                     raise
+                let_go(error)
             self.halve(self.state.step + 1)
 
     def compile(self) -> bool:
@@ -635,6 +644,7 @@ class Trainer:
             for block in self.model.blocks:
                 block._compiled_call_impl = None
             compile_loss(False)
+            let_go(error)
             self.recipe = replace(self.recipe, machine=replace(self.recipe.machine, compile=False))
             return False
         group.say(f"machine.compile: the blocks were compiled in {time.perf_counter() - began:.0f} s")
@@ -666,6 +676,17 @@ class Trainer:
 
 def is_short_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error)) is not None
+
+
+def let_go(error: BaseException) -> None:
+    """Empty the frames that an exception holds: activations, and contexts of the engine that were entered in them.
+
+    Before torch 2.13 a block that is recomputed, cut off, would take the next pass's activations for its own.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__context__
 
 
 def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: str) -> None:

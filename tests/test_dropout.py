@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from llm.dropout import dropout, hashed_mask, keep_mask
+from llm.model import Block
+from llm.trainer import let_go
 from tests import tiny
 
 TOKENS, DIM = 31, 33  # an odd number of elements, so that a window does not end with a word of bits
@@ -153,3 +155,26 @@ def test_a_block_that_is_computed_again_drops_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
     without = model(tiny.ids(4, 16), tiny.ids(4, 16, seed=1))
     assert not torch.equal(kept[0], without)  # so something was dropped
+
+
+def test_a_recomputed_block_that_was_cut_off_leaves_nothing_behind_although_its_error_is_kept() -> None:
+    """As where memory runs short: the engine's contexts, which a frame of the error holds, are closed by `let_go`."""
+    model, kept = tiny.transformer(dropout=0.3), []
+    model.model.recompute = True
+
+    def there_and_back() -> list[Tensor]:
+        loss = model(tiny.ids(4, 16), tiny.ids(4, 16, seed=1), torch.arange(4))
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    expected = there_and_back()
+    block = model.blocks[1]
+    assert isinstance(block, Block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block.mlp, "forward", lambda x: torch.empty(1 << 60))
+        try:
+            there_and_back()
+        except RuntimeError as error:
+            kept.append(error)
+            let_go(error)
+    assert "memory" in str(kept[0])
+    assert all(torch.equal(a, b) for a, b in zip(expected, there_and_back(), strict=True))

@@ -43,6 +43,8 @@ def dealt_to_itself(act: Callable[[], None]) -> Callable[[], None]:
 
     def alone() -> None:
         on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(0)
         torch.distributed.init_process_group(
             "nccl" if on_gpu else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
         )
