@@ -92,7 +92,7 @@ def steps(names: list[str], gigabytes: float, say: Callable[[str], None]) -> Non
                 continue
             said = "; ".join(line for line in done.out.splitlines() if line.startswith(("peak", "machine.compile")))
             if theirs:
-                found = next(json.loads(line) for line in done.out.splitlines() if line.startswith("{"))
+                found = next(json.loads(line) for line in done.out.splitlines() if line.startswith('{"'))
             else:
                 lines = list(map(json.loads, (folder / f"runs/run-{index}/metrics.jsonl").read_text().splitlines()))
                 found = {key: statistics.median([line[key] for line in lines if key in line][3:]) for key in ("tokens_per_second", "utilisation")}  # fmt: skip
