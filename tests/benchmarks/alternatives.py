@@ -112,8 +112,8 @@ def _shape(shape: Callable[[float], float]) -> None:
     """The fall of the rate, from 1 to 0, in another shape."""
     real = trainer.rate_share
 
-    def rate_share(step: int, *, steps: int, warmup: int, decay: float) -> float:
-        share = real(step, steps=steps, warmup=warmup, decay=decay)
+    def rate_share(step: int, *, warmup: int, **others: Any) -> float:
+        share = real(step, warmup=warmup, **others)
         return share if step < warmup else shape(share)
 
     trainer.rate_share = rate_share
@@ -142,13 +142,12 @@ def averaged() -> None:
     update, evaluate = Trainer.update, Trainer.evaluate
     averages: dict[float, list[Tensor]] = {}
 
-    @torch.no_grad()
     def averaging(self: Trainer, step: int) -> tuple[Tensor, Tensor]:
         result = update(self, step)
         weights = [p.detach() for p in self.model.parameters()]
         for share in (0.02, 0.05):
             average = averages.setdefault(share, [p.clone() for p in weights])
-            torch._foreach_lerp_(average, weights, 1 / max(1.0, min(step, share * self.recipe.train.steps)))
+            torch._foreach_lerp_(average, weights, 1 / max(1.0, min(step, share * self.steps)))
         return result
 
     @torch.no_grad()

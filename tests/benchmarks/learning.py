@@ -81,7 +81,9 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("cosine", other="cosine_decay"),
         Row("no warm-up", "train.warmup=0"),
         Row("warm-up of 50 steps", "train.warmup=50"),
-        Row("averaged weights", other="averaged", seeds=2),
+        Row("averaged weights", other="averaged"),
+        Row("averaged weights, last 20 % falling", "train.decay=20%", "averaged"),
+        Row("averaged weights, rate never falling", "train.decay=0", "averaged"),
     ]),
     "regularisation": ("text.files=[sixth.txt] model.dim=96 model.heads=3 train.epochs=8 evaluate.every=225", [
         Row("decay 0.1 (2.2 epochs)"),
