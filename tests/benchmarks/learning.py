@@ -102,6 +102,15 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     "quickstart": ("", [Row("as it stands")]),
     "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160"), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), HOBBY, NANOGPT]),
     "8M": ("train.tokens=8M evaluate.every=800", [Row("defaults")]),
+    "six-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=6 evaluate.every=450", [
+        Row("defaults"),
+        Row("dropout 5 %", "model.dropout=5%"),
+        Row("dropout 10 %", "model.dropout=10%"),
+        Row("decay 0.35 epochs", "train.weight_decay=0.35epochs"),
+        Row("decay 0.35 epochs, dropout 10 %", "train.weight_decay=0.35epochs model.dropout=10%"),
+        Row("decay 1.4 epochs", "train.weight_decay=1.4epochs"),
+        Row("decay 0.2 epochs", "train.weight_decay=0.2epochs"),
+    ]),
     "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
         Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
         Row("AdamW 1e-3, cosine, decay 0.1", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100", "cosine_decay"),
