@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from llm import store
-from llm.corpus import is_validation
+from llm.corpus import is_validation, lean_datasets
 from llm.encoders import Here, Process, cores
 from llm.errors import RefusedError
 from llm.tokenizer import Tokenizer
 
 FORMAT = 1
-FILE = 32 << 20  # bytes of text in a file: what is held in memory before it is written
+FILE = 16 << 20  # bytes of text in a file: what is held in memory before it is written
 BLOCK = 1 << 20  # bytes of text in a row of the pipeline: small next to memory, large next to what a row costs
 SIDES = ("train", "validation")
 
@@ -191,8 +191,7 @@ def _encoded(
     source: Iterator[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, processes: int
 ) -> Iterator[dict[str, Any]]:
     """The blocks in order, each with `tokens`, the ids of its documents end to end, and `starts`, where each begins."""
-    import datasets
-
+    datasets = lean_datasets()
     idle: SimpleQueue[Here | Process] = SimpleQueue()
     encoders = [(Process if processes else Here)(tokenizer, dtype) for _ in range(processes or cores())]
     for encoder in encoders:

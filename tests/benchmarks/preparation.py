@@ -127,15 +127,14 @@ def memory(folder: Path, text: str) -> None:
         shutil.rmtree(folder / "data", ignore_errors=True)
         process = subprocess.Popen([sys.executable, "-m", "llm.prepare", str(recipe)])
         began = time.perf_counter()
-        most, high = 0, 0  # KiB: of all processes at one moment (pages that they share counted twice), and of one alone
+        most, high = 0, 0  # KiB: of all processes at one moment (pages that they share counted once), and of one alone
         while process.poll() is None:
             together = 0
             for pid in [str(process.pid), *children(process.pid)]:
                 with suppress(OSError, IndexError):
-                    status = Path(f"/proc/{pid}/status").read_text()
-                    together += int(status.split("VmRSS:")[1].split()[0])
-                    high = max(high, int(status.split("VmHWM:")[1].split()[0]))
-            most = max(most, together, high)
+                    high = max(high, int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]))
+                    together += int(Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0])
+            most = max(most, together)
             time.sleep(0.02)
         print(
             f"{file.stat().st_size / 1e6:.0f} MB: peak {most / 1024:.0f} MiB, of one process {high / 1024:.0f}, "
