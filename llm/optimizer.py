@@ -28,7 +28,8 @@ WIDTH = 192  # at this width; those of matrices fall with the root of it, as eve
 POLYNOMIALS = ((7.9883, -23.2063, 17.1169), (3.5093, -2.6294, 0.5260), (2.4945, -1.8380, 0.4372))
 LEVEL = 0.88  # where the five usual polynomials leave singular values, and for which rates are usually given
 TINY = 1e-7
-STACKED = 8  # matrices of one shape that are orthogonalised together
+STACKED = 8  # matrices of one shape that are orthogonalised together, of at most so many
+STACKED_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 24}  # numbers: more keep it no busier, and take six times their memory
 VECTOR = 64  # numbers that every CPU's kernel takes at once, or a multiple of them
 
 
@@ -106,8 +107,10 @@ class Optimizer:
         matrices = {name: p for name, p in named.items() if muon and p.ndim == 2 and ".layers." in name}
         for _, same in groupby(sorted(matrices.items(), key=_by_shape), key=_by_shape):
             group = list(same)
-            for low in range(0, len(group), STACKED):
-                names, weights = zip(*group[low : low + STACKED], strict=True)
+            most = STACKED_NUMBERS["cuda" if group[0][1].is_cuda else "cpu"]
+            count = max(1, min(STACKED, most // math.prod(group[0][1].shape)))
+            for low in range(0, len(group), count):
+                names, weights = zip(*group[low : low + count], strict=True)
                 stack = Stack(list(weights), torch.stack([torch.zeros_like(held(p).local) for p in weights]))
                 for name, p, part in zip(names, weights, stack.momentum, strict=True):
                     self.moments[f"{name}/momentum"] = held(p).like(part)
@@ -136,24 +139,29 @@ class Optimizer:
         self._adamw({n: p for n, p in self.rest.items() if n not in decayed}, step, rate, 0.0, scale, finite)
 
     def _muon(self, rate: float, scale: Tensor, finite: Tensor) -> None:
-        updates = []
-        for stack in self.stacks:
-            gradient = torch.stack([_gradient(p) for p in stack.weights]).mul_(scale)
-            gradient = torch.where(finite, gradient, stack.momentum)  # towards itself: the momentum stays
-            stack.momentum.lerp_(gradient, 1 - MOMENTUM)
-            updates.append(gradient.lerp_(stack.momentum, MOMENTUM).to(self.orthogonalise_in))
-        for stack, update in zip(self.stacks, self._orthogonalised(updates), strict=True):
-            _, rows, columns = stack.shape
-            update = update.float().mul_(finite * (-rate * math.sqrt(max(1.0, rows / columns))))
-            weights = [held(p).local for p in stack.weights]
-            torch._foreach_mul_(weights, 1 - finite.float() * (rate * self.decay))
-            torch._foreach_add_(weights, update.unbind())
+        workers = self.layout.parts if self.layout.sharded else size()
+        for low in range(0, len(self.stacks), workers):  # one for each at a time, as memory is short
+            stacks, updates = self.stacks[low : low + workers], []
+            for stack in stacks:
+                gradient = torch.stack([_gradient(p) for p in stack.weights]).mul_(scale)
+                for p in stack.weights:
+                    p.grad = None
+                gradient = torch.where(finite, gradient, stack.momentum)  # towards itself: the momentum stays
+                stack.momentum.lerp_(gradient, 1 - MOMENTUM)
+                updates.append(gradient.lerp_(stack.momentum, MOMENTUM).to(self.orthogonalise_in))
+                del gradient
+            for stack, update in zip(stacks, self._orthogonalised(stacks, updates), strict=True):
+                _, rows, columns = stack.shape
+                update = update.float().mul_(finite * (-rate * math.sqrt(max(1.0, rows / columns))))
+                weights = [held(p).local for p in stack.weights]
+                torch._foreach_mul_(weights, 1 - finite.float() * (rate * self.decay))
+                torch._foreach_add_(weights, update.unbind())
 
-    def _orthogonalised(self, updates: list[Tensor]) -> list[Tensor]:
+    def _orthogonalised(self, stacks: list[Stack], updates: list[Tensor]) -> list[Tensor]:
         """This process's rows of each stack's orthogonalised update; each stack is worked on by one process only."""
-        layout, shapes = self.layout, [stack.shape for stack in self.stacks]
+        layout = self.layout
         if layout.sharded:
-            return exchanged(updates, shapes, layout, orthogonalised)
+            return exchanged(updates, [stack.shape for stack in stacks], layout, orthogonalised)
         if size() == 1:
             return [orthogonalised(update) for update in updates]
         results = []

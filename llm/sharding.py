@@ -18,6 +18,8 @@ from torch import Tensor, nn
 Module = TypeVar("Module", bound=nn.Module)
 Group = dist.ProcessGroup | None  # None: all processes, or the only one
 
+EXCHANGED = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers of a sum that are under way at once, beside the sum itself
+
 # The name differs between the torch versions that we support.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -38,9 +40,13 @@ def tree_sum(parts: list[Tensor]) -> Tensor:
 
 def reduce_scatter(output: Tensor, flat: Tensor, group: Group = None) -> None:
     """Into `output`: this process's part of the sum of `flat` over the group, in canonical order."""
-    received = torch.empty_like(flat)
-    dist.all_to_all_single(received, flat, group=group)
-    output.copy_(tree_sum(list(received.view(size(group), -1))))
+    parts = flat.view(size(group), -1)
+    each = max(1, EXCHANGED["cuda" if flat.is_cuda else "cpu"] // len(parts))
+    for low in range(0, len(output), each):
+        piece = parts[:, low : low + each].contiguous()
+        received = torch.empty_like(piece)
+        dist.all_to_all_single(received, piece, group=group)
+        output[low : low + each] = tree_sum(list(received))
 
 
 def all_reduce(flat: Tensor, group: Group = None) -> Tensor:
@@ -160,6 +166,8 @@ class Layout:
         assert isinstance(module, FSDPModule)
         module.set_custom_reduce_scatter(CanonicalReduceScatter())
         module.set_gradient_divide_factor(1.0)
+        if self.mesh.device_type == "cpu":  # nothing is gained by having the next block whole before it is its turn
+            module.set_modules_to_backward_prefetch([module])
         if root:
             module.set_force_sum_reduction_for_comms(True)
             register_fsdp_forward_method(module, "logits")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm import optimizer, trainer
-from llm.optimizer import Optimizer
+from llm.optimizer import Optimizer, Stack
 from llm.sharding import held
 from llm.stream import whole
 from llm.trainer import Trainer
@@ -37,19 +37,19 @@ def plant(text: str) -> None:
             setattr(place, last, given)
 
 
-def _updates(change: Callable[[Optimizer, int, Tensor], Tensor]) -> None:
+def _updates(change: Callable[[Optimizer, Stack, Tensor], Tensor]) -> None:
     """`change` each stack's orthogonalised update, before it is scaled."""
     real = Optimizer._orthogonalised
-    Optimizer._orthogonalised = lambda self, given: [  # type: ignore[method-assign]
-        change(self, number, update.float()) for number, update in enumerate(real(self, given))
+    Optimizer._orthogonalised = lambda self, stacks, given: [  # type: ignore[method-assign]
+        change(self, stack, update.float()) for stack, update in zip(stacks, real(self, stacks, given), strict=True)
     ]
 
 
 def rms_scale() -> None:
     """Updates of the size of AdamW's, 0.2 sqrt(max(rows, columns)), instead of sqrt(max(1, rows / columns))."""
 
-    def scaled(self: Optimizer, number: int, update: Tensor) -> Tensor:
-        _, rows, columns = self.stacks[number].shape
+    def scaled(self: Optimizer, stack: Stack, update: Tensor) -> Tensor:
+        _, rows, columns = stack.shape
         return update * (0.2 * math.sqrt(max(rows, columns)) / math.sqrt(max(1.0, rows / columns)))
 
     _updates(scaled)
@@ -60,7 +60,8 @@ def normuon() -> None:
     squares: dict[int, Tensor] = {}
     steps: dict[int, int] = {}
 
-    def normed(self: Optimizer, number: int, update: Tensor) -> Tensor:
+    def normed(self: Optimizer, stack: Stack, update: Tensor) -> Tensor:
+        number = id(stack)
         square = update.square().mean(-1, keepdim=True)
         steps[number] = steps.get(number, 0) + 1
         running = squares.setdefault(number, torch.zeros_like(square))
@@ -81,8 +82,8 @@ def cautious() -> None:
         real(self, rate, *others)
         self.decay = decay
 
-    def decayed(self: Optimizer, number: int, update: Tensor) -> Tensor:
-        for p, part in zip(self.stacks[number].weights, update, strict=True):
+    def decayed(self: Optimizer, stack: Stack, update: Tensor) -> Tensor:
+        for p, part in zip(stack.weights, update, strict=True):
             held(p).local.mul_(1 - now["rate"] * (part * held(p).local > 0))
         return update
 
@@ -92,8 +93,8 @@ def cautious() -> None:
 
 def no_nesterov() -> None:
     real = Optimizer._orthogonalised
-    Optimizer._orthogonalised = lambda self, given: real(  # type: ignore[method-assign]
-        self, [stack.momentum.to(each.dtype) for stack, each in zip(self.stacks, given, strict=True)]
+    Optimizer._orthogonalised = lambda self, stacks, given: real(  # type: ignore[method-assign]
+        self, stacks, [stack.momentum.to(each.dtype) for stack, each in zip(stacks, given, strict=True)]
     )
 
 
