@@ -5,6 +5,8 @@ same vector are one; a norm's weight is multiplied into what follows it; wide ma
 times such a matrix reads memory twice as fast; and every row writes the same slot of the cache, so that a slice does.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,6 +101,7 @@ class Replay:
     """
 
     LEAST = 128  # slots of the shortest graph; each following one has twice as many
+    streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # one to record on: libraries keep a buffer for each
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
         self.model, self.cache = model, cache
@@ -122,7 +125,8 @@ class Replay:
         if slots not in self.graphs:
             self.graphs[slots] = self.record(slots)
         graph, logits = self.graphs[slots]
-        graph.replay()
+        with torch.cuda.device(self.tokens.device):
+            graph.replay()
         self.positions += 1
         return logits
 
@@ -136,14 +140,17 @@ class Replay:
         strict = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)  # each slot is written once: the kernels that sort are not needed
         try:
-            beside = torch.cuda.Stream()  # libraries make their buffers at a first call, which must not be recorded
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                act()
-            torch.cuda.current_stream().wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = act()
+            device = self.tokens.device
+            with torch.cuda.device(device):
+                if device not in self.streams:
+                    self.streams[device] = torch.cuda.Stream()
+                beside, graph = self.streams[device], torch.cuda.CUDAGraph()
+                beside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(beside):
+                    act()  # libraries make their buffers at a first call, which must not be recorded
+                torch.cuda.current_stream().wait_stream(beside)
+                with torch.cuda.graph(graph, stream=beside):
+                    logits = act()
         finally:
             torch.use_deterministic_algorithms(strict)
         return graph, logits

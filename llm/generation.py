@@ -36,7 +36,8 @@ def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: t
         logits = torch.where(seen, punished, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    # On the CPU, so that a seed says the same on any device, and as CUDA refuses some of this where bits must repeat.
+    device, logits = logits.device, logits.cpu() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k, dim=-1).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:
@@ -47,8 +48,7 @@ def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: t
     if sampling.min_p > 0:
         shares = logits.softmax(-1)
         logits = logits.masked_fill(shares < sampling.min_p * shares.amax(-1, keepdim=True), -torch.inf)
-    # Drawn on the CPU, so that a seed says the same on any device.
-    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].to(device)
 
 
 @torch.no_grad()

@@ -52,8 +52,8 @@ class _HeadAndLoss(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if learn else None
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learn else None
         most = CHUNK_NUMBERS["cuda" if hidden.device.type == "cuda" else "cpu"]
-        chunks = -(-hidden.shape[0] // max(1, most // weight.shape[0]))
-        rows = -(-hidden.shape[0] // chunks)  # all but the last of one size, which differs little
+        chunks = max(1, -(-hidden.shape[0] // max(1, most // weight.shape[0])))
+        rows = max(1, -(-hidden.shape[0] // chunks))  # all but the last of one size, which differs little
         for low in range(0, hidden.shape[0], rows):
             part, target = hidden[low : low + rows], targets[low : low + rows]
             logits = part @ head.T  # (rows, vocabulary)

@@ -156,7 +156,8 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
 def repeat_bits() -> None:
     """Take those of CUDA's kernels only that add in the same order each time: attention's usual one on the way back,
     for one, adds as its threads come by."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") != ":16:8":  # the only other one that does
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -174,8 +174,10 @@ class Decoder(nn.Module):
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, windows, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, cos, sin, windows, cache)
+            elif cache is None:
+                x = block(x, cos, sin, windows)
+            else:  # not compiled: each layer and each length would be
+                x = block._call_impl(x, cos, sin, windows, cache)
         return self.norm(x)  # (B, T, D)
 
 

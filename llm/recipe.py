@@ -125,7 +125,9 @@ class Machine:
     recompute: bool = setting(
         False, unit="forget each block's activations and compute them again: less memory, a third slower"
     )
-    compile: bool = setting(False, unit="compile each block; pays on long runs, needs a C++ compiler")
+    compile: bool = setting(
+        False, unit="compile each block, on a GPU the loss too; pays on long runs, needs a C++ compiler or Triton"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,7 @@ MACHINE_HALF = (
     "machine.",
 )
 NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a run: never a way out of runs/
-MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 5, 0.1  # what dropout = auto comes to where the text is read more often than this
+MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # what dropout = auto comes to where the text is read more often than this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of weight_decay = auto
 MOST_DECAY = 3.2  # that a time constant may ask for
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.hours")  # a recipe names exactly one

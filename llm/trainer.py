@@ -107,6 +107,7 @@ class Trainer:
         self.sound: list[Tensor] = []  # of each update since the last look: whether loss and gradient were finite
         self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
         self.model.model.recompute = recipe.machine.recompute
+        compile_loss(False)  # until `compile`
         self.wrapped: Any = self.model
         if not self.layout.sharded:
             # Placed because we say so: to find that out, accelerate would import all of torch's sharded tensors.
@@ -179,6 +180,8 @@ class Trainer:
         if group.world() > 1 or not self.auto or self.recipe.machine.exact:
             other = "take another run=NAME" if self.recipe.machine.exact else "run the same command again"
             raise GroupError(f"{short}: {other} with machine.micro_batch={size}")
+        if self.recipe.machine.compile:  # as a process would that begins with this size
+            torch._dynamo.reset()
         self.recipe = replace(self.recipe, machine=replace(self.recipe.machine, micro_batch=size))
         remember(self.recipe, self.run)
         event = f"{short}: it is done anew in micro-batches of {size}, as are all from here on"
@@ -603,6 +606,11 @@ class Trainer:
                     let_go(error)
                     short = True
                 if self.council.largest(short):
+                    if self.layout.sharded:  # the engine is left in the middle of what it gathered
+                        raise GroupError(
+                            f"no memory for micro-batches of {size} windows: run the same command again with "
+                            f"machine.micro_batch={fits}, or with machine.recompute=true"
+                        )
                     break
                 fits = size
             torch.cuda.empty_cache()
@@ -621,6 +629,7 @@ class Trainer:
                     raise
                 let_go(error)
             self.halve(self.state.step + 1)
+            compiled = False
 
     def compile(self) -> bool:
         """Compile each block and say how long it took; go on without (False) where this machine cannot."""
@@ -655,7 +664,7 @@ class Trainer:
         tokens = torch.zeros(micro_batch, self.recipe.model.context, dtype=torch.int64, device=self.device)
         with nullcontext() if self.layout.sharded else self.accelerator.no_sync(self.wrapped):
             with self.accelerator.autocast():
-                loss = self.wrapped(tokens, tokens, tokens[:, 0])
+                loss = self.wrapped(tokens, tokens, tokens[:, 0].contiguous())  # laid out as those of a batch are
             loss.backward()
         loss.item()
         self.model.zero_grad(set_to_none=True)
