@@ -1,7 +1,7 @@
 """What a text allows a recipe, and what came of it: each ends with the one change that would help most.
 
-That up to four epochs cost almost nothing is what others found at larger sizes; when dropout pays was looked at for some
-sizes of ours (recipes/README.md).
+That up to four epochs cost almost nothing is what others found at larger sizes; when dropout pays was looked at for
+some sizes of ours (recipes/README.md).
 """
 
 from typing import Any
