@@ -1,5 +1,6 @@
 """Memory that runs short halves the micro-batch and does the step anew, on the same curve."""
 
+import ctypes
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import torch
 
 from llm.trainer import Trainer
 from tests.forks import run, run_group, train, write_recipe, write_text
+from tests.test_memory import M_MMAP_THRESHOLD
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,8 @@ def limited(recipe: Path, headroom: int, at: int, *overrides: str) -> Callable[[
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + headroom, resource.RLIM_INFINITY))
 
     def act() -> None:
+        # What is freed goes back at once: else the C library may keep enough of a pass for the next one.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
         update, rehearse = Trainer.update, Trainer.rehearse
 
         def short(self: Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:

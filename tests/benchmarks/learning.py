@@ -101,7 +101,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     ]),
     "quickstart": ("", [Row("as it stands")]),
     "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160"), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), HOBBY, NANOGPT]),
-    "8M": ("train.tokens=8M evaluate.every=800", [Row("defaults")]),
+    "8M": ("train.tokens=8M evaluate.every=800", [Row("defaults"), Row("dropout 10 %", "model.dropout=10%")]),
     "six-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=6 evaluate.every=450", [
         Row("defaults"),
         Row("dropout 5 %", "model.dropout=5%"),
