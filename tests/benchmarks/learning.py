@@ -113,7 +113,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     ]),
     "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
         Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
-        Row("AdamW 1e-3, cosine, decay 0.1", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100", "cosine_decay"),
+        Row("AdamW 1e-3, cosine, decay 0.1", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100 model.dropout=0", "cosine_decay"),
         Row("AdamW 1e-3, cosine, decay 0.1, dropout 10 %", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100 model.dropout=10%", "cosine_decay"),
     ]),
     "width-192": ("train.tokens=500k", [
