@@ -1,7 +1,8 @@
-"""One more token for every row, on a CPU: the model's arithmetic over a copy of its weights that is laid out for it.
+"""One more token for every row: on a CUDA device a replayed graph of the model's own step (`Replay`), on a CPU the
+model's arithmetic over a copy of its weights that is laid out for it (`Decoding`).
 
-A token costs what it costs to read the weights once and to call torch some times a block. So matrices that read the
-same vector are one; a norm's weight is multiplied into what follows it; wide matrices are kept transposed, as a row
+There a token costs what it takes to read the weights once and to call torch some times a block. So matrices that read
+the same vector are one; a norm's weight is multiplied into what follows it; wide matrices are kept transposed, as a row
 times such a matrix reads memory twice as fast; and every row writes the same slot of the cache, so that a slice does.
 """
 

@@ -79,12 +79,8 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     cache = Cache(model.shape, len(texts), context, device, model.lm_head.weight.dtype)
     # Weights that are dealt to several processes (by `unshard` they are known) come together in its own passes only.
-    ways: dict[str, Any] = {"cpu": Decoding, "cuda": Replay}
-    lean = (
-        ways[device.type](model, cache)
-        if device.type in ways and not hasattr(model, "unshard") and tokens > 1
-        else None
-    )
+    way = None if hasattr(model, "unshard") or tokens < 2 else {"cpu": Decoding, "cuda": Replay}.get(device.type)
+    lean: Any = way(model, cache) if way else None
     done = [False] * len(texts)
     logits = None
     for _ in range(tokens):

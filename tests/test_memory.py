@@ -63,10 +63,12 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
     return [int((folder / f"peak-{rank}").read_text()) for rank in range(world)]
 
 
-# Beside its share a process holds a block, its gradient and what is under way: as much with Muon, whose share is smaller.
-@pytest.mark.parametrize(("optimizer", "most"), [("adamw", 0.35), ("muon", 0.40)])
+MUON = "0.37 was measured: a block, its gradient and what is under way are as much beside a share that is smaller"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.xfail(reason=MUON))])
 def test_100_million_numbers_dealt_to_four_take_a_third_of_what_one_holds(
-    tmp_path: Path, text: Path, optimizer: str, most: float
+    tmp_path: Path, text: Path, optimizer: str
 ) -> None:
     recipe = write_recipe(tmp_path, text, **{
         "train.optimizer": optimizer, "model.dim": 720, "model.heads": 12, "model.layers": 16, "model.dropout": 0,
@@ -75,7 +77,7 @@ def test_100_million_numbers_dealt_to_four_take_a_third_of_what_one_holds(
     (one,) = peaks(tmp_path / "one", recipe, 1, "none")
     four = peaks(tmp_path / "four", recipe, 4, "full")
     print(f"{optimizer}: one {one / 1e6:.0f} MB, four {[round(each / 1e6) for each in four]} MB, {max(four) / one:.3f}")
-    assert max(four) <= most * one
+    assert max(four) <= 0.35 * one
 
 
 def sent(folder: Path, text: Path, steps: int, shard: str, micro_batch: int) -> int:
