@@ -101,7 +101,13 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     ]),
     "quickstart": ("", [Row("as it stands")]),
     "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160"), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), HOBBY, NANOGPT]),
-    "8M": ("train.tokens=8M evaluate.every=800", [Row("defaults"), Row("dropout 10 %", "model.dropout=10%")]),
+    "8M": ("train.tokens=8M evaluate.every=800", [
+        Row("defaults"),
+        Row("dropout 10 %", "model.dropout=10%"),
+        Row("decay 0.35 epochs", "train.weight_decay=0.35epochs"),
+        Row("decay 0.2 epochs", "train.weight_decay=0.2epochs"),
+        Row("decay 0.35 epochs, embeddings too", "train.weight_decay=0.35epochs", "embeddings_decayed"),
+    ]),
     "six-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=6 evaluate.every=450", [
         Row("defaults"),
         Row("dropout 5 %", "model.dropout=5%"),
@@ -110,6 +116,11 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("decay 0.35 epochs, dropout 10 %", "train.weight_decay=0.35epochs model.dropout=10%"),
         Row("decay 1.4 epochs", "train.weight_decay=1.4epochs"),
         Row("decay 0.2 epochs", "train.weight_decay=0.2epochs"),
+        Row("decay 0.1 epochs", "train.weight_decay=0.1epochs"),
+        Row("decay 0.35 epochs, embeddings too", "train.weight_decay=0.35epochs", "embeddings_decayed"),
+        Row("decay 0.35 epochs, rates x 1.5", "train.weight_decay=0.35epochs train.learning_rate=0.03"),
+        Row("decay 0.35 epochs, NorMuon", "train.weight_decay=0.35epochs", "normuon"),
+        Row("decay 0.35 epochs, 2,048 tokens a step", "train.weight_decay=0.35epochs train.tokens_per_step=2048 evaluate.every=225"),
     ]),
     "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
         Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
