@@ -2,8 +2,9 @@
 model's arithmetic over a copy of its weights that is laid out for it (`Decoding`).
 
 There a token costs what it takes to read the weights once and to call torch some times a block. So matrices that read
-the same vector are one; a norm's weight is multiplied into what follows it; wide matrices are kept transposed, as a row
-times such a matrix reads memory twice as fast; and every row writes the same slot of the cache, so that a slice does.
+the same vector are one; a norm's weight is multiplied into what follows it; a matrix lies as it is read fastest, for
+one row transposed where it is wide, for several in blocks where it is large; and every row writes the same slot of the
+cache, so that a slice does.
 """
 
 from typing import ClassVar
@@ -11,14 +12,40 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import mkldnn
 
 from llm.model import Block, Cache, RMSNorm, Transformer
 
+PACKED = 1 << 17  # numbers from which on a matrix does not stay in the nearest cache from one token to the next
+
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
-    """(D, outputs of all): what the projections make of a vector of length one (see `unit`)."""
-    weight = torch.cat([projection.weight for projection in projections]) * norm.weight * len(norm.weight) ** 0.5
-    return weight.t().contiguous() if weight.shape[0] > weight.shape[1] else weight.t()
+    """(outputs of all, D): what the projections make of a vector of length one (see `unit`)."""
+    return torch.cat([projection.weight for projection in projections]) * norm.weight * len(norm.weight) ** 0.5
+
+
+class Product:
+    """x (rows, D) times a matrix (outputs, D), kept as so many rows read it fastest."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        outputs, dim = weight.shape
+        large = weight.numel() >= PACKED and weight.dtype == torch.float32
+        self.packed = rows > 1 and large and mkldnn.is_available()
+        if (
+            self.packed
+        ):  # as torch's own compiler does where weights stay: blocks in the order that the kernel takes them
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        else:
+            self.weight = weight.t().contiguous() if outputs > dim else weight.t()  # (D, outputs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return x @ self.weight
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """x plus the product of y."""
+        return x + self(y) if self.packed else torch.addmm(x, y, self.weight)
 
 
 def unit(x: Tensor, least: Tensor) -> Tensor:
@@ -42,17 +69,18 @@ class Decoding:
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.embedding, self.cos, self.sin = decoder.embed_tokens.weight, decoder.cos, decoder.sin
         self.keys, self.values, self.slots = cache.keys.unbind(), cache.values.unbind(), cache.slots
-        self.blocks, head = [], (shape.head_dim,)
+        rows, self.blocks, head = len(cache.rows), [], (shape.head_dim,)
         norms: list[Tensor] = []
         for block in decoder.layers:
             assert isinstance(block, Block)
             attention, mlp = block.self_attn, block.mlp
             reads = merged(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
             gates = merged(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-            self.blocks.append((reads, attention.o_proj.weight.t(), gates, mlp.down_proj.weight.t()))
+            matrices = (reads, attention.o_proj.weight, gates, mlp.down_proj.weight)
+            self.blocks.append([Product(weight, rows) for weight in matrices])
             for norm, count in ((attention.q_norm, shape.heads), (attention.k_norm, shape.kv_heads)):
                 norms += [norm.weight if isinstance(norm, RMSNorm) else torch.full(head, shape.head_dim**-0.5)] * count
-        self.head = merged(decoder.norm, model.lm_head)
+        self.head = Product(merged(decoder.norm, model.lm_head), rows)
         self.norms = torch.stack(norms).view(shape.layers, 1, -1, shape.head_dim) * shape.head_dim**0.5
         self.normed = isinstance(attention.q_norm, RMSNorm)  # Llama's heads are not
         eps = decoder.norm.eps
@@ -79,7 +107,7 @@ class Decoding:
         self.positions = self.positions + 1
         x = self.embedding[tokens]  # (B, D)
         for layer, (reads, writes, gates, down) in enumerate(self.blocks):
-            heads = (unit(x, self.least) @ reads).view(rows, -1, self.head_dim)  # (B, H + K + K, E)
+            heads = reads(unit(x, self.least)).view(rows, -1, self.head_dim)  # (B, H + K + K, E)
             qk = unit(heads[:, :rotated], self.least_head) if self.normed else heads[:, :rotated]
             qk = torch.addcmul(qk * cos[layer], qk.roll(self.head_dim // 2, -1), sin[layer])
             keys, values = self.keys[layer], self.values[layer]  # (B, K, L, E)
@@ -88,10 +116,10 @@ class Decoding:
             # The heads that share keys stand as queries of one head.
             q = qk[:, : self.heads].view(grouped)
             y = F.scaled_dot_product_attention(q, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=mask)
-            x = torch.addmm(x, y.reshape(rows, -1), writes)
-            gate, up = (unit(x, self.least) @ gates).chunk(2, dim=-1)
-            x = torch.addmm(x, F.silu(gate) * up, down)
-        return unit(x, self.least) @ self.head
+            x = writes.added(x, y.reshape(rows, -1))
+            gate, up = gates(unit(x, self.least)).chunk(2, dim=-1)
+            x = down.added(x, F.silu(gate) * up)
+        return self.head(unit(x, self.least))
 
 
 class Replay:

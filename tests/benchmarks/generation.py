@@ -7,6 +7,7 @@ are printed. Theirs: `generate` under inference_mode, its default cache, no end 
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llm.generation import Sampling, generate
 from llm.model import Transformer
