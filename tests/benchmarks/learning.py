@@ -93,7 +93,15 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("decay 0.7 epochs, dropout 10 %", "train.weight_decay=0.7epochs model.dropout=10%"),
         Row("decay 0.7 epochs, averaged", "train.weight_decay=0.7epochs", "averaged"),
     ]),
+    "decay": (NARROW, [
+        Row("0.03", "train.weight_decay=0.03"),
+        Row("0.1", "train.weight_decay=0.1"),
+        Row("0.2", "train.weight_decay=0.2"),
+        Row("0.4", "train.weight_decay=0.4"),
+        Row("0.2, embeddings too", "train.weight_decay=0.2", "embeddings_decayed"),
+    ]),
     "vocabulary": (NARROW, [
+        Row("4,096", seeds=2),
         Row("1,024", "tokenizer.vocabulary=1024"),
         Row("2,048", "tokenizer.vocabulary=2048"),
         Row("8,192", "tokenizer.vocabulary=8192"),
