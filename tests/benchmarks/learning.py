@@ -65,6 +65,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("momentum 0.95", other="optimizer.MOMENTUM=0.95"),
         Row("momentum from 0.8 up over 200 steps", other="momentum_warmup"),
         Row("without Nesterov", other="no_nesterov"),
+        Row("two polynomials", other="two_polynomials"),
         Row("NorMuon", other="normuon", seeds=2),
         Row("updates of 0.2 sqrt(max)", other="rms_scale"),
         Row("cautious decay", other="cautious"),
@@ -73,6 +74,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     "schedule": (NARROW, [
         Row("512 tokens a step", "train.tokens_per_step=512"),
         Row("2,048 tokens a step", "train.tokens_per_step=2048"),
+        Row("2,048 tokens a step, rates x 1.4", "train.tokens_per_step=2048 train.learning_rate=0.028"),
         Row("4,096 tokens a step", "train.tokens_per_step=4096"),
         Row("last 40 % falling", "train.decay=40%"),
         Row("last 80 % falling", "train.decay=80%"),
