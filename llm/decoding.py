@@ -31,9 +31,7 @@ class Product:
         outputs, dim = weight.shape
         large = weight.numel() >= PACKED and weight.dtype == torch.float32
         self.packed = rows > 1 and large and mkldnn.is_available()
-        if (
-            self.packed
-        ):  # as torch's own compiler does where weights stay: blocks in the order that the kernel takes them
+        if self.packed:  # as torch's compiler does where weights stay: blocks in the order that the kernel takes
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         else:
             self.weight = weight.t().contiguous() if outputs > dim else weight.t()  # (D, outputs)

@@ -34,6 +34,12 @@ GPU_SHAPES = {
 }
 PLAIN = ["text.files=[wiki-leads]", "evaluate.every=100k", "checkpoint.every=100k", "evaluate.prompts=[]", "tracking.every=1",
          "train.optimizer=adamw", "train.learning_rate=1e-3", "train.weight_decay=0.1", "model.dropout=0", "train.warmup=0", "train.decay=0"]  # fmt: skip
+WHO = {
+    "ours": ["machine.compile=false"],
+    "ours, compiled": ["machine.compile=true"],
+    "theirs": [],
+    "ours, Muon": ["machine.compile=true", "train.optimizer=muon", "train.learning_rate=0.02"],
+}
 # Runs a script held to so many gigabytes of the card (0: a CPU) and says how much of it was taken.
 HELD = """
 import runpy, sys, torch
@@ -137,12 +143,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.only:
         return (ours if given.only == "ours" else theirs)(given.rest[0], given.gigabytes, given.rest[1:])
-    print(f"{'tokens a second, ' + given.precision:28}{'min':>10}{'median':>10}{'max':>10}")
+    print(f"{'tokens a second, ' + given.precision:36}{'min':>10}{'median':>10}{'max':>10}")
     with tempfile.TemporaryDirectory() as folder:
         for shape in given.shapes:
             steps, changes = (GPU_SHAPES if given.gigabytes else SHAPES)[shape]
-            found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": [], "ours, Muon": []}
-            for round in range(given.rounds):
+            found: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
+            for _ in range(given.rounds):
                 for who, results in found.items():
                     line = [
                         sys.executable,
@@ -160,21 +166,19 @@ def main() -> None:
                         f"train.steps={given.steps or steps}",
                     ]
                     line += [f"machine.precision={given.precision}", f"text.cache={folder}/cache"]
-                    line += [f"run={shape}-{who[-4:]}-{round}"]
-                    line += ["train.optimizer=muon", "train.learning_rate=0.02"] if "Muon" in who else []
+                    line += [f"run={shape}-{len(results)}-{who.replace(', ', '-')}", *WHO[who]]
                     done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
                     results.append(json.loads(done.stdout.splitlines()[-1]))
             for who, results in found.items():
                 speeds = [each["tokens_per_second"] for each in results]
                 others = {k: v for k, v in results[-1].items() if k != "tokens_per_second"}
                 numbers = f"{min(speeds):10,.0f}{statistics.median(speeds):10,.0f}{max(speeds):10,.0f}"
-                print(f"{shape + ', ' + who:28}{numbers}   {others}")
-            pairs = zip(found["ours"], found["theirs"], strict=True)
-            ratio = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
-            print(
-                f"{shape + ', ours / theirs':28}{min(ratio):10.2f}{statistics.median(ratio):10.2f}{max(ratio):10.2f}",
-                flush=True,
-            )
+                print(f"{shape + ', ' + who:36}{numbers}   {others}")
+            for who in ("ours", "ours, compiled"):
+                pairs = zip(found[who], found["theirs"], strict=True)
+                ratio = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
+                numbers = f"{min(ratio):10.2f}{statistics.median(ratio):10.2f}{max(ratio):10.2f}"
+                print(f"{f'{shape}, {who} / theirs':36}{numbers}", flush=True)
 
 
 if __name__ == "__main__":
