@@ -60,8 +60,13 @@ def main() -> None:
         if exact:
             counter.total()
 
+    passes(plain)
+    gradients = [p.grad for p in plain.parameters()]
+
     def update(optimizer: Optimizer) -> None:
-        gradient_norm([held(p.grad) for p in plain.parameters() if p.grad is not None], layout)
+        for p, gradient in zip(plain.parameters(), gradients, strict=True):
+            p.grad = gradient  # an update lets go of it
+        gradient_norm([held(gradient) for gradient in gradients if gradient is not None], layout)
         optimizer.step(1, 1.0, one, yes)
 
     variants: dict[str, Callable[[], object]] = {
