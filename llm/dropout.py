@@ -56,7 +56,7 @@ def hashed_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: in
 
 
 def dropout(hidden: Tensor, positions: Tensor, *, seed: int, site: int | Tensor, rate: float) -> Tensor:
-    """`hidden` (windows, tokens, dim), a share `rate` of it set to zero and the rest scaled up to keep the mean.
+    """In `hidden` (windows, tokens, dim) itself: a share `rate` set to zero, the rest scaled up to keep the mean.
 
     Where the code is compiled `site` is a tensor, so that it is the same code for all sites.
     """
@@ -64,4 +64,4 @@ def dropout(hidden: Tensor, positions: Tensor, *, seed: int, site: int | Tensor,
         site = positions.new_full((), site)
     mask = keep_mask if positions.device.type == "cpu" else hashed_mask
     keep = mask(positions, seed, site, hidden.shape[1], hidden.shape[2], rate)
-    return hidden * (keep.to(hidden.dtype) * (1 / (1 - rate)))
+    return hidden.mul_(keep.to(hidden.dtype).mul_(1 / (1 - rate)))
