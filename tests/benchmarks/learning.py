@@ -115,9 +115,11 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     "8M": ("train.tokens=8M evaluate.every=800", [
         Row("defaults"),
         Row("dropout 10 %", "model.dropout=10%"),
+        Row("2,048 tokens a step", "train.tokens_per_step=2048 evaluate.every=400"),
+        Row("rates / 2", "train.learning_rate=0.01"),
+        Row("decay 1.4 epochs", "train.weight_decay=1.4epochs"),
         Row("decay 0.35 epochs", "train.weight_decay=0.35epochs"),
-        Row("decay 0.2 epochs", "train.weight_decay=0.2epochs"),
-        Row("decay 0.35 epochs, embeddings not", "train.weight_decay=0.35epochs", "embeddings_kept"),
+        Row("embeddings not decayed", other="embeddings_kept"),
     ]),
     "six-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=6 evaluate.every=450", [
         Row("defaults"),
@@ -130,9 +132,9 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("decay 0.2 epochs", "train.weight_decay=0.2epochs"),
         Row("decay 0.5 epochs", "train.weight_decay=0.5epochs"),
         Row("decay 0.35 epochs, embeddings not", "train.weight_decay=0.35epochs", "embeddings_kept"),
-        Row("decay 0.35 epochs, rates x 1.5", "train.weight_decay=0.35epochs train.learning_rate=0.03"),
+        Row("rates / 2", "train.learning_rate=0.01"),
+        Row("2,048 tokens a step", "train.tokens_per_step=2048 evaluate.every=225"),
         Row("decay 0.35 epochs, NorMuon", "train.weight_decay=0.35epochs", "normuon"),
-        Row("decay 0.35 epochs, 2,048 tokens a step", "train.weight_decay=0.35epochs train.tokens_per_step=2048 evaluate.every=225"),
     ]),
     "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
         Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
