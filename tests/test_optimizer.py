@@ -66,16 +66,22 @@ def in_blocks(model: Transformer) -> dict[str, Tensor]:
 @both
 @pytest.mark.parametrize("tied", [True, False])
 def test_adamw_is_torchs(train: Train, tied: bool) -> None:
-    """It decays matrices, alone or beside Muon, where it has shares of the rate and matrices forget over the same time."""
+    """AdamW alone decays matrices; beside Muon it has shares of the rate and decays nothing."""
     ours, theirs = (tiny.transformer(layers=2, tied=tied) for _ in range(2))
     optimizer = Optimizer(ours, train)
-    groups = []
-    for name, p in theirs.named_parameters():
-        if train is ADAMW or name not in in_blocks(theirs):
-            share = next((share for part, share in SHARES.items() if part in name), 1.0) if train is MUON else 1.0
-            share *= math.sqrt(WIDTH / p.shape[1]) if train is MUON and p.ndim == 2 else 1.0
-            decay = train.weight_decay / share if p.ndim == 2 else 0.0
-            groups.append({"params": [p], "weight_decay": decay, "share": share})
+    rest = [p for name, p in theirs.named_parameters() if train is ADAMW or name not in in_blocks(theirs)]
+    names = {id(p): name for name, p in theirs.named_parameters()}
+    groups = [
+        {
+            "params": [p],
+            "weight_decay": train.weight_decay if train is ADAMW and p.ndim == 2 else 0.0,
+            "share": 1.0
+            if train is ADAMW
+            else next(share for part, share in SHARES.items() if part in names[id(p)])
+            * (1.0 if p.ndim == 1 else math.sqrt(WIDTH / p.shape[1])),
+        }
+        for p in rest
+    ]
     reference = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, foreach=False)
     for step in range(5):
         share = (step + 1) / 5
@@ -85,7 +91,7 @@ def test_adamw_is_torchs(train: Train, tied: bool) -> None:
         give_gradients(theirs, step)
         optimizer.step(step, share, ONE, TRUE)
         reference.step()
-    compared = {id(p) for group in groups for p in group["params"]}
+    compared = {id(p) for p in rest}
     for found, true in zip(ours.parameters(), theirs.parameters(), strict=True):
         if id(true) in compared:
             assert off(found, true) < 1e-6  # the fused kernel orders its products otherwise: some roundings of 6e-8
@@ -123,7 +129,7 @@ def test_muon_is_the_published_one_on_tall_wide_and_square_matrices() -> None:
     rates = [MUON.learning_rate * share for share in shares]
     for name, p in matrices.items():
         true = muon(before[name], gradients[name], rates, MUON.weight_decay)
-        # Of the change, not of the weight. The slope of the polynomials at small singular values, 17, enlarges 6e-8.
+        # Of the change, not of the weight. The polynomial's slope at small singular values, 70, enlarges 6e-8.
         assert off(p.detach() - before[name], true - before[name]) < 1e-5
 
 
@@ -146,13 +152,13 @@ def test_muon_is_torchs_but_for_the_polynomials_within_the_rounding_of_bf16(monk
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 170), (170, 64)])
-def test_two_polynomials_come_about_as_near_to_the_orthogonal_matrix_as_the_usual_five(shape: tuple[int, int]) -> None:
+def test_three_polynomials_come_as_near_to_the_orthogonal_matrix_as_the_usual_five(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     usual = torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
     ours = orthogonalised(matrix[None])[0]
     nearness = [torch.cosine_similarity(each.flatten(), (u @ v).flatten(), dim=0) for each in (ours, usual)]
-    assert nearness[0] > nearness[1] - 0.015 and nearness[0] > 0.97
+    assert nearness[0] > nearness[1] - 0.005 and nearness[0] > 0.97
     assert float(ours.norm() / usual.norm()) == pytest.approx(1, abs=0.05), "so rates mean the same"
 
 
