@@ -110,7 +110,11 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("8,192", "tokenizer.vocabulary=8192"),
         Row("16,384", "tokenizer.vocabulary=16384"),
     ]),
-    "quickstart": ("", [Row("as it stands")]),
+    "quickstart": ("", [
+        Row("as it stands"),
+        Row("2,048 tokens a step, in as much time", "train.tokens_per_step=2048 train.tokens=1050k"),
+        Row("2,048 tokens a step, rates x 1.4, in as much time", "train.tokens_per_step=2048 train.tokens=1050k train.learning_rate=0.028"),
+    ]),
     "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160"), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), HOBBY, NANOGPT]),
     "8M": ("train.tokens=8M evaluate.every=800", [
         Row("defaults"),
