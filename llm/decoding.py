@@ -21,7 +21,8 @@ PACKED = 1 << 17  # numbers from which on a matrix does not stay in the nearest 
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
     """(outputs of all, D): what the projections make of a vector of length one (see `unit`)."""
-    return torch.cat([projection.weight for projection in projections]) * norm.weight * len(norm.weight) ** 0.5
+    columns = torch.cat([projection.weight.t() for projection in projections], dim=1)
+    return columns.mul_(norm.weight[:, None] * len(norm.weight) ** 0.5).t()
 
 
 class Product:
@@ -32,7 +33,7 @@ class Product:
         large = weight.numel() >= PACKED and weight.dtype == torch.float32
         self.packed = rows > 1 and large and mkldnn.is_available()
         if self.packed:  # as torch's compiler does where weights stay: blocks in the order that the kernel takes
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         else:
             self.weight = weight.t().contiguous() if outputs > dim else weight.t()  # (D, outputs)
 
