@@ -139,6 +139,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("decay 0.35 epochs, embeddings too, two polynomials", "train.weight_decay=0.35epochs", "embeddings_decayed two_polynomials"),
         Row("decay 0.35 epochs, four polynomials", "train.weight_decay=0.35epochs", "four_polynomials"),
         Row("decay 0.35 epochs, 2,048 tokens a step", "train.weight_decay=0.35epochs train.tokens_per_step=2048 evaluate.every=225"),
+        Row("decay 0.35 epochs, last 80 % falling", "train.weight_decay=0.35epochs train.decay=80%"),
         Row("decay 0.35 epochs, rates / 2", "train.weight_decay=0.35epochs train.learning_rate=0.01"),
         Row("decay 0.35 epochs, NorMuon", "train.weight_decay=0.35epochs", "normuon"),
     ]),
