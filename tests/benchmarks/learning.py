@@ -143,6 +143,10 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("decay 0.35 epochs, rates / 2", "train.weight_decay=0.35epochs train.learning_rate=0.01"),
         Row("decay 0.35 epochs, NorMuon", "train.weight_decay=0.35epochs", "normuon"),
     ]),
+    "six-epochs, narrower": ("text.files=[third.txt] model.dim=96 model.heads=3 model.ffn_dim=192 train.epochs=6 evaluate.every=450", [
+        Row("decay 0.35 epochs", "train.weight_decay=0.35epochs"),
+        Row("decay 1.4 epochs", "train.weight_decay=1.4epochs"),
+    ]),
     "twenty-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=20 evaluate.every=750", [
         Row("model.dropout=auto train.weight_decay=auto", "model.dropout=auto train.weight_decay=auto"),
         Row("AdamW 1e-3, cosine, decay 0.1", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100 model.dropout=0", "cosine_decay"),
