@@ -110,10 +110,10 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("8,192", "tokenizer.vocabulary=8192"),
         Row("16,384", "tokenizer.vocabulary=16384"),
     ]),
-    "quickstart": ("", [
+    "quickstart": ("train.tokens_per_step=2048", [
         Row("as it stands"),
-        Row("2,048 tokens a step, in as much time", "train.tokens_per_step=2048 train.tokens=1050k"),
-        Row("2,048 tokens a step, rates x 1.4, in as much time", "train.tokens_per_step=2048 train.tokens=1050k train.learning_rate=0.028"),
+        Row("rates x 1.4", "train.learning_rate=0.028"),
+        Row("1,024 tokens a step, in as much time", "train.tokens_per_step=1024 train.tokens=900k"),
     ]),
     "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160"), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), HOBBY, NANOGPT]),
     "8M": ("train.tokens=8M evaluate.every=800", [
@@ -169,7 +169,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
 
 
 def overrides(table: str, row: Row) -> dict[str, str]:
-    common = "evaluate.prompts=[] checkpoint.every=1000000 tracking.every=50 evaluate.every=1000000"
+    common = "train.tokens_per_step=1024 evaluate.prompts=[] checkpoint.every=1000000 tracking.every=50 evaluate.every=1000000"
     return dict(each.split("=", 1) for each in f"{common} {TABLES[table][0]} {row.changes}".split())
 
 
