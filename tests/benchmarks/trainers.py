@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--shapes", nargs="*", default=["quickstart", "classic", "small"])
+    parser.add_argument("--who", nargs="*", default=list(WHO), choices=list(WHO))
     parser.add_argument("--gigabytes", type=float, default=0, help="train on a GPU, held to so much of its memory")
     parser.add_argument("--steps", type=int, default=0, help="of each run, instead of what its shape says")
     parser.add_argument("--only", choices=["ours", "theirs"])
@@ -147,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for shape in given.shapes:
             steps, changes = (GPU_SHAPES if given.gigabytes else SHAPES)[shape]
-            found: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
+            found: dict[str, list[dict[str, Any]]] = {who: [] for who in given.who}
             for _ in range(given.rounds):
                 for who, results in found.items():
                     line = [
@@ -174,7 +175,7 @@ def main() -> None:
                 others = {k: v for k, v in results[-1].items() if k != "tokens_per_second"}
                 numbers = f"{min(speeds):10,.0f}{statistics.median(speeds):10,.0f}{max(speeds):10,.0f}"
                 print(f"{shape + ', ' + who:36}{numbers}   {others}")
-            for who in ("ours", "ours, compiled"):
+            for who in set(given.who) & {"ours", "ours, compiled"} if "theirs" in given.who else ():
                 pairs = zip(found[who], found["theirs"], strict=True)
                 ratio = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
                 numbers = f"{min(ratio):10.2f}{statistics.median(ratio):10.2f}{max(ratio):10.2f}"
