@@ -175,7 +175,7 @@ def main() -> None:
                 others = {k: v for k, v in results[-1].items() if k != "tokens_per_second"}
                 numbers = f"{min(speeds):10,.0f}{statistics.median(speeds):10,.0f}{max(speeds):10,.0f}"
                 print(f"{shape + ', ' + who:36}{numbers}   {others}")
-            for who in set(given.who) & {"ours", "ours, compiled"} if "theirs" in given.who else ():
+            for who in (who for who in ("ours", "ours, compiled") if {who, "theirs"} <= set(given.who)):
                 pairs = zip(found[who], found["theirs"], strict=True)
                 ratio = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
                 numbers = f"{min(ratio):10.2f}{statistics.median(ratio):10.2f}{max(ratio):10.2f}"
