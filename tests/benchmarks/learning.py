@@ -121,9 +121,10 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("dropout 10 %", "model.dropout=10%"),
         Row("decay 0.35 epochs", "train.weight_decay=0.35epochs"),
         Row("decay 1.4 epochs", "train.weight_decay=1.4epochs"),
-        Row("decay 1.4 epochs, four polynomials", "train.weight_decay=1.4epochs", "four_polynomials"),
-        Row("decay 1.4 epochs, 2,048 tokens a step", "train.weight_decay=1.4epochs train.tokens_per_step=2048 evaluate.every=400"),
-        Row("decay 1.4 epochs, rates / 2", "train.weight_decay=1.4epochs train.learning_rate=0.01"),
+        Row("embeddings decayed", other="embeddings_decayed"),
+        Row("last 80 % falling", "train.decay=80%"),
+        Row("2,048 tokens a step", "train.tokens_per_step=2048 evaluate.every=400"),
+        Row("rates / 2", "train.learning_rate=0.01"),
     ]),
     "six-epochs": ("text.files=[third.txt] model.dim=128 model.heads=2 train.epochs=6 evaluate.every=450", [
         Row("defaults"),
