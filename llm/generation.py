@@ -77,7 +77,7 @@ def generate(
             seen[row, text] = True
     never = torch.tensor(banned, dtype=torch.int64, device=device)
     generator = torch.Generator().manual_seed(seed)
-    length = min(context, max(map(len, texts)) + tokens)
+    length = min(context, -(-(max(map(len, texts)) + tokens) // 128) * 128)  # few lengths: kernels round by them
     cache = Cache(model.shape, len(texts), length, device, model.lm_head.weight.dtype)
     # Weights that are dealt to several processes (by `unshard` they are known) come together in its own passes only.
     way = None if hasattr(model, "unshard") or tokens < 2 else {"cpu": Decoding, "cuda": Replay}.get(device.type)

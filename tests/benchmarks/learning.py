@@ -112,8 +112,9 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     ]),
     "quickstart": ("train.tokens_per_step=2048", [
         Row("as it stands"),
+        Row("1.05 M tokens: as much time as 1,024 a step take for 0.9 M", "train.tokens=1050k"),
         Row("rates x 1.4", "train.learning_rate=0.028"),
-        Row("1,024 tokens a step, in as much time", "train.tokens_per_step=1024 train.tokens=900k"),
+        Row("1,024 tokens a step, 0.9 M tokens", "train.tokens_per_step=1024 train.tokens=900k"),
     ]),
     "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160"), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), HOBBY, NANOGPT]),
     "8M": ("train.tokens=8M evaluate.every=800", [
