@@ -129,10 +129,12 @@ class Optimizer:
         rate = self.train.learning_rate * rate_share
         if self.stacks:
             self._muon(rate, scale, finite)
-            for part, share in SHARES.items():  # undecayed: rare rows would only shrink
+            for part, share in SHARES.items():
                 named = {name: p for name, p in self.rest.items() if part in name}
-                dim = next((p.shape[1] for p in named.values() if p.ndim == 2), WIDTH)
-                self._adamw(named, step, rate * share * math.sqrt(WIDTH / dim), 0.0, scale, finite)
+                dim = next((p.shape[1] for p in named.values() if p.ndim == 2), None)
+                share *= math.sqrt(WIDTH / (dim or WIDTH))
+                decay = self.decay / share if dim else 0.0  # all matrices forget over the same time, norms never
+                self._adamw(named, step, rate * share, decay, scale, finite)
             return
         decayed = {name: p for name, p in self.rest.items() if p.ndim == 2}  # norms never are
         self._adamw(decayed, step, rate, self.decay, scale, finite)

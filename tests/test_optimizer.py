@@ -66,22 +66,16 @@ def in_blocks(model: Transformer) -> dict[str, Tensor]:
 @both
 @pytest.mark.parametrize("tied", [True, False])
 def test_adamw_is_torchs(train: Train, tied: bool) -> None:
-    """AdamW alone decays matrices; beside Muon it has shares of the rate and decays nothing."""
+    """It decays matrices, alone or beside Muon, where it has shares of the rate and matrices forget over the same time."""
     ours, theirs = (tiny.transformer(layers=2, tied=tied) for _ in range(2))
     optimizer = Optimizer(ours, train)
-    rest = [p for name, p in theirs.named_parameters() if train is ADAMW or name not in in_blocks(theirs)]
-    names = {id(p): name for name, p in theirs.named_parameters()}
-    groups = [
-        {
-            "params": [p],
-            "weight_decay": train.weight_decay if train is ADAMW and p.ndim == 2 else 0.0,
-            "share": 1.0
-            if train is ADAMW
-            else next(share for part, share in SHARES.items() if part in names[id(p)])
-            * (1.0 if p.ndim == 1 else math.sqrt(WIDTH / p.shape[1])),
-        }
-        for p in rest
-    ]
+    groups = []
+    for name, p in theirs.named_parameters():
+        if train is ADAMW or name not in in_blocks(theirs):
+            share = next((share for part, share in SHARES.items() if part in name), 1.0) if train is MUON else 1.0
+            share *= math.sqrt(WIDTH / p.shape[1]) if train is MUON and p.ndim == 2 else 1.0
+            decay = train.weight_decay / share if p.ndim == 2 else 0.0
+            groups.append({"params": [p], "weight_decay": decay, "share": share})
     reference = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, foreach=False)
     for step in range(5):
         share = (step + 1) / 5
@@ -91,7 +85,7 @@ def test_adamw_is_torchs(train: Train, tied: bool) -> None:
         give_gradients(theirs, step)
         optimizer.step(step, share, ONE, TRUE)
         reference.step()
-    compared = {id(p) for p in rest}
+    compared = {id(p) for group in groups for p in group["params"]}
     for found, true in zip(ours.parameters(), theirs.parameters(), strict=True):
         if id(true) in compared:
             assert off(found, true) < 1e-6  # the fused kernel orders its products otherwise: some roundings of 6e-8

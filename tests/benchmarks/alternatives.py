@@ -139,12 +139,12 @@ def cosine_decay() -> None:
     _shape(lambda share: 0.5 - 0.5 * math.cos(math.pi * share))
 
 
-def embeddings_decayed() -> None:
-    """The embeddings too, by train.weight_decay."""
+def embeddings_kept() -> None:
+    """No decay but of the blocks' matrices."""
     real = Optimizer._adamw
 
     def adamw(self: Optimizer, named: Any, step: int, rate: float, decay: float, *others: Any) -> None:
-        real(self, named, step, rate, self.decay if any("embed" in name for name in named) else decay, *others)
+        real(self, named, step, rate, 0.0, *others)
 
     Optimizer._adamw = adamw  # type: ignore[method-assign]
 
@@ -192,7 +192,7 @@ ALTERNATIVES: dict[str, Callable[[], None]] = {
         momentum_warmup,
         sqrt_decay,
         cosine_decay,
-        embeddings_decayed,
+        embeddings_kept,
         averaged,
     )
 }
