@@ -145,7 +145,7 @@ def main() -> None:
     for part in given.parts:
         say(f"\n## {part}")
         if part == "tests":
-            say(command([*tests, str(ROOT / "tests/test_cuda.py"), str(ROOT / "tests/test_dropout.py")], 180))
+            say(command([*tests, str(ROOT / "tests/test_cuda.py"), str(ROOT / "tests/test_dropout.py")], 300))
         elif part == "steps":
             steps(given.only, given.gigabytes, say)
         elif part == "generation":

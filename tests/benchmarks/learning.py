@@ -7,7 +7,9 @@ them with what they cost; with --show it prints what FILE holds as Markdown.
 
 import argparse
 import json
+import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -35,6 +37,7 @@ class Row:
     seeds: int = 1
 
 
+AVERAGE = re.compile(r"average over (\d+)% of the run: ([\d.]+)")  # as alternatives.py writes its event
 NARROW = "model.dim=128 model.heads=2 train.tokens=500k"
 ADAMW = "train.optimizer=adamw train.weight_decay=0.1"
 HOBBY = Row("hobbyist's: AdamW at a constant 3e-4, dropout 5 %", f"{ADAMW} train.learning_rate=3e-4 train.decay=0 train.warmup=0 model.dropout=5%")  # fmt: skip
@@ -73,28 +76,33 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("embeddings not decayed", other="embeddings_kept"),
     ]),
     "schedule": (NARROW, [
+        Row("last 60 % falling in a line, warm-up of 10 steps", seeds=3),
+        Row("last 40 % falling", "train.decay=40%", seeds=3),
+        Row("last 80 % falling", "train.decay=80%", seeds=3),
+        Row("last 97 % falling", "train.decay=97%", seeds=3),
+        Row("1 - sqrt", other="sqrt_decay", seeds=3),
+        Row("cosine", other="cosine_decay", seeds=3),
+        Row("cosine over 97 %", "train.decay=97%", "cosine_decay", seeds=3),
+        Row("no warm-up", "train.warmup=0", seeds=3),
+        Row("warm-up of 50 steps", "train.warmup=50", seeds=3),
+        Row("averaged weights", other="averaged", seeds=3),
+        Row("averaged weights, last 20 % falling", "train.decay=20%", "averaged", seeds=3),
+        Row("averaged weights, rate never falling", "train.decay=0", "averaged", seeds=3),
+    ]),
+    "batch": (NARROW, [
         Row("512 tokens a step", "train.tokens_per_step=512"),
         Row("2,048 tokens a step", "train.tokens_per_step=2048"),
         Row("2,048 tokens a step, rates x 1.4", "train.tokens_per_step=2048 train.learning_rate=0.028"),
         Row("4,096 tokens a step", "train.tokens_per_step=4096"),
-        Row("last 40 % falling", "train.decay=40%"),
-        Row("last 80 % falling", "train.decay=80%"),
-        Row("last 97 % falling", "train.decay=97%"),
-        Row("1 - sqrt", other="sqrt_decay"),
-        Row("cosine", other="cosine_decay"),
-        Row("no warm-up", "train.warmup=0"),
-        Row("warm-up of 50 steps", "train.warmup=50"),
-        Row("averaged weights", other="averaged"),
-        Row("averaged weights, last 20 % falling", "train.decay=20%", "averaged"),
-        Row("averaged weights, rate never falling", "train.decay=0", "averaged"),
     ]),
     "regularisation": ("text.files=[sixth.txt] model.dim=96 model.heads=3 train.epochs=8 evaluate.every=225", [
-        Row("decay 0.1 (2.2 epochs)"),
-        Row("decay 0.7 epochs (0.32)", "train.weight_decay=0.7epochs"),
-        Row("decay 0.2 epochs (1.1)", "train.weight_decay=0.2epochs"),
-        Row("decay 0.7 epochs, dropout 5 %", "train.weight_decay=0.7epochs model.dropout=5%"),
-        Row("decay 0.7 epochs, dropout 10 %", "train.weight_decay=0.7epochs model.dropout=10%"),
-        Row("decay 0.7 epochs, averaged", "train.weight_decay=0.7epochs", "averaged"),
+        Row("decay over 0.7 epochs (0.32 a step)", "train.weight_decay=0.7epochs", seeds=3),
+        Row("decay over 2.2 epochs (0.1)", "train.weight_decay=0.1", seeds=3),
+        Row("decay over 0.35 epochs (0.63)", "train.weight_decay=0.35epochs", seeds=3),
+        Row("decay over 0.7 epochs, embeddings not", "train.weight_decay=0.7epochs", "embeddings_kept", seeds=3),
+        Row("decay over 0.7 epochs, dropout 5 %", "train.weight_decay=0.7epochs model.dropout=5%", seeds=3),
+        Row("decay over 0.7 epochs, dropout 10 %", "train.weight_decay=0.7epochs model.dropout=10%", seeds=3),
+        Row("decay over 0.7 epochs, averaged", "train.weight_decay=0.7epochs", "averaged", seeds=3),
     ]),
     "decay": (NARROW, [
         Row("0.03", "train.weight_decay=0.03"),
@@ -104,11 +112,11 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("0.1, embeddings not", "train.weight_decay=0.1", "embeddings_kept"),
     ]),
     "vocabulary": (NARROW, [
-        Row("4,096", seeds=2),
-        Row("1,024", "tokenizer.vocabulary=1024"),
-        Row("2,048", "tokenizer.vocabulary=2048"),
-        Row("8,192", "tokenizer.vocabulary=8192"),
-        Row("16,384", "tokenizer.vocabulary=16384"),
+        Row("4,096", seeds=3),
+        Row("1,024", "tokenizer.vocabulary=1024", seeds=3),
+        Row("2,048", "tokenizer.vocabulary=2048", seeds=3),
+        Row("8,192", "tokenizer.vocabulary=8192", seeds=3),
+        Row("16,384", "tokenizer.vocabulary=16384", seeds=3),
     ]),
     "quickstart": ("train.tokens_per_step=2048", [
         Row("as it stands"),
@@ -204,7 +212,7 @@ def train(table: str, row: Row, seed: int, threads: int) -> dict[str, object]:
             (folder / f"{part}.txt").write_bytes(f"{MARKER}\n".encode().join(documents))
         child = ended(start(act, folder), folder, seconds=7200)
         if child.status:
-            raise SystemExit(f"{table}, {row.name}: {child.err}")
+            raise RuntimeError(child.err[-2000:])
         lines = [json.loads(line) for line in (folder / "runs/row/metrics.jsonl").read_text().splitlines()]
     curve = [[line["step"], round(line["bits_per_byte"], 4)] for line in lines if "bits_per_byte" in line]
     last = [line for line in lines if "bits_per_byte" in line][-1]
@@ -219,19 +227,34 @@ def train(table: str, row: Row, seed: int, threads: int) -> dict[str, object]:
     }
 
 
+def done(job: tuple[str, Row, int, int]) -> tuple[str, dict[str, object] | str]:
+    """The job's key among the results, and what came of it, or why nothing did."""
+    table, row, seed, _ = job
+    try:
+        result: dict[str, object] | str = train(*job)
+    except RuntimeError as error:
+        result = str(error)
+    return f"{table}/{row.name}/{seed}", result
+
+
 def show(results: dict[str, dict[str, object]]) -> None:
     """The finished rows as Markdown tables: median of the seeds, and their spread where there are several."""
     for table, (common, rows) in TABLES.items():
-        print(
-            f"\n### {table}\n\n`{common}`\n\n| row | seeds | bits per byte at the end | its own best | spread |\n|---|---|---|---|---|"
-        )
+        print(f"\n### {table}\n\n`{common}`\n")
+        print("| row | seeds | bits per byte at the end | its own best | spread |\n|---|---|---|---|---|")
         for row in rows:
             found = [results[key] for seed in range(1, 10) if (key := f"{table}/{row.name}/{seed}") in results]
             if found:
-                ends, bests = ([float(str(each[name])) for each in found] for name in ("end", "best"))
-                spread = f"{min(ends):.4f} to {max(ends):.4f}" if len(found) > 1 else ""
-                median = statistics.median(ends)
-                print(f"| {row.name} | {len(found)} | {median:.4f} | {statistics.median(bests):.4f} | {spread} |")
+                line(row.name, *([float(str(each[name])) for each in found] for name in ("end", "best")))
+                averages = [AVERAGE.findall(" ".join(map(str, each["events"])))[-2:] for each in found]  # type: ignore[call-overload]
+                for seeds in zip(*averages, strict=True):
+                    ends = [float(bits) for _, bits in seeds]
+                    line(f"{row.name}: the average over {seeds[0][0]} %", ends, ends)
+
+
+def line(name: str, ends: list[float], bests: list[float]) -> None:
+    spread = f"{min(ends):.4f} to {max(ends):.4f}" if len(ends) > 1 else ""
+    print(f"| {name} | {len(ends)} | {statistics.median(ends):.4f} | {statistics.median(bests):.4f} | {spread} |")
 
 
 def main() -> None:
@@ -241,6 +264,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--row", default="", help="only rows whose name holds this")
     parser.add_argument("--most", type=int, default=10**6, help="runs of this sitting")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its own threads")
     parser.add_argument("--show", action="store_true")
     given = parser.parse_args()
     results = json.loads(given.results.read_text()) if given.results.exists() else {}
@@ -256,14 +280,18 @@ def main() -> None:
     for table in given.tables or TABLES:
         costs = [cost(*job[:2]) for job in jobs if job[0] == table]
         print(f"{table}: {len(costs)} runs to do, about {sum(costs) / 60:.0f} min of one thread")
-    for table, row, seed in jobs[: given.most] if given.tables else []:
-        result = train(table, row, seed, given.threads)
-        results[f"{table}/{row.name}/{seed}"] = result
-        given.results.parent.mkdir(parents=True, exist_ok=True)
-        beside = given.results.with_suffix(".new")
-        beside.write_text(json.dumps(results, indent=1))
-        beside.replace(given.results)
-        print(f"{table}/{row.name}/{seed}: {result['end']:.4f} bits per byte, best {result['best']:.4f}", flush=True)
+    given.results.parent.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.get_context("fork").Pool(given.jobs) as pool:
+        chosen = [(*job, given.threads) for job in jobs[: given.most] if given.tables]
+        for key, result in pool.imap_unordered(done, chosen):
+            if isinstance(result, str):
+                print(f"{key} failed: {result}", flush=True)
+                continue
+            results[key] = result
+            beside = given.results.with_suffix(".new")
+            beside.write_text(json.dumps(results, indent=1))
+            beside.replace(given.results)
+            print(f"{key}: {result['end']:.4f} bits per byte, best {result['best']:.4f}", flush=True)
 
 
 if __name__ == "__main__":
