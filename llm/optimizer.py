@@ -29,7 +29,7 @@ POLYNOMIALS = ((7.9883, -23.2063, 17.1169), (3.5093, -2.6294, 0.5260), (2.4945, 
 LEVEL = 0.88  # where the five usual polynomials leave singular values, and for which rates are usually given
 TINY = 1e-7
 STACKED = 8  # matrices of one shape that are orthogonalised together, of at most so many
-STACKED_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 24}  # numbers: more keep it no busier, and take six times their memory
+STACKED_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers: more keep it no busier, and take six times their memory
 VECTOR = 64  # numbers that every CPU's kernel takes at once, or a multiple of them
 
 
