@@ -16,7 +16,7 @@ from torch.backends import mkldnn
 
 from llm.model import Block, Cache, RMSNorm, Transformer
 
-PACKED = 1 << 17  # numbers from which on a matrix does not stay in the nearest cache from one token to the next
+PACKED = 1 << 16  # numbers from which on a matrix does not stay in the nearest cache from one token to the next
 
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
