@@ -37,7 +37,8 @@ def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: t
     if sampling.temperature == 0:
         return logits.argmax(-1)
     # On the CPU, so that a seed says the same on any device, and as CUDA refuses some of this where bits must repeat.
-    device, logits = logits.device, logits.cpu() / sampling.temperature
+    device, logits = logits.device, logits.cpu()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # the largest is 0 at any temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k, dim=-1).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:

@@ -107,12 +107,18 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     return Prepared(tokenizer, shards)
 
 
+def _shaped(recipe: Recipe) -> Recipe:
+    """The recipe with the shape of others' weights, where it has them (model.from)."""
+    if not recipe.model.from_:
+        return recipe
+    from llm.pretrained import shaped
+
+    return shaped(recipe)
+
+
 def ready(recipe: Recipe, say: Say = print) -> tuple[Recipe, Tokenizer, Shards]:
     """The same for the trainer, with the recipe's length in steps, which may depend on the text."""
-    if recipe.model.from_:
-        from llm.pretrained import shaped
-
-        recipe = shaped(recipe)
+    recipe = _shaped(recipe)
     prepared = prepare(recipe, say)
     return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
 
@@ -308,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.recipe:
         from llm import advice
 
-        recipe = load(options.recipe, options.overrides)
+        recipe = _shaped(load(options.recipe, options.overrides))
         prepared = prepare(recipe, verify=options.verify)
         tokens = prepared.shards.train.tokens
         print(advice.of_text(with_steps(recipe, tokens), tokens, prepared.tokenizer.vocabulary))

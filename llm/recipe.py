@@ -351,11 +351,11 @@ def _convert(name: str, value: Any, kind: Any, each: "Field[Any]") -> Any:
     if Epochs in options and (match := re.fullmatch(r"(.*\S)\s*epochs?", value.strip().lower())):
         constant = _number(name, match[1], whole=False, words=[])
         if not 1e-3 <= constant < 1e6:
-            raise RecipeError(f"{name} = {shown}: a time constant of 0.001 epochs or more is expected")
+            raise RecipeError(f"{name} = {shown}: a time constant of 0.001 to 1,000,000 epochs is expected")
         return Epochs(f"{constant:.12g} epochs")
     if int in options or float in options:
         time = re.fullmatch(r"(.*?) ?([a-z%]+)", value.lower()) if each.metadata["unit"].startswith("hours") else None
-        if time and time[2] not in TIMES:
+        if time and (time[2] not in TIMES or not re.fullmatch(r"[\d.,_e+-]+", time[1])):
             raise RecipeError(f"{name} = {shown!r}: a time is expected, such as 8h, 90min or 2d")
         number = _number(name, time[1] if time else value, whole=int in options, words=words)
         number = number * TIMES[time[2]] if time else number

@@ -1,5 +1,6 @@
 """A run folder opened for use: which run, which checkpoint, and the model in it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def find(name: str | None) -> tuple[Path, str]:
     if path.name == "checkpoints":
         path = path.parent
     for folder in (root / path, path):
-        if folder.is_dir():
+        if os.path.isdir(folder):  # noqa: PTH112  # pathlib's fails where a name is too long to be one
             if not checkpoint.folders(folder):
                 raise RecipeError(f"{folder} has no checkpoint yet")
             return folder, which
@@ -80,7 +81,7 @@ def _open(folder: Path, which: str, device: torch.device | None) -> Opened:
             warn(f"{error}; the newest is taken instead of the best")
     elif which.startswith("step-"):
         steps = {int(each.name[5:]): each for each in checkpoint.folders(folder)}
-        if not which[5:].isdigit() or int(which[5:]) not in steps:
+        if not which[5:].isdecimal() or int(which[5:]) not in steps:
             raise RecipeError(
                 f"{folder} has no checkpoint {which}: there are {', '.join(each.name for each in steps.values())}"
             )

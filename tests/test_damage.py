@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llm import checkpoint, recipe, runs, store
-from llm.errors import LLMError, RefusedError
+from llm.errors import LLMError, RecipeError, RefusedError
 from llm.prepare import prepare
 from llm.tokenizer import Tokenizer
 from tests.forks import digest, run, script, train, write_recipe, write_text
@@ -342,3 +342,9 @@ def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_a_newer_one(
     monkeypatch.setattr(checkpoint, "load_tensors", overtaken)
     assert runs.open_run("tiny").checkpoint.folder.name == "step-000005", "the best that is left"
     assert taken == ["step-000012", "step-000010"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "tiny/step-²", "tiny/step-", "tiny/step-99", "n" * 300])
+def test_what_is_no_run_is_told_by_name(here: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match=r"there is no run|has no checkpoint"):
+        runs.open_run(name)

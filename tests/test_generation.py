@@ -123,6 +123,7 @@ def test_a_seed_says_the_same_again_and_another_something_else() -> None:
         Sampling(temperature=1.0, top_p=1e-6),
         Sampling(temperature=1.0, min_p=1.0),
         Sampling(temperature=1e-4),
+        Sampling(temperature=1e-40),
     ],
 )
 def test_the_narrowest_filters_are_greedy(sampling: Sampling) -> None:

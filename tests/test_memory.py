@@ -43,8 +43,11 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
             # What is freed goes back at once: counted is what is held, not what the C library keeps for later, nor the
             # holes between what it cut from its heap (by which one of four ranks or another held 60 MB more).
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-            if shard != "none":  # the engine's code, 90 MB of it, is imported at its first use
-                Layout(shard, torch.device("cpu")).deal(torch.nn.Linear(8, 8))(torch.ones(1, 8)).sum().backward()
+            # Before counting: what a first backward pass makes, and the engine's code (90 MB), imported at its first use.
+            layer: torch.nn.Module = torch.nn.Linear(8, 8)
+            if shard != "none":
+                layer = Layout(shard, torch.device("cpu")).deal(layer)
+            layer(torch.ones(1, 8)).sum().backward()
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
             self.before = _status("VmRSS")
             make(self, *arguments)

@@ -207,6 +207,13 @@ def test_what_the_model_here_does_not_do_is_refused_by_name(tmp_path: Path, what
     assert not list(tmp_path.glob("runs/tiny/checkpoints/step-*"))
 
 
+def test_prepare_knows_their_shape(tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, source := made(tmp_path / "source"))
+    numbers = sum(p.numel() for p in theirs_of(source).parameters())
+    ended = run(script("module:llm.prepare", path), tmp_path)
+    assert ended.status == 0 and f"{numbers / 1e6:.2f} M parameters" in ended.out, ended.out + ended.err
+
+
 def test_a_recipe_that_says_another_shape_is_refused(tmp_path: Path) -> None:
     path = recipe_of(tmp_path, made(tmp_path / "source"))
     for override, said in (

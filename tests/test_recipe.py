@@ -327,6 +327,9 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path: Path, override: s
     ("override", "words"),
     [
         ("seed=many", "seed = 'many': a whole number is expected, such as 1000 or 10M"),
+        ("machine.stop_after=8h30m", "machine.stop_after = '8h30m': a time is expected, such as 8h, 90min or 2d"),
+        ("machine.stop_after=h", "a time is expected"),
+        ("train.weight_decay=1e9epochs", "a time constant of 0.001 to 1,000,000 epochs is expected"),
         ("seed=1.5", "seed = 1.5: a whole number is expected"),
         ("seed=1e-3", "a whole number is expected"),
         ("seed=5%", "a whole number is expected"),

@@ -6,10 +6,12 @@ them with what they cost; with --show it prints what FILE holds as Markdown.
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -203,6 +205,7 @@ def train(table: str, row: Row, seed: int, threads: int) -> dict[str, object]:
         )
 
         def act() -> None:
+            end_with_parent()
             plant(row.other)
             launch()
 
@@ -226,13 +229,24 @@ def train(table: str, row: Row, seed: int, threads: int) -> dict[str, object]:
     }
 
 
+def end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def begin_worker() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # the sitting's end, which its main process sees to
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    end_with_parent()
+
+
 def done(job: tuple[str, Row, int, int]) -> tuple[str, dict[str, object] | str]:
     """The job's key among the results, and what came of it, or why nothing did."""
     table, row, seed, _ = job
     try:
         result: dict[str, object] | str = train(*job)
-    except RuntimeError as error:
-        result = str(error)
+    except Exception as error:
+        result = repr(error)
     return f"{table}/{row.name}/{seed}", result
 
 
@@ -266,7 +280,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its own threads")
     parser.add_argument("--show", action="store_true")
     given = parser.parse_args()
-    results = json.loads(given.results.read_text()) if given.results.exists() else {}
+    try:
+        results = json.loads(given.results.read_text()) if given.results.exists() else {}
+    except ValueError:
+        parser.error(f"--results {given.results}: no JSON; mend it or name another file")
+    if strange := set(given.tables) - set(TABLES):
+        parser.error(f"there is no table {strange.pop()}: there are {', '.join(TABLES)}")
+    if given.jobs < 1:
+        parser.error(f"--jobs {given.jobs}: 1 or more is expected")
     if given.show:
         return show(results)
     jobs = [
@@ -280,17 +301,26 @@ def main() -> None:
         costs = [cost(*job[:2]) for job in jobs if job[0] == table]
         print(f"{table}: {len(costs)} runs to do, about {sum(costs) / 60:.0f} min of one thread")
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("fork").Pool(given.jobs) as pool:
-        chosen = [(*job, given.threads) for job in jobs[: given.most] if given.tables]
+    if not given.tables:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed = 0
+    with (
+        tempfile.TemporaryDirectory() as tempfile.tempdir,  # the runs' folders, which go with the sitting
+        multiprocessing.get_context("fork").Pool(given.jobs, begin_worker) as pool,
+    ):
+        chosen = [(*job, given.threads) for job in jobs[: given.most]]
         for key, result in pool.imap_unordered(done, chosen):
             if isinstance(result, str):
                 print(f"{key} failed: {result}", flush=True)
+                failed = 1
                 continue
             results[key] = result
             beside = given.results.with_suffix(".new")
             beside.write_text(json.dumps(results, indent=1))
             beside.replace(given.results)
             print(f"{key}: {result['end']:.4f} bits per byte, best {result['best']:.4f}", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
