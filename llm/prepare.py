@@ -100,9 +100,10 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
     say(f"tokens: {_sides(train.tokens, validation.tokens)}, {text_bytes / tokens:.2f} bytes a token")
     if train.tokens <= recipe.model.context:
+        mend = f", or at most model.context={train.tokens - 1}" if train.tokens > 2 else ""  # 2 is the least context
         raise TextError(
             f"{_names(recipe)}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
-            f"{recipe.model.context + 1:,}: use more text, or at most model.context={train.tokens - 1}"
+            f"{recipe.model.context + 1:,}: use more text{mend}"
         )
     return Prepared(tokenizer, shards)
 
