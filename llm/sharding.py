@@ -86,9 +86,7 @@ class CanonicalReduceScatter:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
         reduce_scatter(output_tensor, input_tensor, group)
-        if (
-            not input_tensor.is_cuda
-        ):  # the engine would keep it until the next block's; on a CPU nothing reads it any more
+        if input_tensor.device.type == "cpu":  # read by nobody now; the engine would keep it until the next block's
             input_tensor.untyped_storage().resize_(0)
 
 

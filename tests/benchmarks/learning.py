@@ -235,8 +235,9 @@ def end_with_parent() -> None:
 
 
 def begin_worker() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):  # the sitting's end, which its main process sees to
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    """A worker ends with the sitting: by SIGTERM, not by the Ctrl-C that its main process sees to."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
@@ -300,9 +301,9 @@ def main() -> None:
     for table in given.tables or TABLES:
         costs = [cost(*job[:2]) for job in jobs if job[0] == table]
         print(f"{table}: {len(costs)} runs to do, about {sum(costs) / 60:.0f} min of one thread")
-    given.results.parent.mkdir(parents=True, exist_ok=True)
     if not given.tables:
         return
+    given.results.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = 0
     with (
