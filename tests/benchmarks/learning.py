@@ -57,6 +57,13 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("untied", "model.tied=false"),
         Row("untied, head at 0.5", "model.tied=false", "optimizer.SHARES.lm_head=0.5"),
     ]),
+    "shared feature": (NARROW, [
+        Row("8 times as long as the rest", seeds=3),
+        Row("none", other="model.COMMON=0", seeds=3),
+        Row("1", other="model.COMMON=1", seeds=3),
+        Row("4", other="model.COMMON=4", seeds=3),
+        Row("16", other="model.COMMON=16", seeds=3),
+    ]),
     "twice as long": ("model.dim=128 model.heads=2 train.tokens=1M", [
         Row("defaults"),
         Row("rates / 2", "train.learning_rate=0.01"),
