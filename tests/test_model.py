@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm import cost, recipe
 from llm.loss import IGNORED
-from llm.model import COMMON, NORM_EPS, ROPE_THETA, Transformer
+from llm.model import NORM_EPS, ROPE_THETA, Transformer
 from llm.optimizer import Optimizer
 from llm.recipe import Model, Train
 from tests import tiny
@@ -103,16 +103,6 @@ def test_blocks_start_as_the_identity() -> None:
     model = Transformer(tiny.shape(), 32)
     embedded = model.model.embed_tokens(tiny.ids(2, 16))
     assert torch.equal(model.model(tiny.ids(2, 16), None, None), model.model.norm(embedded))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@torch.no_grad()
-def test_all_tokens_share_a_feature_that_says_nothing_of_the_next(tied: bool) -> None:
-    model = Transformer(tiny.shape(tied=tied), 32)
-    embedded = model.model.embed_tokens.weight
-    assert embedded[:, 0].unique().numel() == 1
-    assert embedded[0, 0] / embedded[:, 1:].norm(dim=1).mean() == pytest.approx(COMMON, rel=0.1)
-    assert not model.model(tiny.ids(2, 16), None, None)[..., 0].any()
 
 
 def test_weights_follow_from_the_seed_alone() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llm import optimizer, trainer
+from llm.model import Transformer
 from llm.optimizer import Optimizer, Stack
 from llm.sharding import held
 from llm.stream import whole
@@ -100,6 +101,20 @@ def four_polynomials() -> None:
     """All of 0.003 to 1 within 20 % of 1."""
     first = (8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695)
     optimizer.POLYNOMIALS = (*first, (3.5056, -2.6267, 0.5257), (2.4901, -1.8343, 0.4368))  # type: ignore[assignment]
+
+
+def shared_feature() -> None:
+    """At the start all embeddings have the same first feature, eight times as long as the rest: a bias for each matrix."""
+    real = Transformer.initialise
+
+    @torch.no_grad()
+    def initialise(self: Transformer, seed: int) -> None:
+        real(self, seed)
+        embedded = self.model.embed_tokens.weight
+        embedded[:, 0] = 8 * embedded[:, 1:].norm(dim=1).mean()
+        self.model.norm.weight[0] = 0.0
+
+    Transformer.initialise = initialise  # type: ignore[method-assign]
 
 
 def no_nesterov() -> None:
@@ -194,5 +209,6 @@ ALTERNATIVES: dict[str, Callable[[], None]] = {
         cosine_decay,
         embeddings_kept,
         averaged,
+        shared_feature,
     )
 }

@@ -57,13 +57,6 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("untied", "model.tied=false"),
         Row("untied, head at 0.5", "model.tied=false", "optimizer.SHARES.lm_head=0.5"),
     ]),
-    "shared feature": (NARROW, [
-        Row("8 times as long as the rest", seeds=3),
-        Row("none", other="model.COMMON=0", seeds=3),
-        Row("1", other="model.COMMON=1", seeds=3),
-        Row("4", other="model.COMMON=4", seeds=3),
-        Row("16", other="model.COMMON=16", seeds=3),
-    ]),
     "twice as long": ("model.dim=128 model.heads=2 train.tokens=1M", [
         Row("defaults"),
         Row("rates / 2", "train.learning_rate=0.01"),
@@ -132,7 +125,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("rates x 1.4", "train.learning_rate=0.028"),
         Row("1,024 tokens a step, 0.9 M tokens", "train.tokens_per_step=1024 train.tokens=900k"),
     ]),
-    "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160", seeds=3), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), HOBBY, NANOGPT]),
+    "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160", seeds=3), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), Row("heads as sharp as any at the start", "evaluate.every=325", "model.SHARPNESS=1", seeds=3), Row("a feature that all tokens share", "evaluate.every=160", "shared_feature"), HOBBY, NANOGPT]),
     "8M": ("train.tokens=8M evaluate.every=800", [
         Row("defaults"),
         Row("embeddings not decayed, dropout 10 %", "model.dropout=10%", "embeddings_kept"),
