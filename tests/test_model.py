@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm import cost, recipe
 from llm.loss import IGNORED
-from llm.model import NORM_EPS, ROPE_THETA, Transformer
+from llm.model import NORM_EPS, ROPE_THETA, SHARPNESS, Transformer
 from llm.optimizer import Optimizer
 from llm.recipe import Model, Train
 from tests import tiny
@@ -103,6 +103,13 @@ def test_blocks_start_as_the_identity() -> None:
     model = Transformer(tiny.shape(), 32)
     embedded = model.model.embed_tokens(tiny.ids(2, 16))
     assert torch.equal(model.model(tiny.ids(2, 16), None, None), model.model.norm(embedded))
+
+
+def test_only_the_norms_of_queries_and_keys_start_above_one() -> None:
+    norms = {name: p for name, p in Transformer(tiny.shape(), 32).named_parameters() if p.ndim == 1}
+    assert len(norms) == 2 * 4 + 1
+    for name, p in norms.items():
+        assert torch.equal(p, torch.full_like(p, SHARPNESS if "self_attn" in name else 1.0))
 
 
 def test_weights_follow_from_the_seed_alone() -> None:
