@@ -125,7 +125,14 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("rates x 1.4", "train.learning_rate=0.028"),
         Row("1,024 tokens a step, 0.9 M tokens", "train.tokens_per_step=1024 train.tokens=900k"),
     ]),
-    "2M": ("train.tokens=2M", [Row("defaults", "evaluate.every=160", seeds=3), Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"), Row("heads as sharp as any at the start", "evaluate.every=325", "model.SHARPNESS=1", seeds=3), Row("a feature that all tokens share", "evaluate.every=160", "shared_feature"), HOBBY, NANOGPT]),
+    "2M": ("train.tokens=2M", [
+        Row("defaults", "evaluate.every=160", seeds=3),
+        Row("norms of queries and keys at 1", "evaluate.every=325", "model.SHARPNESS=1", seeds=3),
+        Row("a feature that all tokens share", "evaluate.every=160", "shared_feature"),
+        Row("AdamW's second beta 0.95", "evaluate.every=80", "optimizer.BETAS=0.9,0.95"),
+        HOBBY,
+        NANOGPT,
+    ]),
     "8M": ("train.tokens=8M evaluate.every=800", [
         Row("defaults"),
         Row("embeddings not decayed, dropout 10 %", "model.dropout=10%", "embeddings_kept"),
