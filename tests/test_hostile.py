@@ -99,6 +99,7 @@ def one_text(data: bytes, name: str, rule: str) -> None:
 @settings(deadline=None, max_examples=60, print_blob=True)
 @given(TEXTS, NAMES, RULES)
 @example(("\n\n\n\x0c\x85[[[[[\x85" * 40).encode(), "text.txt", "auto")  # of two tokens
+@example(b"a" * 5000 + b"   ", "text.txt", "auto")  # whose spaces the tokenizer's trainer leaves out
 def test_a_hostile_text_is_prepared_whole_or_refused_in_one_line(data: bytes, name: str, rule: str) -> None:
     one_text(data, name, rule)
 
