@@ -95,7 +95,8 @@ class Tokenizer:
                 user_defined_symbols=["\n", *dict.fromkeys(term.replace(" ", SPACE) for term in terms)],
                 byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
                 remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1,
-                pad_id=-1, num_threads=4, required_chars=SPACE)  # fmt: skip
+                pad_id=-1, num_threads=4,
+                required_chars=SPACE)  # without a piece of its own a space would be read back as a U+2581  # fmt: skip
         except RuntimeError as error:
             if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
                 fits = f", or at most tokenizer.vocabulary={most[1]}" if int(most[1]) >= LEAST_VOCABULARY else ""
