@@ -14,10 +14,21 @@ from llm.trainer import Trainer
 from tests.forks import run, run_group, train, write_recipe, write_text
 from tests.test_memory import M_MMAP_THRESHOLD
 
+BLOCK = 1 << 20  # bytes, from which on memory is the system's and goes back at once
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt", documents=200)
+
+
+def take_holes() -> None:
+    """Take what the heap holds free in one piece of BLOCK or more, as it counts as held and would be had past a limit."""
+    c = ctypes.CDLL(None)
+    c.malloc.argtypes, c.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    while not ctypes.c_size_t.from_address((block := c.malloc(BLOCK)) - ctypes.sizeof(ctypes.c_size_t)).value & 2:
+        pass  # 2 marks what did not come from the heap, but from the system
+    c.free(ctypes.c_void_p(block))
 
 
 def limited(recipe: Path, headroom: int, at: int, *overrides: str) -> Callable[[], None]:
@@ -27,12 +38,13 @@ def limited(recipe: Path, headroom: int, at: int, *overrides: str) -> Callable[[
     """
 
     def limit() -> None:
+        take_holes()
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + headroom, resource.RLIM_INFINITY))
 
     def act() -> None:
         # What is freed goes back at once: else the C library may keep enough of a pass for the next one.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK)
         update, rehearse = Trainer.update, Trainer.rehearse
 
         def short(self: Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
