@@ -17,9 +17,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from llm import shards as sharding
 from llm import store
@@ -33,6 +33,7 @@ from llm.tokenizer import MANIFEST, SETTINGS, Tokenizer
 SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory
 SMALL = 128 << 20  # bytes of shards that are checked against their sha256 at every start: a blink
 MEASURABLE = 1 << 10  # bytes of the validation side at least, some 300 tokens: its loss is then known to 0.15 nats
+LEAST = 256  # bytes of the validation side of the smallest text
 LEAST_PIECE = 512  # bytes: a document is not cut smaller than this so that a part of it can be held out
 LARGE = 16 << 20  # bytes of text that are worth the start of processes that encode it
 MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
@@ -64,8 +65,8 @@ class Survey:
 
     @property
     def enough(self) -> float:
-        """Bytes that the validation side needs: MEASURABLE, or a twentieth of a text that is too small for that."""
-        return min(MEASURABLE, sum(self.text_bytes) / 20)
+        """Bytes that the validation side needs: MEASURABLE, or of a smaller text a twentieth, but LEAST."""
+        return min(MEASURABLE, max(LEAST, sum(self.text_bytes) / 20))
 
     @property
     def is_split(self) -> bool:
@@ -236,30 +237,22 @@ def _read(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[byt
 
 
 def _check(survey: Survey, text: Text) -> None:
-    """TextError where the text, or one of its sides, holds nothing or too little; each mend that is named was tried."""
+    """TextError where the text, or one of its sides, holds nothing or too little; a share that is advised was tried."""
     names, (train, validation) = ", ".join(text.files), survey.documents
     if train + validation == 0:
         raise TextError(f"{names}: there is nothing but whitespace: put your text there")
     if survey.is_split:
         return
-    ways: dict[str, dict[str, Any]] = {
-        "text.documents=lines": {"documents": "lines"},
-        "text.validation=0.05": {"validation": 0.05},
-        "text.validation=0": {"validation": 0.0},
-    }
-    silent = _Show(lambda line: None, False)
-    mends = [
-        said
-        for said, change in ways.items()
-        if _survey(Corpus(changed := replace(text, **change)), changed.validation, silent)[0].is_split
-    ]
+    usual = Text.validation if text.validation > Text.validation else 0.0
+    less, _ = _survey(Corpus(text), usual, _Show(lambda line: None, False))
     if train + validation == 1:
         fault = "one document cannot be on both sides"
     elif not train:
         fault = f"text.validation = {text.validation:g} holds all {validation} documents out"
     else:
-        fault = f"the text is too small or too repetitive to hold out enough of its {train + validation} documents"
-    raise TextError(f"{names}: {fault}: say {' or '.join(mends)}")
+        fault = f"{train + validation} documents are too small or too much alike to hold enough of them out"
+    mend = f"text.validation={usual if less.is_split else 0:g}"
+    raise TextError(f"{names}: {fault}: use more text, or {mend}")
 
 
 def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:

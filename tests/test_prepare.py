@@ -198,6 +198,27 @@ def test_a_share_that_leaves_too_little_to_measure_by_is_raised_and_it_is_said(t
     assert "made before" in told(tmp_path, text__validation=asked)[1]
 
 
+UNSPLIT: dict[str, tuple[bytes, dict[str, object]]] = {
+    "one document": (DOCUMENTS[0], {}),
+    "lines too small": (b"".join(b"line %d of words\n" % n for n in range(30)), {"text__documents": "lines"}),
+    "equal documents": ((b"a line of some words and no more\n" + MARKER.encode()) * 99, {}),
+    "all held out": (MARKER.encode().join(DOCUMENTS[:20]), {"text__validation": 0.99999}),
+}
+
+
+@pytest.mark.parametrize("case", UNSPLIT)
+def test_the_share_that_an_error_on_the_sides_names_works(tmp_path: Path, case: str) -> None:
+    data, changes = UNSPLIT[case]
+    (tmp_path / "text.txt").write_bytes(data)
+    changes = {"text__validation": 0.05, "tokenizer__vocabulary": 284, "model__context": 8, **changes}
+    with pytest.raises(TextError) as raised:
+        told(tmp_path, **changes)
+    assert raised.value.status == 2
+    share = re.findall(r"use more text, or text\.validation=([\d.]+)$", str(raised.value))[0]
+    shards = told(tmp_path, **changes | {"text__validation": share})[0].shards
+    assert shards.train.text_bytes and (shards.validation.text_bytes > 256 if float(share) else share == "0")
+
+
 @pytest.mark.parametrize("name", ["files.txt", "rows.jsonl"])
 def test_a_document_too_large_to_be_held_out_is_cut(tmp_path: Path, name: str) -> None:
     text = b"".join(DOCUMENTS)
