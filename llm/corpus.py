@@ -271,7 +271,11 @@ def _sources(text: Text) -> Iterator[Source]:
 def _paths(name: str) -> list[Path]:
     """The files that one entry of `text.files` names."""
     path = Path(name).expanduser()
-    if not path.exists() and glob.has_magic(name):
+    try:
+        is_there = path.exists()
+    except OSError as error:  # in a folder that may not be searched, or with a name that is too long
+        raise TextError(f"{name[:200]} cannot be reached ({error.strerror}): name your text another way") from error
+    if not is_there and glob.has_magic(name):
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         found = [each for each in map(Path, sorted(matches)) if each.is_file()]
         if not found:
@@ -279,7 +283,7 @@ def _paths(name: str) -> list[Path]:
         return found
     if path.is_dir():
         raise TextError(f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.txt")
-    if not path.exists():
+    if not is_there:
         known = "" if path.suffix else f" (and no named text: {', '.join(WIKI)})"
         raise TextError(
             f"{name} is not there{known}: put your text there, or write one with `python -m llm.prepare --wiki {name}`"
@@ -316,7 +320,7 @@ def _identity(path: Path, stat: os.stat_result) -> list[Any]:
 
 def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:
     """The file's bytes, unpacked, checked to be UTF-8 without NUL and without the byte order mark at its start."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, offset, read, has_utf8 = codecs.getincrementaldecoder("utf-8")(), 0, b"", False
     try:
         with gzip.open(path, "rb") if _is_packed(path) else path.open("rb") as file:
             while True:
@@ -324,14 +328,15 @@ def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:
                 if _identity(path, os.fstat(file.fileno())) != identity:
                     raise TextError(f"{path} changed while it was read: run the same command again")
                 held = len(decoder.getstate()[0])  # bytes of a character that the last chunk began
+                read = chunk or read  # at the end, the last chunk is the one at fault
                 try:
-                    decoder.decode(chunk, final=not chunk)
+                    has_utf8 |= not decoder.decode(chunk, final=not chunk).isascii()
                 except UnicodeDecodeError as error:
                     at, byte = offset - held + error.start, error.object[error.start]
-                    mend = _to_utf8(path, chunk, first=offset == 0)
+                    mend = _to_utf8(path, read, first=offset == 0, has_utf8=has_utf8)
                     raise TextError(f"{path} is not UTF-8 at byte {at} (0x{byte:02x}): {mend}") from error
                 if (at := chunk.find(b"\0")) >= 0:
-                    mend = _to_utf8(path, chunk, first=offset == 0)
+                    mend = _to_utf8(path, read, first=offset == 0, has_utf8=has_utf8)
                     raise TextError(f"{path} has a NUL at byte {offset + at}: {mend}")
                 if not chunk:
                     return
@@ -345,8 +350,11 @@ def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:
         raise TextError(f"{path} is damaged ({error}): pack it again with gzip") from error
 
 
-def _to_utf8(path: Path, chunk: bytes, first: bool) -> str:
-    """The way from a chunk that is not UTF-8, or has a NUL, to UTF-8: as far as its bytes tell what it is."""
+def _to_utf8(path: Path, chunk: bytes, *, first: bool, has_utf8: bool) -> str:
+    """The way to UTF-8 for a file with a chunk that is not, or has a NUL: as far as its bytes tell what it is.
+
+    `first`: the chunk begins the file; `has_utf8`: letters beyond ASCII were read as UTF-8 in the chunks before it.
+    """
     if first and (known := [said for magic, said in MAGIC.items() if chunk.startswith(magic)]):
         return f"it {known[0]}"
     name, new = shlex.quote(path.name), shlex.quote(f"utf-8-{path.name.removesuffix('.gz')}")
@@ -367,7 +375,7 @@ def _to_utf8(path: Path, chunk: bytes, first: bool) -> str:
         return f"it is no plain text, or its NULs must be left out: {without}"
     right = sum(1 for each in chunk.decode(errors="ignore") if each > "\x7f")
     wrong = chunk.decode(errors="replace").count("\ufffd")
-    if right > wrong:  # in another encoding hardly any two bytes form a character of UTF-8
+    if has_utf8 or right > wrong:  # in another encoding hardly any two bytes form a character of UTF-8
         return f"it is damaged UTF-8; leave the damaged bytes out: {through('iconv -c -f utf-8 -t utf-8')}"
     try:
         western = len(re.findall(r"[^\W\d_]", chunk.decode("cp1252"))) > 2 * sum(byte > 0x7F for byte in chunk)

@@ -249,10 +249,24 @@ SENTENCE = "Été à l’ombre — naïve “quotes” and café: the price is 5
         (SENTENCE.encode("utf-16-be"), SENTENCE),
         (SENTENCE.encode("utf-32"), SENTENCE),
         (SENTENCE.encode("cp1252"), SENTENCE),
+        (SENTENCE.encode("cp1252") + b"caf\xe9", SENTENCE + "café"),
         (SENTENCE.encode() + b"\xff\xfe\n", SENTENCE + "\n"),
+        (SENTENCE.encode() + "é".encode()[:1], SENTENCE),
+        (SENTENCE.encode() + b"plain words " * 100_000 + b"\xff", SENTENCE + "plain words " * 100_000),
         (SENTENCE.encode() + b"a\0b\n", SENTENCE + "ab\n"),
     ],
-    ids=["utf-16", "utf-16le", "utf-16be", "utf-32", "cp1252", "damaged", "NUL"],
+    ids=[
+        "utf-16",
+        "utf-16le",
+        "utf-16be",
+        "utf-32",
+        "cp1252",
+        "cp1252 at its end",
+        "damaged",
+        "cut",
+        "damaged later",
+        "NUL",
+    ],
 )
 def test_the_command_that_is_advised_for_another_encoding_makes_the_text_right(
     tmp_path: Path, data: bytes, text: str, packed: bool
@@ -332,6 +346,7 @@ BAD = {
     "missing without suffix": bad(lambda path: None, "no named text", "wiki-leads-fr", name="wiki-lead"),
     "folder": bad(lambda path: path.mkdir(), "is a folder", "/*.txt"),
     "empty": bad(lambda path: path.touch(), "is empty"),
+    "too long a name": bad(lambda path: None, "cannot be reached", name="a" * 300 + ".txt"),
     "no match": bad(lambda path: None, "no file matches", name="*.text"),
     "not UTF-8": bad(lambda path: path.write_bytes(b"ab\n\xff"), "not UTF-8 at byte 3 (0xff)", "iconv"),
     "not UTF-8 later": bad(lambda path: path.write_bytes(b"a" * 1_048_575 + b"\xe6\xbc-"), "at byte 1048575 (0xe6)"),
