@@ -186,7 +186,7 @@ def _surveyed(
         most = max(LEAST_PIECE, min(BLOCK, whole // 10))
         pieces = _surveyed(text, cache, show, verify=verify, most=most)
         if pieces[1].is_split:
-            found = f"{sum(survey.documents):,} documents by the rule {survey.rule}"
+            found = f"documents ({sum(survey.documents):,} by the rule {survey.rule})"
             show.say(f"validation: {found} are too few or too large to hold some out: cut at {most:,} bytes")
             return pieces
     return corpus, survey, sample

@@ -225,7 +225,7 @@ def test_a_document_too_large_to_be_held_out_is_cut(tmp_path: Path, name: str) -
     (tmp_path / name).write_bytes(text if name == "files.txt" else json.dumps({"text": text.decode()}).encode())
     prepared, said = told(tmp_path, name, text__documents="files")
     train, validation = prepared.shards.train, prepared.shards.validation
-    assert "validation: 1 documents by the rule " in said and "cut at 4,096 bytes" in said
+    assert "validation: documents (1 by the rule " in said and "cut at 4,096 bytes" in said
     assert train.text_bytes + validation.text_bytes == len(text) and validation.text_bytes >= MEASURABLE
 
 
