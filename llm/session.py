@@ -134,10 +134,10 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
     epochs = steps * recipe.windows_per_step / trainer.order.windows
     numbers = cost.parameters(recipe.model, trainer.tokenizer.vocabulary)
     memory, traffic = trainer.costs()
-    begun = f"resuming {recipe.run} from step {trainer.state.step:,}" if trainer.state.step else f"training {recipe.run}"
+    begun = trainer.state.step
     group.say(
-        f"{begun}: {numbers / 1e6:.2f} M parameters, {trainer.device.type}, {recipe.machine.precision}, "
-        f"{group.world()} x {recipe.machine.threads} threads\n"
+        f"{f'resuming {recipe.run} from step {begun:,}' if begun else f'training {recipe.run}'}: {numbers / 1e6:.2f} M parameters, "
+        f"{trainer.device.type}, {recipe.machine.precision}, {group.world()} x {recipe.machine.threads} threads\n"
         f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, {epochs:.2f} epochs; "
         f"about {readable(left * step_seconds)}"
         f"{', to be revised as the speed shows' if trainer.budget is not None else ''}\n"
