@@ -134,9 +134,9 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
     epochs = steps * recipe.windows_per_step / trainer.order.windows
     numbers = cost.parameters(recipe.model, trainer.tokenizer.vocabulary)
     memory, traffic = trainer.costs()
-    begun = trainer.state.step
+    began = f" from step {trainer.state.step:,}" if trainer.state.step else ""
     group.say(
-        f"{f'resuming {recipe.run} from step {begun:,}' if begun else f'training {recipe.run}'}: {numbers / 1e6:.2f} M parameters, "
+        f"{'resuming' if began else 'training'} {recipe.run}{began}: {numbers / 1e6:.2f} M parameters, "
         f"{trainer.device.type}, {recipe.machine.precision}, {group.world()} x {recipe.machine.threads} threads\n"
         f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, {epochs:.2f} epochs; "
         f"about {readable(left * step_seconds)}"
