@@ -700,8 +700,3 @@ def test_a_thousand_mutated_recipes_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, text: str, overrides: list[str]
 ) -> None:
     check_read_or_refused(tmp_path_factory.getbasetemp() / "mutated.yaml", text, overrides)
-
-
-def test_the_readme_names_every_key() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in readme for name in flat(load(Path(__file__).parent.parent / "recipes/quickstart.yaml")))
