@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm import borrowed, pretrained
+from llm import borrowed, generation, pretrained
 from llm.errors import RecipeError, RefusedError
 from llm.model import Transformer
 from llm.recipe import load
@@ -73,6 +73,14 @@ def theirs_of(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def ours_of(folder: Path, source: Path) -> Transformer:
+    recipe = pretrained.shaped(load(recipe_of(folder, source)))
+    vocabulary = pretrained.read_config(source)["vocab_size"]
+    ours = Transformer(recipe.model, vocabulary, family=pretrained.family(source))
+    pretrained.load(source, {name: held(p) for name, p in ours.named_parameters()})
+    return ours
+
+
 CASES = [
     (family, dtype, shard, tied)
     for family in ("qwen3", "llama")
@@ -87,10 +95,7 @@ def test_logits_are_theirs_before_the_first_step_and_after_the_last(
 ) -> None:
     source = made(tmp_path / "source", family, dtype, shard=shard, tie_word_embeddings=tied)
     assert (source / pretrained.INDEX).exists() == (shard == "20KB")
-    path = recipe_of(tmp_path, source)
-    recipe = pretrained.shaped(load(path))
-    ours = Transformer(recipe.model, VOCABULARY, family=pretrained.family(source))
-    pretrained.load(source, {name: held(p) for name, p in ours.named_parameters()})
+    ours, path = ours_of(tmp_path, source), recipe_of(tmp_path, source)
     tokens = tiny.ids(2, 32, vocabulary=VOCABULARY)
     with torch.no_grad():
         before = theirs_of(source)(tokens).logits
@@ -159,6 +164,141 @@ def test_what_was_exported_here_is_somebody_elses_there(tmp_path: Path) -> None:
 
 def test_without_a_beginning_of_its_own_a_document_begins_with_their_end(tmp_path: Path) -> None:
     assert pretrained.tokenizer_of(made(tmp_path / "source", "qwen3")).bos == 0
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500_000.0}
+OTHERS: dict[str, Any] = {  # what else a field could say, where that does not follow from its default
+    "rope_parameters": LINEAR, "layer_types": ["sliding_attention", "full_attention"], "eos_token_id": [0, 3],
+    "hidden_act": "gelu", "dtype": "bfloat16", "torch_dtype": "float16", "model_type": "mistral", "architectures": ["Other"],
+    "problem_type": "regression", "id2label": {"0": "one"}, "label2id": {"one": 0}, "transformers_version": "4.40.0"}  # fmt: skip
+NO_FIELDS: list[dict[str, Any]] = [  # what their code looks for beside the fields, and fields that only count together
+    {"rope_scaling": LINEAR},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
+    {"rope_scaling": {"rope_type": "default"}},  # which takes the place of rope_parameters, its base included
+    {"rope_scaling": {"rope_theta": 1e4}},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}, "rope_parameters": None, "rope_theta": 1e4},
+    {"rope_theta": 1e4},
+    {"rope_theta": 1e4, "rope_parameters": None},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+    {"rope_parameters": {"full_attention": LINEAR}},
+    {"partial_rotary_factor": 0.5},
+    {"partial_rotary_factor": None},
+    {"is_causal": False},
+    {"per_layer_config": {"1": {"rms_norm_eps": 0.5}}},
+    {"sliding_window": 8},
+    {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0, "layer_types": None},
+    {"attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 2},
+    {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    {"transformers_weights": "other.safetensors"},
+]
+
+
+def another(name: str, value: Any) -> Any:
+    if name in OTHERS:
+        return OTHERS[name]
+    if isinstance(value, bool):
+        return not value
+    return value * 2 or 1 if isinstance(value, int | float) else 1
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_every_field_of_their_configuration_is_obeyed_or_refused_by_name(tmp_path: Path, family: str) -> None:
+    """Each changed in turn on a folder whose weights stay: the same logits as theirs to the bit, or one line."""
+    source = made(tmp_path / "source", family)
+    stated = json.loads((source / "config.json").read_text())
+    of_class = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[family]().to_dict()
+    fields = of_class | stated
+    fields.pop("return_dict")  # false: their own model does not run
+    changes = [{name: another(name, value)} for name, value in fields.items()] + NO_FIELDS
+    tokens, obeyed, refused = tiny.ids(2, 32, vocabulary=VOCABULARY), [], []
+    for change in changes:
+        (source / "config.json").write_text(json.dumps(stated | change))
+        try:
+            ours = ours_of(tmp_path, source)
+        except (RefusedError, RecipeError) as error:
+            assert len(str(error).splitlines()) == 1
+            refused.append(set(change))
+            continue
+        with torch.no_grad():
+            assert torch.equal(ours.logits(tokens), theirs_of(source)(tokens).logits), change
+        obeyed.append(set(change))
+    assert {"rms_norm_eps"} in obeyed and {"rope_theta", "rope_parameters"} in obeyed and {"use_cache"} in obeyed
+    assert {"tie_word_embeddings"} in refused and {"rope_scaling"} in refused and {"attention_bias"} in refused
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_tied_folder_may_keep_the_head_that_it_is_tied_to_and_no_other(tmp_path: Path, shard: str) -> None:
+    source = made(tmp_path / "source", tie_word_embeddings=False, shard=shard)
+    config = (source / "config.json").read_text()
+    changed("config.json", tie_word_embeddings=True)(source)
+    with pytest.raises(RefusedError, match=r"another lm_head\.weight .* tie_word_embeddings = true"):
+        ours_of(tmp_path, source)
+    (source / "config.json").write_text(config)
+    theirs = theirs_of(source)
+    theirs.lm_head.weight.data.copy_(theirs.model.embed_tokens.weight.data)
+    theirs.save_pretrained(source, max_shard_size=shard)
+    changed("config.json", tie_word_embeddings=True)(source)
+    tokens = tiny.ids(2, 32, vocabulary=VOCABULARY)
+    with torch.no_grad():
+        assert torch.equal(ours_of(tmp_path, source).logits(tokens), theirs(tokens).logits)
+
+
+# ------------------------------------------------------------------------------------------ where a text begins and ends
+
+
+def test_a_null_in_their_settings_is_no_piece_of_that_name(tmp_path: Path) -> None:
+    """As Qwen3's bos_token is, in whose vocabulary "None" is a piece like others."""
+    source = made(tmp_path / "source", "qwen3")
+    whole = json.loads((source / "tokenizer.json").read_text())
+    whole["model"]["vocab"] |= {"None": 320, "True": 321, "7": 322}
+    (source / "tokenizer.json").write_text(json.dumps(whole))
+    for value in (None, True, 7, {"content": None}, ["None"]):
+        changed("tokenizer_config.json", bos_token=value)(source)
+        found = pretrained.tokenizer_of(source)
+        assert (found.bos, found.ends) == (0, (0,))
+    changed("config.json", bos_token_id=1)(source)  # with a null in the tokenizer's settings, as Qwen3 has it
+    assert pretrained.tokenizer_of(source).bos == 1
+    changed("config.json", bos_token_id=50)(source)  # an ordinary piece: left over from the defaults of a family
+    assert pretrained.tokenizer_of(source).bos == 0
+
+
+@pytest.mark.parametrize("value", ["0", True, [0, "1"], VOCABULARY, -1, {"id": 1}])
+def test_an_end_that_is_no_id_is_refused_by_name(tmp_path: Path, value: object) -> None:
+    source = made(tmp_path / "source")
+    for name in ("config.json", "generation_config.json"):
+        before = (source / name).read_text()
+        changed(name, eos_token_id=value)(source)
+        with pytest.raises(RefusedError, match="eos_token_id = .* is no id"):
+            pretrained.tokenizer_of(source)
+        (source / name).write_text(before)
+
+
+def saying(id: int, act: Callable[[], None]) -> Callable[[], None]:
+    """The same with a model that only ever says this one token."""
+
+    def planted() -> None:
+        generation.choose = lambda logits, *_: torch.full((len(logits),), id)
+        act()
+
+    return planted
+
+
+def test_a_text_ends_at_any_of_their_ends_here_and_after_an_export(tmp_path: Path) -> None:
+    """Those of config.json, generation_config.json and the tokenizer: 0 and 40, 41, 0; and where a text begins, 1."""
+    source = made(tmp_path / "source")
+    changed("config.json", eos_token_id=[0, 40])(source)
+    changed("generation_config.json", eos_token_id=41)(source)
+    path = recipe_of(tmp_path, source, **{"evaluate.prompts": '["The river"]', "evaluate.every": 3})
+    assert run(saying(41, train(path)), tmp_path).status == 0
+    record = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert {each["sample"] for each in record if "sample" in each} == {""}
+    opened = open_run(str(tmp_path / "runs/tiny"))
+    theirs = transformers.GenerationConfig.from_pretrained(opened.checkpoint.folder)
+    assert opened.tokenizer.ends == (0, 1, 40, 41) and theirs.eos_token_id == [0, 1, 40, 41]
+    for id, tokens in ((0, 0), (1, 0), (40, 0), (41, 0), (42, 9)):
+        ended = run(saying(id, script("module:llm.sample", "tiny", "--prompt", "The river", "--tokens", 9)), tmp_path)
+        assert ended.status == 0 and f"{tokens} tokens in" in ended.err, ended.err
+    assert run(script("module:llm.export", "tiny", "--to", "out"), tmp_path).status == 0
 
 
 def changed(name: str, **keys: Any) -> Callable[[Path], None]:
