@@ -115,7 +115,9 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     if "auto_map" in about:
         raise RefusedError(f"{folder / BESIDE[0]} asks for code of its own (auto_map), which is not run here")
     generation = folder / "generation_config.json"
-    stated = [config, *([store.read_json(generation)] if generation.is_file() else [])]
+    stated = [config, store.read_json(generation) if generation.is_file() else {}]
+    if not isinstance(stated[1], dict):
+        raise RefusedError(f"{generation} is damaged: no settings of generation")
 
     def piece(name: str, id_of: Callable[[str], int | None]) -> list[int]:
         """The id of the tokenizer's piece for bos or eos, in a list, which is empty where it has none."""
@@ -126,7 +128,7 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
     def stated_ids(name: str) -> list[int]:
         """Those of bos or eos that the model's configurations give."""
-        values = [each.get(f"{name}_token_id") if isinstance(each, dict) else each for each in stated]
+        values = [each.get(f"{name}_token_id") for each in stated]
         ids = [id for value in values if value is not None for id in (value if isinstance(value, list) else [value])]
         for id in ids:
             if type(id) is not int or not 0 <= id < vocabulary:

@@ -1,7 +1,7 @@
 """Somebody else's weights: a folder of the Qwen3 or the Llama family, read from safetensors and JSON, nothing executed.
 
 What our model does not do (scaled rotary positions, biases, sliding windows, code of the folder's own) is refused by
-name rather than left out.
+name rather than left out, as is a folder that could be read in two ways.
 """
 
 from dataclasses import replace
@@ -48,11 +48,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise RefusedError(f"{path}: model_type = {_shown(family)}: {' or '.join(FAMILIES)} is expected")
-    layers = config.get("layer_types")
-    windowed = layers is not None and (not isinstance(layers, list) or any(each != "full_attention" for each in layers))
     odd = [name for name, ours in OURS.items() if config.get(name) is not None and config[name] not in ours]
-    for name in [*odd, *(["layer_types"] if windowed else [])]:
-        raise RefusedError(f"{path}: {name} = {_shown(config[name])} asks for what the model here does not do")
+    layers = config.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and all(each == "full_attention" for each in layers)):
+        odd.append("layer_types")
+    if odd:
+        raise RefusedError(f"{path}: {odd[0]} = {_shown(config[odd[0]])} asks for what the model here does not do")
     if (folder / "adapter_config.json").exists():
         raise RefusedError(f"{folder / 'adapter_config.json'} asks for an adapter, which is not applied here: merge it")
     theta = _rope_theta(path, config)
@@ -68,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not (isinstance(value, bool) if name == "tie_word_embeddings" else _is_size(value)):
             raise RefusedError(f"{path}: {name} = {_shown(value)} is not what a model has there")
     for name in ("rope_theta", "rms_norm_eps"):
-        if not isinstance(given[name], int | float) or not 0 < given[name] < 1e12:
+        if isinstance(given[name], bool) or not isinstance(given[name], int | float) or not 0 < given[name] < 1e12:
             raise RefusedError(f"{path}: {name} = {_shown(given[name])}: a number above 0 is expected")
     return given
 

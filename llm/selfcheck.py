@@ -186,7 +186,7 @@ def _silence(llama_cpp: Any) -> Any:
 
 
 def _same_llama_ids(theirs: Any, tokenizer: Tokenizer) -> str:
-    """Of texts without a literal U+2581, which llama.cpp cannot tell from a space."""
+    """RefusedError unless they agree, on texts without a literal U+2581, which llama.cpp takes for a space."""
     texts = [text.replace(SPACE, "x") for text in tough_texts(tokenizer)]
     for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=os.cpu_count() or 1), strict=True):
         found = theirs.tokenize(text.encode(), add_bos=True, special=False)
@@ -194,7 +194,7 @@ def _same_llama_ids(theirs: Any, tokenizer: Tokenizer) -> str:
             raise RefusedError(f"llama.cpp's ids of {text[:40]!r} are {found[:8]}, the run has {ids[:7].tolist()}")
         if theirs.detokenize(found[1:]) != text.encode():
             raise RefusedError(f"llama.cpp's ids of {text[:40]!r} do not come back as that text")
-    return f"ids of {len(texts):,} tough texts equal, and back again"
+    return f"ids of {len(texts):,} tough texts equal, and back again; a literal U+2581 is a space to it"
 
 
 def _same_settings(theirs: Any, model: Transformer, tokenizer: Tokenizer) -> None:

@@ -97,8 +97,8 @@ class Tokenizer:
             raise RecipeError(f"tokenizer.terms: {taken[0]} is the name of a piece of its own: leave it out")
         if odd := [term for term in terms if re.search(r"^ $|[\x00\u2581\ud800-\udfff]", term)]:
             raise RecipeError(
-                f"tokenizer.terms: {odd[0]!a} cannot be a piece of its own (a space is one anyway; U+0000, U+2581, which "
-                f"is a space in pieces, and surrogates are in none): leave it out"
+                f"tokenizer.terms: {odd[0]!a} cannot be a piece of its own (a space is one anyway; U+2581, which is a "
+                f"space in pieces, U+0000 and surrogates are in none): leave it out"
             )
         out = io.BytesIO()
         try:

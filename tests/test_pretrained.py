@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm import borrowed, generation, pretrained
 from llm.errors import RecipeError, RefusedError
@@ -17,6 +18,7 @@ from llm.selfcheck import tough_texts
 from llm.sharding import held
 from tests import tiny
 from tests.forks import SENTENCES, Ended, run, run_group, script, train, write_recipe, write_text
+from tests.test_tokenizer import HOSTILE, trained
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers: install the extra `test`")
 tokenizers = pytest.importorskip("tokenizers", reason="install the extra `export`")
@@ -151,7 +153,9 @@ def test_what_was_exported_here_is_somebody_elses_there(tmp_path: Path) -> None:
     assert run(script("module:llm.export", "first", "--to", "source"), tmp_path).status == 0
     first = open_run(str(tmp_path / "runs/first"))
     again = pretrained.tokenizer_of(tmp_path / "source")
-    texts = tough_texts(again, 400)
+    assert first.tokenizer.lossless and again.lossless
+    texts = [*tough_texts(again, 400), *HOSTILE]
+    assert sum("\u2581" in text for text in texts) > 20
     assert all(
         again.encode(text) == first.tokenizer.encode(text) and again.decode(again.encode(text)) == text
         for text in texts
@@ -182,7 +186,6 @@ NO_FIELDS: list[dict[str, Any]] = [  # what their code looks for beside the fiel
     {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
     {"rope_parameters": {"full_attention": LINEAR}},
     {"partial_rotary_factor": 0.5},
-    {"partial_rotary_factor": None},
     {"is_causal": False},
     {"per_layer_config": {"1": {"rms_norm_eps": 0.5}}},
     {"sliding_window": 8},
@@ -198,7 +201,9 @@ def another(name: str, value: Any) -> Any:
         return OTHERS[name]
     if isinstance(value, bool):
         return not value
-    return value * 2 or 1 if isinstance(value, int | float) else 1
+    if isinstance(value, int | float):
+        return value * 2 or 1
+    return f"{value}x" if isinstance(value, str) else 1 if value is None else value
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -207,8 +212,10 @@ def test_every_field_of_their_configuration_is_obeyed_or_refused_by_name(tmp_pat
     source = made(tmp_path / "source", family)
     stated = json.loads((source / "config.json").read_text())
     of_class = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[family]().to_dict()
-    fields = of_class | stated
-    fields.pop("return_dict")  # false: their own model does not run
+    # How text is chosen is no matter of logits, and old versions refuse some of it; nor does their model run without
+    # return_dict.
+    beside = {"return_dict", *transformers.GenerationConfig().to_dict()} - stated.keys()
+    fields = {name: value for name, value in (of_class | stated).items() if name not in beside}
     changes = [{name: another(name, value)} for name, value in fields.items()] + NO_FIELDS
     tokens, obeyed, refused = tiny.ids(2, 32, vocabulary=VOCABULARY), [], []
     for change in changes:
@@ -243,6 +250,34 @@ def test_a_tied_folder_may_keep_the_head_that_it_is_tied_to_and_no_other(tmp_pat
         assert torch.equal(ours_of(tmp_path, source).logits(tokens), theirs(tokens).logits)
 
 
+UNCLEAR: dict[str, tuple[str, str]] = {  # a file of the folder, and what is in it
+    "an adapter": ("adapter_config.json", "{}"),
+    "two models": (pretrained.INDEX, '{"weight_map": {"a": "other.safetensors"}}'),
+    "an index that is none": (pretrained.INDEX, '{"weight_map": {"a": null}}'),
+    "an index that is a list": (pretrained.INDEX, "[]"),
+    "a family in a list": ("config.json", '{"model_type": ["llama"]}'),
+    "a list for settings of generation": ("generation_config.json", "[1]"),
+}
+
+
+@pytest.mark.parametrize("what", UNCLEAR)
+def test_a_folder_that_could_be_read_in_two_ways_or_none_is_refused(tmp_path: Path, what: str) -> None:
+    source, (name, text) = made(tmp_path / "source"), UNCLEAR[what]
+    (source / name).write_text(text)
+    with pytest.raises(RefusedError):
+        ours_of(tmp_path, source)
+        pretrained.tokenizer_of(source)
+
+
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path: Path) -> None:
+    source = made(tmp_path / "source", shard="20KB")
+    files = sorted(source.glob("*.safetensors"))
+    tensors = load_file(files[0])
+    save_file(load_file(files[1]) | {name: torch.zeros_like(each) for name, each in tensors.items()}, files[1])
+    with pytest.raises(RefusedError, match="which another file holds too"):
+        ours_of(tmp_path, source)
+
+
 # ------------------------------------------------------------------------------------------ where a text begins and ends
 
 
@@ -268,7 +303,7 @@ def test_an_end_that_is_no_id_is_refused_by_name(tmp_path: Path, value: object) 
     for name in ("config.json", "generation_config.json"):
         before = (source / name).read_text()
         changed(name, eos_token_id=value)(source)
-        with pytest.raises(RefusedError, match="eos_token_id = .* is no id"):
+        with pytest.raises(RefusedError, match=r"eos_token_id = .* is no id"):
             pretrained.tokenizer_of(source)
         (source / name).write_text(before)
 
@@ -299,6 +334,25 @@ def test_a_text_ends_at_any_of_their_ends_here_and_after_an_export(tmp_path: Pat
         ended = run(saying(id, script("module:llm.sample", "tiny", "--prompt", "The river", "--tokens", 9)), tmp_path)
         assert ended.status == 0 and f"{tokens} tokens in" in ended.err, ended.err
     assert run(script("module:llm.export", "tiny", "--to", "out"), tmp_path).status == 0
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_with_a_sentencepiece_vocabulary_alone_a_text_ends_at_its_own_end(tmp_path: Path, stated: bool) -> None:
+    """As in older Llama folders: <unk>, <s> and </s> are 0, 1 and 2."""
+    source = made(tmp_path / "source", eos_token_id=2 if stated else None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    (source / "tokenizer.model").write_bytes(trained(vocab_size=VOCABULARY, model_type="bpe", byte_fallback=True))
+    assert run(train(recipe_of(tmp_path, source)), tmp_path).status == 0
+    opened = open_run(str(tmp_path / "runs/tiny"))
+    assert (opened.tokenizer.bos, opened.tokenizer.ends, opened.tokenizer.banned) == (1, (1, 2), (0,))
+    theirs = transformers.GenerationConfig.from_pretrained(opened.checkpoint.folder)
+    assert theirs.eos_token_id == [1, 2] and theirs.suppress_tokens == [0]
+    ended = run(saying(2, script("module:llm.sample", "tiny", "--prompt", "The river", "--tokens", 9)), tmp_path)
+    assert ended.status == 0 and "0 tokens in" in ended.err, ended.err
+    changed("config.json", bos_token_id=5)(source)
+    with pytest.raises(RefusedError, match=r"begins a text with piece 1, the model with 5: put its tokenizer\.json"):
+        pretrained.tokenizer_of(source)
 
 
 def changed(name: str, **keys: Any) -> Callable[[Path], None]:
