@@ -1,6 +1,7 @@
 """Somebody else's folder goes on here: the same logits before the first step, and after the last one for them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,7 @@ UNCLEAR: dict[str, tuple[str, str]] = {  # a file of the folder, and what is in 
 def test_a_folder_that_could_be_read_in_two_ways_or_none_is_refused(tmp_path: Path, what: str) -> None:
     source, (name, text) = made(tmp_path / "source"), UNCLEAR[what]
     (source / name).write_text(text)
+    shutil.copy(source / "model.safetensors", source / "other.safetensors")
     with pytest.raises(RefusedError):
         ours_of(tmp_path, source)
         pretrained.tokenizer_of(source)
