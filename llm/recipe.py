@@ -94,7 +94,9 @@ class Train:
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     every: int = setting(500, unit="steps", least=1, below=1e12)
-    prompts: tuple[str, ...] = setting((), unit="texts to go on with after each evaluation")
+    prompts: tuple[str, ...] = setting(
+        (), unit="texts to go on with after each evaluation; auto: how a document of the text begins"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,7 @@ NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a run: never a way out of runs/
 MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # what dropout = auto comes to where the text is read more often than this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of weight_decay = auto
 MOST_DECAY = 3.2  # that a time constant may ask for
+AUTO_PROMPTS = ("auto",)
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.hours")  # a recipe names exactly one
 
 

@@ -356,6 +356,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Loss and bits per byte over the validation side, into `metrics` and the record; then the recipe's prompts."""
         if not self.shards.validation.tokens:
+            self.show_samples()
+            self.layout.rest(self.model)
             return
         assert isinstance(self.recipe.machine.micro_batch, int)
         total = torch.zeros(1, dtype=wide(self.device), device=self.device)
@@ -381,14 +383,17 @@ class Trainer:
         self.curve = thinned([*self.curve, [self.state.step, bits]])
         if self.tracker is not None:
             self.tracker.log(self.state.step, **self.metrics)
+        self.show_samples()
+        if self.tracker is not None and self.state.step == self.steps:
+            self.tracker.say(advice.of_run(self.recipe, self.tracker.evaluations))
+        self.layout.rest(self.model)
+
+    def show_samples(self) -> None:
         # A sharded model speaks with all its processes.
         if self.recipe.evaluate.prompts and (self.tracker is not None or self.layout.sharded):
             texts = self.samples()
             if self.tracker is not None:
                 self.tracker.samples(self.state.step, dict(zip(self.recipe.evaluate.prompts, texts, strict=True)))
-        if self.tracker is not None and self.state.step == self.steps:
-            self.tracker.say(advice.of_run(self.recipe, self.tracker.evaluations))
-        self.layout.rest(self.model)
 
     def samples(self) -> list[str]:
         prompts = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)] for prompt in self.recipe.evaluate.prompts]
