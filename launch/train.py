@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 try:
     from llm.errors import run
@@ -33,10 +34,18 @@ def main() -> None:
 
     from llm.group import say
     from llm.prepare import ready
+    from llm.prompts import example, quoted
     from llm.session import train
 
-    folder = train(recipe, lambda recipe: ready(recipe, say))
-    say(f'the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt "My self Har"')
+    made: list[Any] = []
+
+    def prepare(recipe: Any) -> Any:
+        made[:] = ready(recipe, say)
+        return tuple(made)
+
+    folder = train(recipe, prepare)
+    prompt = quoted(example(*made))
+    say(f"the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt {prompt}")
 
 
 if __name__ == "__main__":

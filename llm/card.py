@@ -6,6 +6,7 @@ No dates, no speeds and no paths: what a bystander has to know of the model and 
 from pathlib import Path
 
 from llm.corpus import licence
+from llm.prompts import example
 from llm.recipe import Recipe
 from llm.shards import Shards, Side
 from llm.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, 
     only = "" if recipe.model.from_ else " and on nothing else"
     at_step = [bits for at, bits in curve if at == step]
     validated = f"{at_step[0]:.4f}" if at_step else "not evaluated at this step"
-    prompt = recipe.evaluate.prompts[0] if recipe.evaluate.prompts else "The"
+    prompt = example(recipe, tokenizer, shards)
     say = USE.format(prompt=_plain(prompt)) if tokenizer.is_portable else _NO_TOKENIZER
     return f"""---
 library_name: transformers

@@ -175,7 +175,10 @@ def load_tensors(path: Path, into: dict[str, Rows], *, more: bool = False) -> No
             names = set(file.keys())
             if names != into.keys() and not (more and into.keys() <= names):
                 odd = sorted(names ^ into.keys())[0]
-                raise RefusedError(f"{path} and the model differ in their tensors, first in {odd}: not of one kind")
+                raise RefusedError(
+                    f"{path} and the model of this recipe hold different tensors, {odd} is only in one of them: take "
+                    "the model's keys from the recipe that it was trained with"
+                )
             for name, rows in into.items():
                 stored = file.get_slice(name)
                 if tuple(stored.get_shape()) != rows.shape:

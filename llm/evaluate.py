@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -75,7 +76,8 @@ class Read:
 
 def measure(opened: "Opened", text: Read, given: argparse.Namespace) -> None:
     """Print what the text costs; with --alone no document is told what stood before it, and no BOS is predicted."""
-    size, words = text.size, sum(len(document.split()) for document in text.documents)
+    # As lm-eval counts them: what stands between runs of Unicode's whitespace, nothing at an end included.
+    size, words = text.size, sum(len(re.split(r"\s+", document.decode())) for document in text.documents)
     if given.alone:
         documents = [text.tokens.read(*pair) for pair in pairwise([*text.starts, text.tokens.tokens])]
         nats = sum(_nats_alone(opened, document, given.rows) for document in documents)
@@ -91,7 +93,7 @@ def measure(opened: "Opened", text: Read, given: argparse.Namespace) -> None:
         f"loss                  {nats / targets:.4f} nats a token\n"
         f"bits per byte         {bits:.4f}\n"
         f"perplexity a token    {_exp(nats / targets):,.2f}\n"
-        f"perplexity a word     {_exp(nats / max(words, 1)):,.2f}"
+        f"perplexity a word     {_exp(nats / words):,.2f}"
     )
     if given.yardsticks:
         from llm.yardsticks import MOST, yardsticks

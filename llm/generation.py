@@ -1,7 +1,6 @@
 """Text out of a model: prefill, choose, step, repeat. Rows of any lengths go side by side, each at its own position."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,20 +8,9 @@ from torch import Tensor
 
 from llm.decoding import Decoding, Replay
 from llm.model import Cache, Transformer
+from llm.sampling import Sampling
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    The penalty applies first, then the others in the order in which they stand here.
-    """
-
-    temperature: float = 0.8  # 0: always the likeliest
-    top_k: int = 0  # tokens that stay; 0: all
-    top_p: float = 1.0  # the likeliest tokens that hold this much probability stay
-    min_p: float = 0.0  # tokens of at least this share of the likeliest one's probability stay
-    repetition_penalty: float = 1.0  # logits of tokens that occurred are divided by it, or multiplied where negative
+COLDEST = torch.finfo(torch.float32).tiny  # a smaller temperature is none: dividing by it gives no number
 
 
 def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -34,7 +22,7 @@ def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: t
     if seen is not None and sampling.repetition_penalty != 1.0:
         punished = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(seen, punished, logits)
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return logits.argmax(-1)
     # On the CPU, so that a seed says the same on any device, and as CUDA refuses some of this where bits must repeat.
     device, logits = logits.device, logits.cpu()

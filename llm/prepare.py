@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from llm import prompts, store
 from llm import shards as sharding
-from llm import store
 from llm.corpus import BLOCK, LONGEST, Corpus, fraction, wiki_documents
 from llm.encoders import cores
 from llm.errors import DiskError, RecipeError, RefusedError, TextError, run
@@ -126,9 +126,10 @@ def _shaped(recipe: Recipe) -> Recipe:
 
 
 def ready(recipe: Recipe, say: Say = print) -> tuple[Recipe, Tokenizer, Shards]:
-    """The same for the trainer, with the recipe's length in steps, which may depend on the text."""
+    """The same for the trainer, with what depends on the text in the recipe: its length in steps, and its prompts."""
     recipe = _shaped(recipe)
     prepared = prepare(recipe, say)
+    recipe = prompts.settled(recipe, prepared.tokenizer, prepared.shards)
     return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
 
 

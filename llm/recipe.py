@@ -94,7 +94,9 @@ class Train:
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     every: int = setting(500, unit="steps", least=1, below=1e12)
-    prompts: tuple[str, ...] = setting((), unit="texts to go on with after each evaluation")
+    prompts: tuple[str, ...] = setting(
+        (), unit="texts to go on with after each evaluation; auto: how a document of the text begins"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,7 @@ NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a run: never a way out of runs/
 MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # what dropout = auto comes to where the text is read more often than this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of weight_decay = auto
 MOST_DECAY = 3.2  # that a time constant may ask for
+AUTO_PROMPTS = ("auto",)
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.hours")  # a recipe names exactly one
 
 
@@ -452,6 +455,7 @@ def resolve(recipe: Recipe) -> Recipe:
         raise RecipeError("tokenizer.terms: a term is a word or some words on one line, not empty")
     if model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
         raise RecipeError("model.from takes its tokenizer along: leave tokenizer.path and tokenizer.terms out")
+    recipe = replace(recipe, from_=checkpoint_name(recipe.from_))
     lengths = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
     if len(lengths) != 1:
         raise RecipeError(
@@ -550,6 +554,11 @@ def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
             raise RecipeError(f"train.skip = {text!r}: ranges that do not overlap are expected, such as 1200-1210")
         ranges.append((low, high))
     return tuple(ranges)
+
+
+def checkpoint_name(from_: str | None) -> str | None:
+    """RUN/step-74 as RUN/step-000074, the name of its folder: both are one checkpoint."""
+    return from_ and re.sub(r"(?<=/step-)[0-9]{1,15}$", lambda step: f"{int(step[0]):06d}", from_)
 
 
 def science(recipe: Recipe) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def probe(model: Transformer, tokenizer: Tokenizer) -> Tensor:
     """Tokens whose logits are compared: (2, T), a row drawn at random and one that the model says itself."""
     length = min(PROBE, model.shape.context)
     drawn = torch.randint(tokenizer.vocabulary, (length,), generator=torch.Generator().manual_seed(0))
-    said = [row[0] for row in generate(model, [[tokenizer.bos]], length - 1, Sampling(temperature=1.0))]
+    said = [row[0] for row in generate(model, [[tokenizer.bos]], length - 1, Sampling(temperature=1.0, min_p=0.0))]
     return torch.stack([drawn, torch.tensor([tokenizer.bos, *said])])
 
 

@@ -21,6 +21,7 @@ from llm import store
 from llm.recipe import Recipe, flat
 
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
+RECENT = 0.1  # of the steps up to an evaluation: their losses are the training loss beside it
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
 
 
@@ -47,10 +48,10 @@ class Tracker:
         )
         self.trackers: dict[str, Any] = {}
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
-        self.losses = deque((line["loss"] for line in lines if "loss" in line), maxlen=SPIKE_WINDOW)
+        self.losses: deque[tuple[int, float]] = deque(maxlen=SPIKE_WINDOW)  # step and loss of the last, where finite
+        for line in lines:
+            self._remember(line.get("step", 0), line.get("loss"))
         self.evaluations = [line for line in lines if "val_loss" in line]
-        evaluated = max((line["step"] for line in self.evaluations), default=0)
-        self.recent = [line["loss"] for line in lines if "loss" in line and line["step"] > evaluated]
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
@@ -69,16 +70,15 @@ class Tracker:
     def log(self, step: int, **values: Any) -> None:
         """Record `values` of `step`; tensors are read here, so this is where the device is waited for."""
         numbers = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
-        if "val_loss" in numbers and self.recent:
-            numbers["train_loss"] = statistics.fmean(self.recent)
+        recent = [loss for at, loss in self.losses if at > step * (1 - RECENT)]
+        if "val_loss" in numbers and recent:
+            numbers["train_loss"] = statistics.fmean(recent)
         self.record.append({"step": step, **numbers})
         if "loss" in numbers:
-            self.recent.append(numbers["loss"])
             self._look_for_spike(step, numbers["loss"])
         self.bar.update(step - self.bar.n)
         if "val_loss" in numbers:
             self.evaluations.append({"step": step, **numbers})
-            self.recent.clear()
             best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
             beside = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
             trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
@@ -104,15 +104,17 @@ class Tracker:
             self._guard(name, partial(tracker.log, {"step": step, **plain}, step=step))
 
     def _look_for_spike(self, step: int, loss: float) -> None:
-        if len(self.losses) >= SPIKE_WINDOW // 2:
-            spread = statistics.pstdev(self.losses)
-            above = loss - statistics.fmean(self.losses)
+        losses = [each for _, each in self.losses]
+        if len(losses) >= SPIKE_WINDOW // 2:
+            spread = statistics.pstdev(losses)
+            above = loss - statistics.fmean(losses)
             if above > SPIKE_SIGMAS * spread > 0:
-                self.event(
-                    step, f"spike: loss {loss:.4f} is {above / spread:.1f} sigma above the last {len(self.losses)}"
-                )
-        if math.isfinite(loss):
-            self.losses.append(loss)
+                self.event(step, f"spike: loss {loss:.4f} is {above / spread:.1f} sigma above the last {len(losses)}")
+        self._remember(step, loss)
+
+    def _remember(self, step: int, loss: float | None) -> None:
+        if loss is not None and math.isfinite(loss):
+            self.losses.append((step, loss))
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Record something out of the ordinary."""
@@ -121,6 +123,8 @@ class Tracker:
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
         """Record what the model makes of each of the recipe's prompts."""
+        if not self.evaluations:  # else they stand below one
+            self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  samples:")
         for prompt, text in texts.items():
             self.record.append({"step": step, "prompt": prompt, "sample": text})
             self.texts.append([step, prompt, text])

@@ -39,7 +39,7 @@ from llm.machine import remember
 from llm.model import Transformer
 from llm.optimizer import Optimizer, gradient_norm, wide
 from llm.order import Order, mix
-from llm.recipe import Recipe, flat, science, skipped
+from llm.recipe import Recipe, checkpoint_name, flat, science, skipped
 from llm.schedule import Plan, planned, rate_share
 from llm.sharding import Layout, Rows, held
 from llm.shards import Shards
@@ -356,6 +356,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Loss and bits per byte over the validation side, into `metrics` and the record; then the recipe's prompts."""
         if not self.shards.validation.tokens:
+            self.show_samples()
+            self.layout.rest(self.model)
             return
         assert isinstance(self.recipe.machine.micro_batch, int)
         total = torch.zeros(1, dtype=wide(self.device), device=self.device)
@@ -381,14 +383,17 @@ class Trainer:
         self.curve = thinned([*self.curve, [self.state.step, bits]])
         if self.tracker is not None:
             self.tracker.log(self.state.step, **self.metrics)
+        self.show_samples()
+        if self.tracker is not None and self.state.step == self.steps:
+            self.tracker.say(advice.of_run(self.recipe, self.tracker.evaluations))
+        self.layout.rest(self.model)
+
+    def show_samples(self) -> None:
         # A sharded model speaks with all its processes.
         if self.recipe.evaluate.prompts and (self.tracker is not None or self.layout.sharded):
             texts = self.samples()
             if self.tracker is not None:
                 self.tracker.samples(self.state.step, dict(zip(self.recipe.evaluate.prompts, texts, strict=True)))
-        if self.tracker is not None and self.state.step == self.steps:
-            self.tracker.say(advice.of_run(self.recipe, self.tracker.evaluations))
-        self.layout.rest(self.model)
 
     def samples(self) -> list[str]:
         prompts = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)] for prompt in self.recipe.evaluate.prompts]
@@ -499,9 +504,12 @@ class Trainer:
                 raise RecipeError(f"from = {self.recipe.from_} is not there; checkpoints of {run}: {there}")
             source = checkpoint.open_checkpoint(folder)
             if source.manifest["tokenizer"] != self.tokenizer.fingerprint:
+                mine = self.run.parent / run / "tokenizer" / "tokenizer.model"
                 raise RefusedError(
-                    f"from = {self.recipe.from_}: its tokenizer is another one; name it as tokenizer.path"
+                    f"from = {self.recipe.from_} has another tokenizer than this recipe's text gives: keep its own by "
+                    f"tokenizer.path={mine}"
                 )
+            refuse_shape(source, self.recipe)
             self.load(source)
             self.parent = {
                 "from": self.recipe.from_,
@@ -698,21 +706,52 @@ def let_go(error: BaseException) -> None:
         found = found.__context__
 
 
+# Which tensors there are of weights and moments.
+SHAPE = tuple(f"model.{name}" for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "tied"))
+SHAPE = (*SHAPE, "train.optimizer")
+# Keys that follow from others where their length is one in tokens or epochs, or they are `auto`.
+FOLLOWS = {
+    "train.steps": {"train.tokens_per_step"},
+    "model.dropout": {"train.steps", "train.tokens_per_step"},
+    "train.weight_decay": {"train.steps", "train.tokens_per_step", "train.learning_rate"},
+}
+
+
+def refuse_shape(source: Checkpoint, recipe: Recipe) -> None:
+    """RefusedError that names the first key by which a checkpoint for `from` has other tensors than this recipe."""
+    stored, wanted, run = source.manifest["science"], science(recipe), source.folder.parent.parent
+    for name in SHAPE:
+        if stored.get(name) != wanted[name]:
+            raise RefusedError(
+                f"from = {recipe.from_} has {name} = {stored.get(name)}, this recipe {wanted[name]}: "
+                f"use {run / 'recipe.yaml'}"
+            )
+
+
 def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: str) -> None:
-    """RefusedError that names the first key in which the run's science half and the recipe's differ."""
-    ways = f"take another run=NAME, or start a new run from it with run=NAME from={recipe.run}/{found.folder.name}"
-    stored, wanted = found.manifest["science"], science(recipe)
-    for name in [*wanted, *stored]:
-        if stored.get(name) != wanted.get(name):
+    """RefusedError that names what the run was trained with, where this recipe's science half or text is another.
+
+    That is the text, as much else follows from it, or the first key that differs and follows from no other.
+    """
+    other = "take another run=NAME"
+    ways = f"{other}, or start a new run from it with run=NAME from={recipe.run}/{found.folder.name}"
+    stored, wanted = dict(found.manifest["science"]), science(recipe)
+    if isinstance(stored.get("from"), str):
+        stored["from"] = checkpoint_name(stored["from"])  # earlier ones kept it as it was written
+    differ = [name for name in [*wanted, *stored] if stored.get(name) != wanted.get(name)]
+    reads_alike = not any(name.startswith(("text.", "tokenizer.", "model.from")) for name in differ)
+    if reads_alike and found.manifest["data"] != data:
+        cause = "another text"
+        if found.manifest["tokenizer"] != tokenizer:
+            given = recipe.tokenizer.path or recipe.model.from_
+            cause = "another tokenizer" if given else "another text, and so with another tokenizer"
+        raise RefusedError(
+            f"run {recipe.run} was trained with {cause} (fingerprint {found.manifest['data'][:12]}, now {data[:12]}): "
+            f"{ways}"
+        )
+    for name in differ:
+        if not FOLLOWS.get(name, set()).intersection(differ):
             raise RefusedError(
                 f"run {recipe.run} was trained with {name} = {stored.get(name)}, "
-                f"this recipe says {wanted.get(name)}: {ways}"
-            )
-    for name, was, now in (
-        ("tokenizer", found.manifest["tokenizer"], tokenizer),
-        ("text", found.manifest["data"], data),
-    ):
-        if was != now:
-            raise RefusedError(
-                f"run {recipe.run} was trained with another {name} (fingerprint {was[:12]}, now {now[:12]}): {ways}"
+                f"this recipe says {wanted.get(name)}: {other if name in SHAPE else ways}"
             )

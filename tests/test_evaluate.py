@@ -23,6 +23,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(here, write_text(here / "text.txt"), **{"model.context": 32, "train.steps": 40})
     assert run(train(recipe), here).status == 0
     texts = [" ".join(SENTENCES[number:] + SENTENCES[: number % 4]) for number in range(6)]
+    texts[0] = texts[0].replace(" ", "\u00a0") + "\n\n"
     (here / "task").mkdir()
     (here / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (here / "task" / "own.yaml").write_text(TASK.format(file=here / "own.jsonl"))
@@ -62,7 +63,28 @@ def test_documents_alone_cost_what_each_costs_by_itself(here: Path) -> None:
             nats -= logits.gather(1, ids[low + 1 : high + 1, None]).sum().item()
     ended = evaluate(here, "--text", "own.jsonl", "--alone")
     assert ended.status == 0 and "6 documents, each alone" in ended.out, ended.err
-    assert number(ended.out, "bits per byte") == pytest.approx(nats / sum(map(len, texts)) / math.log(2), abs=1e-4)
+    assert number(ended.out, "bits per byte") == pytest.approx(
+        nats / sum(len(text.encode()) for text in texts) / math.log(2), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a b", 2),
+        ("a\u00a0b", 2),
+        ("a\u2003b\u3000c\x85d", 4),
+        ("a b\n", 3),
+        ("\na b\n\n", 4),
+        ("a\x1cb", 2),
+        ("word", 1),
+    ],
+)
+def test_words_are_counted_as_lm_eval_counts_them(here: Path, text: str, words: int) -> None:
+    (here / "words.jsonl").write_text(json.dumps({"text": text}))
+    ended = evaluate(here, "--text", "words.jsonl")
+    bits = number(ended.out, "bits per byte") * len(text.encode())
+    assert number(ended.out, "perplexity a word") == pytest.approx(2 ** (bits / words), rel=0.01), ended.err
 
 
 def test_of_pairs_the_likelier_one_is_counted(here: Path) -> None:

@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
-from llm import checkpoint
+from llm import checkpoint, store
+from llm.recipe import load
 from llm.trainer import Trainer
 from tests.forks import Ended, digest, ended, run, script, start, train, write_recipe, write_text
 
@@ -100,6 +102,92 @@ def test_another_text_under_the_same_name_is_refused(tmp_path: Path) -> None:
     refused(run(train(recipe), tmp_path), 4, "tiny", "another tokenizer")
 
 
+def test_another_text_is_named_before_what_follows_from_it(tmp_path: Path) -> None:
+    """Under a length in epochs and decay by it the steps and the decay differ too, and the trained tokenizer."""
+    keys = {"train.steps": None, "train.epochs": 1.5, "train.weight_decay": "auto", "model.dropout": "auto"}
+    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **keys)
+    assert run(train(recipe, stop_after=3), tmp_path).status == 75
+    write_text(tmp_path / "text.txt", documents=75)
+    refused(run(train(recipe), tmp_path), 4, "run tiny was trained with another text, and so with another tokenizer")
+    own = (tmp_path / "runs/tiny/tokenizer/tokenizer.model").rename(tmp_path / "own.model")
+    refused(run(train(recipe, f"tokenizer.path={own}"), tmp_path), 4, "run tiny was trained with another text (")
+
+
+def test_the_key_that_was_changed_is_named_before_what_follows_from_it(tmp_path: Path, text: Path) -> None:
+    keys = {"train.steps": None, "train.epochs": 1, "train.weight_decay": "auto", "model.dropout": "auto"}
+    recipe = write_recipe(tmp_path, text, **keys)
+    assert run(train(recipe, stop_after=3), tmp_path).status == 75
+    for change, said in {
+        "train.tokens_per_step=128": "train.tokens_per_step = 64, this recipe says 128",
+        "train.epochs=9": "train.steps = ",
+        "train.learning_rate=0.01": "train.learning_rate = 0.02",
+        "train.weight_decay=0.5": "train.weight_decay = ",
+        "text.validation=0.3": "text.validation = 0.2",
+        "tokenizer.vocabulary=330": "tokenizer.vocabulary = 320",
+    }.items():
+        refused(run(train(recipe, change), tmp_path), 4, f"run tiny was trained with {said}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.layers=4", "model.layers = 2, this recipe 4"),
+        ("model.heads=4", "model.heads = 2, this recipe 4"),
+        ("model.ffn_dim=64", "model.ffn_dim = 128, this recipe 64"),
+        ("model.tied=false", "model.tied = True, this recipe False"),
+        ("train.optimizer=adamw", "train.optimizer = muon, this recipe adamw"),
+    ],
+)
+def test_from_another_size_is_refused_by_its_name(trained: Path, change: str, said: str) -> None:
+    ended = run(train(trained / "recipe.yaml", "run=other", "from=tiny/step-12", "train.steps=15", change), trained)
+    refused(ended, 4, f"from = tiny/step-000012 has {said}: use runs/tiny/recipe.yaml")
+    refused(run(train(trained / "recipe.yaml", change), trained), 4, said.split(",")[0])
+    assert "from=" not in run(train(trained / "recipe.yaml", change), trained).err  # which would be refused
+
+
+def test_step_12_and_step_000012_are_one_checkpoint(trained: Path) -> None:
+    def started(name: str) -> Ended:
+        return run(train(trained / "recipe.yaml", "run=same", f"from=tiny/{name}", "train.steps=14"), trained)
+
+    assert started("step-12").status == 0
+    again = started("step-000012")
+    assert again.status == 0 and "nothing to do" in again.out, again.err
+    manifest = trained / "runs/same/checkpoints/step-000014/checkpoint.json"
+    kept = {name: value for name, value in store.read_sealed(manifest).items() if name != "sha256"}
+    store.write_sealed(manifest, kept | {"science": kept["science"] | {"from": "tiny/step-12"}})  # as it was once kept
+    again = started("step-000012")
+    assert again.status == 0 and "nothing to do" in again.out, again.err
+
+
+def prompted(folder: Path, text: Path, **changes: object) -> tuple[str, list[str]]:
+    """The prompt of the last line of a run, and those of its samples."""
+    done = run(train(write_recipe(folder, text, **{"train.steps": 5, "train.warmup": 0, **changes})), folder)
+    assert done.status == 0, done.err
+    lines = [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    said = done.out.splitlines()[-1].removeprefix("  python -m llm.sample tiny --prompt ")
+    return shlex.split(said)[0], [line["prompt"] for line in lines if "sample" in line]
+
+
+def test_a_text_of_ones_own_is_asked_to_go_on_with_itself(tmp_path: Path, text: Path) -> None:
+    code = tmp_path / "code.txt"
+    code.write_text("".join(f'print("$HOME {n} `ls` and something more to print")\n\n\n' for n in range(60)))
+    rule = {"text.documents": "blank-lines", "tokenizer.vocabulary": 300}
+    assert prompted(tmp_path, code, **rule)[1] == []
+    shutil.rmtree(tmp_path / "runs")
+    opening, samples = prompted(tmp_path, code, **rule, **{"evaluate.prompts": "auto"})
+    assert opening.startswith('print("$HOME ') and len(opening) <= 32 and samples == [opening]
+    assert load(tmp_path / "runs/tiny/recipe.yaml").evaluate.prompts == (opening,)
+    card = (tmp_path / "runs/tiny/checkpoints/step-000005/README.md").read_text()
+    assert "print(say(" in card and "HOME" in card
+    shutil.rmtree(tmp_path / "runs")
+    assert prompted(tmp_path, code, **rule, **{"evaluate.prompts": "[One, Two]"})[0] == "One"
+
+
+def test_without_a_validation_side_prompts_are_shown_all_the_same(tmp_path: Path, text: Path) -> None:
+    keys = {"text.validation": 0, "evaluate.prompts": "[The river]", "evaluate.every": 2}
+    assert prompted(tmp_path, text, **keys) == ("The river", ["The river"] * 3)
+
+
 def test_from_takes_weights_moments_and_step_along(trained: Path) -> None:
     ended = run(train(trained / "recipe.yaml", "run=longer", "from=tiny/step-000012", "train.steps=15"), trained)
     assert ended.status == 0 and "from step 12" in ended.out, ended.err
@@ -108,8 +196,6 @@ def test_from_takes_weights_moments_and_step_along(trained: Path) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_refused(trained: Path) -> None:
-    from llm import store
-
     with store.lock(trained / "runs/tiny/lock") as mine:
         assert mine
         refused(run(train(trained / "recipe.yaml"), trained), 4, "tiny", "held")
