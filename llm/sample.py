@@ -89,8 +89,6 @@ def main() -> None:
     from llm.runs import open_run
     from llm.tokenizer import TextStream
 
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # type: ignore[union-attr]
     opened = open_run(given.run)
     tokenizer = opened.tokenizer
     sampling = Sampling(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)

@@ -18,8 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from llm import store
+from llm.errors import tell
 from llm.recipe import Recipe, flat
 
+EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
 
@@ -32,25 +34,33 @@ def readable(seconds: float) -> str:
 
 
 class Tracker:
-    """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it."""
+    """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it.
 
-    def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any]) -> None:
+    With `again`, the evaluation of this very step is taken out too, as it is done again.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any], again: bool = False) -> None:
+        def keep(line: dict[str, Any]) -> bool:
+            at = line.get("step", 0)
+            return at < step or (at == step and not (again and EVALUATION & line.keys()))
+
         path = run / "metrics.jsonl"
         lines = list(store.read_lines(path)) if path.exists() else []
         # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is sent once.
         self.told = max((line.get("step", 0) for line in lines), default=0)
-        self.record = store.Lines(path, keep=lambda line: line.get("step", 0) <= step)
-        lines = [line for line in lines if line.get("step", 0) <= step]
+        self.record = store.Lines(path, keep=keep)
+        lines = list(filter(keep, lines))
         self.steps = recipe.train.steps
         self.bar = tqdm(
             total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
         self.trackers: dict[str, Any] = {}
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
-        self.losses = deque((line["loss"] for line in lines if "loss" in line), maxlen=SPIKE_WINDOW)
-        self.evaluations = [line for line in lines if "val_loss" in line]
+        losses = [line for line in lines if line.get("loss") is not None]
+        self.losses = deque((line["loss"] for line in losses), maxlen=SPIKE_WINDOW)
+        self.evaluations = [line for line in lines if line.get("val_loss") is not None]
         evaluated = max((line["step"] for line in self.evaluations), default=0)
-        self.recent = [line["loss"] for line in lines if "loss" in line and line["step"] > evaluated]
+        self.recent = [line["loss"] for line in losses if line["step"] > evaluated]
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
@@ -63,8 +73,8 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """A line on the console that leaves the progress bar whole."""
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with self.bar.external_write_mode(file=sys.stdout):
+            tell(text, sys.stdout)
 
     def log(self, step: int, **values: Any) -> None:
         """Record `values` of `step`; tensors are read here, so this is where the device is waited for."""
@@ -73,7 +83,8 @@ class Tracker:
             numbers["train_loss"] = statistics.fmean(self.recent)
         self.record.append({"step": step, **numbers})
         if "loss" in numbers:
-            self.recent.append(numbers["loss"])
+            if math.isfinite(numbers["loss"]):
+                self.recent.append(numbers["loss"])
             self._look_for_spike(step, numbers["loss"])
         self.bar.update(step - self.bar.n)
         if "val_loss" in numbers:
