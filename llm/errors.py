@@ -6,6 +6,7 @@ stays an assertion and keeps its traceback.
 
 import errno
 import os
+import select
 import shutil
 import sys
 import traceback
@@ -107,7 +108,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = 130
     except OSError as error:
         disk = as_disk_error(error)
-        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):  # its reader left, as in `... | head`
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):  # as in `... | head`
+            _silence(sys.stdout)
             status = 0
         elif disk is None:
             raise
@@ -135,18 +137,19 @@ def tell(text: str, output: TextIO) -> None:
         known = getattr(output, "encoding", None) or "utf-8"
         print(text.encode(known, "backslashreplace").decode(known), file=output, flush=True)
     except OSError:
-        _is_unread(output)
+        _silence(output)
 
 
-def _is_unread(output: TextIO) -> bool:
-    """Whether `output` takes no more; all that follows then goes nowhere, so that it fails no more."""
-    try:
-        output.flush()  # what could not be written is tried again
-    except OSError:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
-        return True
-    return False
+def _silence(output: TextIO) -> None:
+    """Let what is printed there from here on go nowhere, so that it fails no more."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+
+
+def _has_no_reader(output: TextIO) -> bool:
+    poll = select.poll()  # a system without it (Windows) has another error for a pipe that is broken
+    poll.register(output.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _open_console() -> None:

@@ -224,7 +224,7 @@ class Lines:
         """Keep the whole lines of `path` for which `keep` holds, drop the others."""
         make_folder(path.parent)
         if path.exists():
-            text = "".join(_line(line) for line in read_lines(path) if keep(line)).encode()
+            text = "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line)).encode()
             if text != path.read_bytes():
                 write_bytes(path, text)
         self.path, self.file = path, path.open("a", encoding="utf-8", newline="\n")
@@ -250,9 +250,9 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; a NaN that an earlier version wrote is None."""
+    """The whole lines of a file of JSON objects."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             with suppress(ValueError, RecursionError):
-                if isinstance(line := json.loads(text, parse_constant=lambda _: None), dict):
+                if isinstance(line := json.loads(text), dict):
                     yield line

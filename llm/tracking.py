@@ -33,6 +33,11 @@ def readable(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def _is_finite(value: float | None) -> bool:
+    """Whether a number of the record is one: others are null there, or NaN where an earlier version wrote it."""
+    return value is not None and math.isfinite(value)
+
+
 class Tracker:
     """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it.
 
@@ -56,9 +61,9 @@ class Tracker:
         )
         self.trackers: dict[str, Any] = {}
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
-        losses = [line for line in lines if line.get("loss") is not None]
+        losses = [line for line in lines if _is_finite(line.get("loss"))]
         self.losses = deque((line["loss"] for line in losses), maxlen=SPIKE_WINDOW)
-        self.evaluations = [line for line in lines if line.get("val_loss") is not None]
+        self.evaluations = [line for line in lines if _is_finite(line.get("val_loss"))]
         evaluated = max((line["step"] for line in self.evaluations), default=0)
         self.recent = [line["loss"] for line in losses if line["step"] > evaluated]
         config = {**flat(recipe), **shown}
@@ -83,7 +88,7 @@ class Tracker:
             numbers["train_loss"] = statistics.fmean(self.recent)
         self.record.append({"step": step, **numbers})
         if "loss" in numbers:
-            if math.isfinite(numbers["loss"]):
+            if _is_finite(numbers["loss"]):
                 self.recent.append(numbers["loss"])
             self._look_for_spike(step, numbers["loss"])
         self.bar.update(step - self.bar.n)
