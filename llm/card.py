@@ -90,7 +90,7 @@ def _chart(curve: Curve) -> str:
         return "\nNot evaluated.\n"
     last = len(curve) - 1
     chosen = [curve[at] for at in sorted({round(last * n / (POINTS - 1)) for n in range(POINTS)})]
-    most = max(bits for _, bits in chosen)
+    most = max(bits for _, bits in chosen) or 1.0
     rows = (f"{at:>9,.0f}  {bits:7.4f}  {'#' * round(BARS * bits / most)}" for at, bits in chosen)
     return "\n```\n" + "\n".join(["     step  bits per byte", *rows]) + "\n```\n"
 

@@ -5,6 +5,7 @@ follow from the tensors alone, so that equal digests mean equal weights and mome
 loaded.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -64,13 +65,15 @@ def save(
     moments: dict[str, Rows],
     manifest: dict[str, Any],
     beside: dict[str, bytes],
+    loose: dict[str, bytes],
     council: Council,
     layout: Layout,
 ) -> None:
     """Write the checkpoint `folder`, in place of what stood there; all processes save together.
 
     Where all see one disk, each writes its own rows into the files; elsewhere the leader of each disk writes them
-    whole, gathered a tensor at a time. The files are the same. `beside` are further small files by name.
+    whole, gathered a tensor at a time. The files are the same. `beside` are further small files by name, `loose`
+    such as the manifest does not name, as `amend` will change them.
     """
     draft = folder.with_name(f"{store.DRAFT}{folder.name}")
     tensors = {WEIGHTS: weights, MOMENTS: moments}
@@ -80,7 +83,8 @@ def save(
             if council.writes:
                 if draft.exists():
                     store.remove(draft)
-                _check_space(folder, sum(end for _, _, end in heads.values()) + sum(map(len, beside.values())))
+                small = sum(map(len, [*beside.values(), *loose.values()]))
+                _check_space(folder, sum(end for _, _, end in heads.values()) + small)
                 draft.mkdir(parents=True)
                 for name, (head, _, end) in heads.items():
                     store.write_chunks(draft / name, [head])
@@ -99,7 +103,7 @@ def save(
                             pass
         with council.together():
             if council.writes:
-                for name, data in beside.items():
+                for name, data in {**beside, **loose}.items():
                     store.write_bytes(draft / name, data)
                 paths = {name: draft / name for name in [*heads, *beside]}
                 files = {
@@ -111,6 +115,21 @@ def save(
         if council.writes:
             shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def amend(folder: Path, beside: dict[str, bytes], **changes: Any) -> None:
+    """Let the manifest of a checkpoint say `changes`, and name the small files `beside`, which are written anew.
+
+    Whenever that is cut short the checkpoint is valid, with what its manifest said before.
+    """
+    manifest = read_manifest(folder)
+    files = {name: file for name, file in manifest["files"].items() if name not in beside}
+    if len(files) < len(manifest["files"]):  # what is named must not change
+        store.write_sealed(folder / MANIFEST, {**manifest, "files": files})
+    for name, data in beside.items():
+        store.write_bytes(folder / name, data)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    store.write_sealed(folder / MANIFEST, {**manifest, **changes, "files": files})
 
 
 def _check_space(folder: Path, size: int) -> None:

@@ -6,13 +6,14 @@ stays an assertion and keeps its traceback.
 
 import errno
 import os
+import select
 import shutil
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 
 class LLMError(Exception):
@@ -82,9 +83,17 @@ def as_disk_error(error: OSError) -> LLMError | None:
     return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}{found}; {mends[error.errno]}")
 
 
+def reason(error: BaseException) -> str:
+    """One line that says what an error is, of whatever kind."""
+    name = type(error).__name__
+    said = str(error) if isinstance(error, LLMError) else " ".join(f"{name}: {error}".split())[:300].removesuffix(":")
+    return said or name
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Exit with what `main` returns, or with one line and the status of the LLMError that it raised."""
     grouped = os.environ.get("WORLD_SIZE", "1") != "1"
+    _open_console()
     try:
         status = main() or 0
         sys.stdout.flush()  # here, where it may fail, rather than at the interpreter's end
@@ -92,24 +101,25 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if str(error):
             who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
             kind = "" if isinstance(error, StoppedError) else "error: "
-            _tell(f"{who}{kind}{error}")
+            tell(f"{who}{kind}{error}", sys.stderr)
         status = error.status
     except KeyboardInterrupt:
-        _tell("interrupted")
+        tell("interrupted", sys.stderr)
         status = 130
-    except BrokenPipeError:  # the reader of a pipe left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     except OSError as error:
         disk = as_disk_error(error)
-        if disk is None:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):  # as in `... | head`
+            _silence(sys.stdout)
+            status = 0
+        elif disk is None:
             raise
-        _tell(f"error: {disk}")
-        status = disk.status
+        else:
+            tell(f"error: {disk}", sys.stderr)
+            status = disk.status
     except Exception:
         if not grouped:
             raise
-        traceback.print_exc()
+        tell(traceback.format_exc(), sys.stderr)
         status = 1
     if grouped:
         # The threads of the exchange may call into an interpreter that is shutting down, which aborts the process, or
@@ -121,7 +131,32 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def _tell(text: str) -> None:
-    """A line on stderr, where there is room for it: the status says it too."""
+def tell(text: str, output: TextIO) -> None:
+    """Print a line; no run ends for want of a reader, of a letter or of room."""
+    try:
+        known = getattr(output, "encoding", None) or "utf-8"
+        print(text.encode(known, "backslashreplace").decode(known), file=output, flush=True)
+    except OSError:
+        _silence(output)
+
+
+def _silence(output: TextIO) -> None:
+    """Let what is printed there from here on go nowhere, so that it fails no more."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+
+
+def _has_no_reader(output: TextIO) -> bool:
+    poll = select.poll()  # a system without it (Windows) has another error for a pipe that is broken
+    poll.register(output.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _open_console() -> None:
+    """Every letter can be printed, and where stdout or stderr were closed there is one that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        output = getattr(sys, name)
+        if output is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+        elif hasattr(output, "reconfigure"):
+            output.reconfigure(errors="backslashreplace")

@@ -154,7 +154,7 @@ def _own_text(opened: "Opened", files: list[str]) -> Read:
 
 def _validation(opened: "Opened") -> Read:
     """The validation side that the run was evaluated on."""
-    side = _shards(opened).validation
+    side = _shards(opened).validation.verified()
     if not side.tokens:
         raise TextError(
             f"run {opened.folder.name} has no validation side (text.validation = 0): name a text with --text"

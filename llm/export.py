@@ -119,7 +119,7 @@ def files_beside(opened: "Opened", kind: str) -> dict[str, bytes]:
     names = [name for name in opened.checkpoint.manifest["files"] if not name.endswith(".safetensors")]
     files = {name: (source / name).read_bytes() for name in names}
     config: dict[str, Any] = json.loads(files["config.json"]) | {"torch_dtype": DTYPES[kind]}
-    return files | {"config.json": (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()}
+    return files | {"config.json": store.as_json(config)}
 
 
 def _parts(tensors: "dict[str, Tensor]", most: int) -> "list[dict[str, Tensor]]":

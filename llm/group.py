@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm.errors import GroupError, LLMError, as_disk_error
+from llm.errors import GroupError, LLMError, as_disk_error, tell
 
 HUNG = timedelta(minutes=15)  # a step and an evaluation that take longer than this do not pass for a hung process
 ANSWER = 10  # seconds that the main process has to say what it knows of the others
@@ -36,12 +36,12 @@ def world() -> int:
 def say(text: str) -> None:
     """Print for the whole group: the main process alone speaks."""
     if rank() == 0:
-        print(text, flush=True)
+        tell(text, sys.stdout)
 
 
 def warn(text: str) -> None:
     """A line on stderr that names its process where there are several."""
-    print(f"process {rank()}: {text}" if world() > 1 else text, file=sys.stderr, flush=True)
+    tell(f"process {rank()}: {text}" if world() > 1 else text, sys.stderr)
 
 
 class Council:

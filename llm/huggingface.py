@@ -5,9 +5,9 @@ byte-fallback BPE, whose ids are those of sentencepiece on any text: its pieces 
 U+2581 is no piece and becomes bytes there as here; a borrowed one goes along as it came.
 """
 
-import json
 from typing import Any
 
+from llm import store
 from llm.borrowed import Borrowed
 from llm.model import Family
 from llm.recipe import Model
@@ -118,4 +118,4 @@ def _added(id: int, content: str, *, special: bool) -> dict[str, Any]:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return store.as_json(value)

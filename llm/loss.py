@@ -14,6 +14,13 @@ CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 24}  # logits held at once: a GPU 
 IGNORED = -100  # a target that does not count
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; of fp16 in fp32, as sums over many rows pass fp16's 65,504 and the loss is scaled only after them."""
+    if a.dtype != torch.float16:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
 def loss_and_slope(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
     """Loss of a chunk of logits (rows, vocabulary), a sum in nats, and its slope by them, in their type.
 
@@ -56,15 +63,16 @@ class _HeadAndLoss(torch.autograd.Function):
         rows = max(1, -(-hidden.shape[0] // chunks))  # all but the last of one size, which differs little
         for low in range(0, hidden.shape[0], rows):
             part, target = hidden[low : low + rows], targets[low : low + rows]
-            logits = part @ head.T  # (rows, vocabulary)
+            logits = product(part, head.T)  # (rows, vocabulary)
             nats, slope = _HeadAndLoss.learn(logits, target) if learn else loss_and_slope(logits, target, learn=False)
             total += nats
             if hidden_gradient is not None and weight_gradient is not None:
+                slope = slope.to(head.dtype)
                 torch.mm(slope, head, out=hidden_gradient[low : low + rows])
                 if hidden.dtype == torch.float32:
                     weight_gradient.addmm_(slope.T, part)
                 else:
-                    weight_gradient += slope.T @ part
+                    weight_gradient += product(slope.T, part)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
         return total

@@ -36,14 +36,23 @@ def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def parents_line() -> list[str]:
+    """The words of the command line of the process that started this one; none where they cannot be seen (Linux)."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def is_accelerate(line: list[str]) -> bool:
+    launchers = ("accelerate", "accelerate-launch")
+    return any(Path(word).name in launchers or "accelerate.commands" in word for word in line)
+
+
 def asked_for() -> int | None:
     """How many processes the `accelerate launch` above this process was asked for, where that can be seen (Linux)."""
-    try:
-        line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    launchers = ("accelerate", "accelerate-launch")
-    if not any(Path(word).name in launchers or "accelerate.commands" in word for word in line):
+    line = parents_line()
+    if not is_accelerate(line):
         return None
     options = " ".join(line[: line.index(sys.argv[0])] if sys.argv[0] in line else line)
     if found := re.search(r"--num[_-]processes[ =]+(\d+)", options):
@@ -189,9 +198,11 @@ def _refuse_uneven(recipe: Recipe) -> None:
 def die_with_parent() -> None:
     """Ask to be told (SIGTERM) when the launcher dies, which would otherwise leave an orphan. Linux only.
 
-    Without a launcher the parent is a shell, which a person may close while the run goes on.
+    Any other parent is a shell or a script, which may end while the run goes on, whatever it has exported.
     """
-    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    line = parents_line()
+    others = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "llm.verify")
+    launched = is_accelerate(line) or any(Path(word).name in others for word in line)
     if sys.platform == "linux" and launched:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

@@ -112,8 +112,7 @@ def main() -> None:
     from llm.runs import open_run
     from llm.tokenizer import TextStream
 
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     opened = open_run(given.run)
     tokenizer = opened.tokenizer
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)

@@ -1,6 +1,5 @@
 """The life of a run in this process: meet the others, prepare, hold the folder, begin or go on, say how it ended."""
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,8 +9,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from llm import cost, group, store
-from llm.errors import GroupError, LLMError, RefusedError, as_disk_error
+from llm import checkpoint, cost, group, store
+from llm.errors import GroupError, LLMError, RefusedError, as_disk_error, reason
 from llm.machine import die_with_parent, remember, start_group
 from llm.recipe import Machine, Recipe, dump, signed
 from llm.shards import Shards
@@ -19,7 +18,7 @@ from llm.tokenizer import Tokenizer
 from llm.tracking import readable
 from llm.trainer import Trainer, is_short_of_memory
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # each asks to finish the step, save and stop
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # each asks to finish the step, save and stop
 
 
 def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]], until: int = -1) -> Path:
@@ -58,15 +57,15 @@ def _status(run: Path) -> Iterator[None]:
     store.write_json(path, {"status": None, "message": "running", "process": os.getpid()})
     try:
         yield
-    except (LLMError, OSError, KeyboardInterrupt) as error:
+    except BaseException as error:  # whatever it is: a run that has ended must not be "running"
         known = as_disk_error(error) or error if isinstance(error, OSError) else error
         status = known.status if isinstance(known, LLMError) else 130 if isinstance(known, KeyboardInterrupt) else 1
-        said = {"status": status, "message": str(known) or type(known).__name__}
+        said = {"status": status, "message": reason(known)}
         try:
             store.write_json(path, said)
         except OSError:  # a disk without room for another file may yet have it in this one
             with suppress(OSError):
-                data = json.dumps(said).encode()
+                data = store.as_json(said)
                 store.write_at(path, [(0, data)])
                 os.truncate(path, len(data))
         raise
@@ -85,21 +84,23 @@ def _train(
 ) -> None:
     """The life of a run whose folder this process holds."""
     if council.writes:
-        for folder in (run, run / "checkpoints", run / "tokenizer"):
+        for folder in (run, run / "checkpoints", run / "tokenizer", *checkpoint.folders(run)):
             store.sweep(folder)
     trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
     trainer.until, trainer.auto = until, asked.micro_batch == "auto"
     with council.together():
         trainer.resume()
-    if trainer.plan and trainer.state.step >= trainer.steps:
+    if trainer.plan and trainer.state.step >= trainer.steps and not trainer.owes_evaluation:
         group.say(
             f"run {recipe.run} is finished: {trainer.state.step} steps are done, there is nothing to do.\n"
             f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
         )
         return
     for name in SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), trainer.on_signal)
+        number = getattr(signal, name, None)
+        hung_up = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN  # nohup's wish
+        if number and not hung_up:
+            signal.signal(number, trainer.on_signal)
     try:
         _begin(trainer, replace(recipe, machine=asked))
         trainer.fit()

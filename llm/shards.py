@@ -37,7 +37,8 @@ class Side:
         self.documents: int = sum(file["documents"] for file in files)
         self.text_bytes: int = sum(file["text_bytes"] for file in files)
         self.dtype = np.dtype(dtype)
-        self._columns = [_map(folder / file["name"], file, self.dtype) for file in files]
+        self._files = [(folder / file["name"], file) for file in files]
+        self._columns = [_map(path, file, self.dtype) for path, file in self._files]
         self._begins = np.cumsum([0] + [file["tokens"] for file in files])
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -55,10 +56,19 @@ class Side:
             start += len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
+    def verified(self) -> "Side":
+        """This side; RefusedError names a file whose mapped bytes are no longer those that were written."""
+        for (path, file), (_, _, data) in zip(self._files, self._columns, strict=True):
+            cut = path.is_file() and path.stat().st_size != file["bytes"]  # to read past its end kills the process
+            if cut or hashlib.sha256(data).hexdigest() != file["sha256"]:
+                raise RefusedError(f"{path} was damaged while it was in use: {_mend(path.parent)}")
+        return self
+
     def document_starts(self) -> np.ndarray:
         """Where each document's BOS stands: (documents,) of int64."""
         columns = zip(self._columns, self._begins[:-1], strict=True)
-        return np.concatenate([np.empty(0, np.int64), *(np.add(s[:-1], at, dtype=np.int64) for (_, s), at in columns)])
+        starts = (np.add(s[:-1], at, dtype=np.int64) for (_, s, _), at in columns)
+        return np.concatenate([np.empty(0, np.int64), *starts])
 
 
 class Shards:
@@ -96,21 +106,22 @@ def _is_whole(folder: Path, file: dict[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == file["bytes"] and store.sha256(path) == file["sha256"]
 
 
-def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Views of the file's tokens and of where its documents begin (and the last one ends)."""
+def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Views of the file's tokens and of where its documents begin (and the last one ends); then all its bytes."""
     import pyarrow
 
     if not path.is_file() or path.stat().st_size != file["bytes"]:
         raise RefusedError(f"{path} is missing or has not its {file['bytes']} bytes: {_mend(path.parent)}")
     try:
         with pyarrow.memory_map(str(path)) as source:  # what was read keeps the map, without the open file
-            column = pyarrow.ipc.open_stream(source).read_all()["tokens"].chunk(0)
+            data = source.read_buffer()
+        column = pyarrow.ipc.open_stream(data).read_all()["tokens"].chunk(0)
         tokens, starts = _view(column.values), _view(column.offsets)
     except (pyarrow.ArrowInvalid, OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise RefusedError(f"{path} is damaged: {_mend(path.parent)}") from error
     if tokens.dtype != dtype or len(tokens) != file["tokens"] or len(starts) != file["documents"] + 1:
         raise RefusedError(f"{path} does not hold the {file['tokens']} tokens of its manifest: {_mend(path.parent)}")
-    return tokens, starts
+    return tokens, starts, data
 
 
 def _view(array: Any) -> np.ndarray:

@@ -6,13 +6,14 @@ each single one of them fail.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -108,11 +109,12 @@ def _named(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as readable JSON, in the order given, under the promise of `write_bytes`."""
-    write_bytes(path, _json(value))
+    write_bytes(path, as_json(value))
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+def as_json(value: Any) -> bytes:
+    """`value` as readable JSON, in the order given; ValueError where a number is not finite, which JSON cannot say."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
@@ -125,7 +127,7 @@ def read_sealed(path: Path, most_bytes: int = 64 << 20) -> dict[str, Any]:
     if not path.is_file():
         raise RefusedError(f"{path} is missing")
     value = read_json(path, most_bytes)
-    whole = isinstance(value, dict) and _json(value) == path.read_bytes()  # JSON has several ways to write one number
+    whole = isinstance(value, dict) and as_json(value) == path.read_bytes()  # JSON has several ways to write one number
     if not whole or value.pop("digest", None) != digest_of(value):
         raise RefusedError(f"{path} is damaged: it does not match its own digest")
     return dict(value)
@@ -136,9 +138,13 @@ def read_json(path: Path, most_bytes: int = 64 << 20) -> Any:
     if path.stat().st_size > most_bytes:
         raise RefusedError(f"{path} has {path.stat().st_size} bytes, more than any of ours: it is not read")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"{path} is damaged: not JSON ({type(error).__name__})") from error
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
 
 
 @contextmanager
@@ -190,7 +196,9 @@ def sha256(path: Path) -> str:
 
 def digest_of(value: Any) -> str:
     """Digest of a JSON value that does not depend on the order of its keys, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
 
 
 @contextmanager
@@ -224,7 +232,7 @@ class Lines:
     def append(self, line: dict[str, Any]) -> None:
         """Add one line. It reaches the operating system at once, and the disk by `flush`."""
         with _named(self.path):
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(_line(line))
             self.file.flush()
 
     def flush(self) -> None:
@@ -233,6 +241,12 @@ class Lines:
     def close(self) -> None:
         with _named(self.path):
             self.file.close()
+
+
+def _line(values: dict[str, Any]) -> str:
+    """A line of JSON, in which a number that is not finite is null."""
+    known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+    return json.dumps(known, allow_nan=False) + "\n"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

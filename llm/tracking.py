@@ -18,8 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from llm import store
+from llm.errors import tell
 from llm.recipe import Recipe, flat
 
+EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
 RECENT = 0.1  # of the steps up to an evaluation: their losses are the training loss beside it
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
@@ -32,16 +34,28 @@ def readable(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class Tracker:
-    """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it."""
+def _is_finite(value: float | None) -> bool:
+    """Whether a number of the record is one: others are null there, or NaN where an earlier version wrote it."""
+    return value is not None and math.isfinite(value)
 
-    def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any]) -> None:
+
+class Tracker:
+    """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it.
+
+    With `again`, the evaluation of this very step is taken out too, as it is done again.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any], again: bool = False) -> None:
+        def keep(line: dict[str, Any]) -> bool:
+            at = line.get("step", 0)
+            return at < step or (at == step and not (again and EVALUATION & line.keys()))
+
         path = run / "metrics.jsonl"
         lines = list(store.read_lines(path)) if path.exists() else []
         # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is sent once.
         self.told = max((line.get("step", 0) for line in lines), default=0)
-        self.record = store.Lines(path, keep=lambda line: line.get("step", 0) <= step)
-        lines = [line for line in lines if line.get("step", 0) <= step]
+        self.record = store.Lines(path, keep=keep)
+        lines = list(filter(keep, lines))
         self.steps = recipe.train.steps
         self.bar = tqdm(
             total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -51,7 +65,7 @@ class Tracker:
         self.losses: deque[tuple[int, float]] = deque(maxlen=SPIKE_WINDOW)  # step and loss of the last, where finite
         for line in lines:
             self._remember(line.get("step", 0), line.get("loss"))
-        self.evaluations = [line for line in lines if "val_loss" in line]
+        self.evaluations = [line for line in lines if _is_finite(line.get("val_loss"))]
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
@@ -64,8 +78,8 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """A line on the console that leaves the progress bar whole."""
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with self.bar.external_write_mode(file=sys.stdout):
+            tell(text, sys.stdout)
 
     def log(self, step: int, **values: Any) -> None:
         """Record `values` of `step`; tensors are read here, so this is where the device is waited for."""

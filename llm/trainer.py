@@ -13,12 +13,13 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from llm.budget import RECORD as PLAN
 from llm.budget import Budget
 from llm.card import CARD, model_card, thinned
 from llm.checkpoint import Checkpoint
-from llm.errors import DivergedError, GroupError, RecipeError, RefusedError, StoppedError
+from llm.errors import DivergedError, GroupError, RecipeError, RefusedError, StoppedError, reason
 from llm.generation import Sampling, continuations
 from llm.gradients import Counter
 from llm.huggingface import model_files, tokenizer_files
@@ -42,16 +43,18 @@ from llm.order import Order, mix
 from llm.recipe import Recipe, checkpoint_name, flat, science, skipped
 from llm.schedule import Plan, planned, rate_share
 from llm.sharding import Layout, Rows, held
-from llm.shards import Shards
+from llm.shards import Shards, Side
 from llm.stream import Batch, Stream, whole
 from llm.tokenizer import Tokenizer
 from llm.tracking import Tracker
 
 SAMPLE_TOKENS = 80
 FP16_SCALE, FP16_GROWTH_STEPS = 65536.0, 2000
+FP16_LEAST, FP16_MOST = 1.0, 2.0**60  # of the scale; at 1 it is the gradient itself that fp16 cannot hold
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_MEMORY = re.compile("can't allocate memory|bad_alloc|out of memory")
 OUT_OF_TIME = 1 << 20  # larger than any signal
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -224,7 +227,8 @@ class Trainer:
         """fp16's scale: halved after an overflow, doubled after FP16_GROWTH_STEPS steps without; all on the device."""
         self.good_steps = torch.where(finite, self.good_steps + 1, 0)
         grown = self.good_steps >= FP16_GROWTH_STEPS
-        self.scale = torch.where(finite, torch.where(grown, self.scale * 2, self.scale), self.scale / 2)
+        doubled = (self.scale * 2).clamp(max=FP16_MOST)
+        self.scale = torch.where(finite, torch.where(grown, doubled, self.scale), self.scale / 2)
         self.good_steps = torch.where(grown, 0, self.good_steps)
 
     # ------------------------------------------------------------------ the loop
@@ -233,8 +237,10 @@ class Trainer:
         """Train to the recipe's last step, or to the first signal (StoppedError); leave a checkpoint either way."""
         recipe, state = self.recipe, self.state
         if group.rank() == 0:
-            self.tracker = Tracker(self.run, recipe, state.step, {"world": group.world()})
+            self.tracker = Tracker(self.run, recipe, state.step, {"world": group.world()}, again=self.owes_evaluation)
             self.record = fingerprints.Record(self.run, state.step)
+        if self.owes_evaluation:
+            self.evaluate()
         seconds, counted_from = 0.0, state.step
         while state.step < self.steps and not self.asked_to_stop():
             began = time.perf_counter()
@@ -254,10 +260,10 @@ class Trainer:
             else:
                 seconds += time.perf_counter() - began
             began = time.perf_counter()
-            if last or state.step % recipe.evaluate.every == 0:
-                self.evaluate()
-            if last or state.step % recipe.checkpoint.every == 0 or self.metrics.get("best"):
+            if last or state.step % recipe.checkpoint.every == 0 or self.evaluation_due:
                 self.save()
+            if self.owes_evaluation:
+                self.evaluate()
             if self.budget is not None:
                 self.revise(self.budget, time.perf_counter() - began)
         if state.step < self.steps:
@@ -312,6 +318,12 @@ class Trainer:
                     f"{self.run / 'checkpoints'} holds what was saved before. Lower train.learning_rate under another "
                     "run=NAME, or take train.on_nonfinite=skip"
                 )
+        if self.scale.item() < FP16_LEAST:
+            raise DivergedError(
+                f"the gradient is not finite in fp16 at step {self.state.step}, however small its scale, and has "
+                f"touched nothing; {self.run / 'checkpoints'} holds what was saved before. Take another run=NAME with "
+                "machine.precision=bf16 or fp32, or with a lower train.learning_rate"
+            )
 
     def texts(self, step: int, most: int = 4) -> list[str]:
         """Beginnings of the first windows that the group reads at `step`."""
@@ -352,17 +364,66 @@ class Trainer:
     def epochs_seen(self) -> float:
         return self.state.step * self.recipe.windows_per_step / self.order.windows
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether this step is one of those after which the run is evaluated."""
+        at_end = self.state.step == self.steps
+        watched = self.shards.validation.tokens > 0 or bool(self.recipe.evaluate.prompts)
+        return watched and (at_end or self.state.step % self.recipe.evaluate.every == 0)
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether this step's checkpoint is there, and its evaluation is due and not yet in it."""
+        return self.saved == self.state.step and self.evaluation_due and not self.metrics
+
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Loss and bits per byte over the validation side, into `metrics` and the record; then the recipe's prompts."""
-        if not self.shards.validation.tokens:
-            self.show_samples()
-            self.layout.rest(self.model)
-            return
+        """Loss and bits per byte of the validation side, and the recipe's prompts, into the record and the checkpoint.
+
+        The checkpoint of this step is there before: nothing that fails here loses a step.
+        """
+        split = self.shards.validation
+        side = self.attempted("no evaluation", split.verified) if split.tokens else None
+        nats = self.attempted("no evaluation", lambda: self.nats_of(side)) if side else None
+        if not split.tokens:
+            self.metrics = {"bits_per_byte": None}
+        if nats is not None:
+            self.judge(sharding.gather(nats).sum().item())
+        # A sharded model speaks with all its processes.
+        if self.recipe.evaluate.prompts:
+            speaks = group.rank() == 0 or self.layout.sharded
+            texts = self.attempted("no samples", lambda: self.samples() if speaks else [])
+            if self.tracker is not None and texts is not None:
+                self.tracker.samples(self.state.step, dict(zip(self.recipe.evaluate.prompts, texts, strict=True)))
+        if self.tracker is not None and self.state.step == self.steps and self.tracker.evaluations:
+            self.tracker.say(advice.of_run(self.recipe, self.tracker.evaluations))
+        self.layout.rest(self.model)
+        self.complete()
+
+    def attempted(self, otherwise: str, act: Callable[[], Result]) -> Result | None:
+        """`act()`, which only watches; None, and an event that says `otherwise`, where it fails in any process."""
+        result, why = None, ""
+        try:
+            result = act()
+        except Exception as error:  # whatever it is, no number of the training depends on it
+            if self.layout.sharded and not isinstance(error, RefusedError):
+                raise  # it was in the middle of an exchange, in which others wait
+            why = reason(error)
+            let_go(error)
+        if not self.council.largest(bool(why)):
+            return result
+        if self.tracker is not None:
+            self.tracker.event(self.state.step, f"{otherwise}: {why or 'another process failed in it'}")
+        elif why:
+            group.warn(f"{otherwise}: {why}")
+        return None
+
+    def nats_of(self, side: Side) -> Tensor:
+        """This process's part of the loss of `side`, a sum: (1,)."""
         assert isinstance(self.recipe.machine.micro_batch, int)
         total = torch.zeros(1, dtype=wide(self.device), device=self.device)
         for batch in whole(
-            self.shards.validation,
+            side,
             self.recipe.model.context,
             self.recipe.machine.micro_batch,
             group.rank(),
@@ -371,8 +432,16 @@ class Trainer:
             batch = batch.to(self.device)
             with self.accelerator.autocast():
                 total += self.model(batch.tokens, batch.targets)
-        nats = sharding.gather(total).sum().item()
+        return total
+
+    def judge(self, nats: float) -> None:
+        """Keep what the validation side costs, in `metrics`, `best` and `curve`, and in the record."""
         bits = nats / self.shards.validation.text_bytes / 0.6931471805599453
+        if not math.isfinite(bits):
+            self.metrics = {"bits_per_byte": None}
+            if self.tracker is not None:
+                self.tracker.event(self.state.step, "the validation loss is not finite: it counts for nothing")
+            return
         self.metrics = {
             "val_loss": nats / (self.shards.validation.tokens - 1),
             "bits_per_byte": bits,
@@ -383,30 +452,21 @@ class Trainer:
         self.curve = thinned([*self.curve, [self.state.step, bits]])
         if self.tracker is not None:
             self.tracker.log(self.state.step, **self.metrics)
-        self.show_samples()
-        if self.tracker is not None and self.state.step == self.steps:
-            self.tracker.say(advice.of_run(self.recipe, self.tracker.evaluations))
-        self.layout.rest(self.model)
-
-    def show_samples(self) -> None:
-        # A sharded model speaks with all its processes.
-        if self.recipe.evaluate.prompts and (self.tracker is not None or self.layout.sharded):
-            texts = self.samples()
-            if self.tracker is not None:
-                self.tracker.samples(self.state.step, dict(zip(self.recipe.evaluate.prompts, texts, strict=True)))
 
     def samples(self) -> list[str]:
         prompts = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)] for prompt in self.recipe.evaluate.prompts]
-        return continuations(
-            self.model,
-            prompts,
-            SAMPLE_TOKENS,
-            Sampling(),
-            self.tokenizer.decode,
-            self.recipe.seed,
-            self.tokenizer.ends,
-            self.tokenizer.banned,
-        )
+        # Blocks whose rows are dealt are gathered in the type in which they are multiplied.
+        with self.accelerator.autocast() if self.layout.sharded else nullcontext():
+            return continuations(
+                self.model,
+                prompts,
+                SAMPLE_TOKENS,
+                Sampling(),
+                self.tokenizer.decode,
+                self.recipe.seed,
+                self.tokenizer.ends,
+                self.tokenizer.banned,
+            )
 
     # ------------------------------------------------------------------ stopping and saving
 
@@ -434,29 +494,48 @@ class Trainer:
         if not self.stop:
             self.stop, self.stopped_at = number, now
             if group.rank() == 0:
-                os.write(2, b"\nasked to stop: finishing the step and saving ...\n")
+                with suppress(OSError):  # the terminal may be what went
+                    os.write(2, b"\nasked to stop: finishing the step and saving ...\n")
 
     def save(self) -> None:
-        """Leave a checkpoint of this step, unless there is one."""
+        """Leave a checkpoint of this step, unless there is one; where an evaluation is due, `complete` adds it."""
         if self.saved == self.state.step:
             return
         self.check()
-        if self.tracker is not None:
-            self.tracker.flush()
-        if self.record is not None:
-            self.record.flush()
+        self.flush()
+        card = {CARD: self.card()}
         checkpoint.save(
             checkpoint.folder_of(self.run, self.state.step),
             weights=self.weights(),
             moments=self.optimizer.moments,
             manifest=self.manifest(),
-            beside={**self.beside, CARD: self.card()},
+            beside=self.beside if self.evaluation_due else {**self.beside, **card},
+            loose=card if self.evaluation_due else {},
             council=self.council,
             layout=self.layout,
         )
+        self.saved = self.state.step
+        if not self.evaluation_due:
+            self.retain()
+
+    def complete(self) -> None:
+        """Add to this step's checkpoint its evaluation, and the card that tells of it."""
+        self.flush()
+        with self.council.together():
+            if self.council.writes:
+                folder = checkpoint.folder_of(self.run, self.state.step)
+                checkpoint.amend(folder, {CARD: self.card()}, **self.evaluated())
+        self.retain()
+
+    def flush(self) -> None:
+        """Make the records durable, as a checkpoint is about to rest on them."""
+        for each in (self.tracker, self.record):
+            if each is not None:
+                each.flush()
+
+    def retain(self) -> None:
         if self.council.writes:
             checkpoint.retain(self.run, self.recipe.checkpoint.keep, self.state.step)
-        self.saved = self.state.step
 
     def card(self) -> bytes:
         numbers = sum(math.prod(rows.shape) for rows in self.weights().values())
@@ -464,6 +543,11 @@ class Trainer:
 
     def weights(self) -> dict[str, Rows]:
         return {name: held(p) for name, p in self.model.named_parameters()}
+
+    def evaluated(self) -> dict[str, Any]:
+        """What evaluations have told of this step and of those before, for the manifest."""
+        best = None if self.best == float("inf") else self.best
+        return {"metrics": self.metrics, "best": best, "curve": self.curve}
 
     def manifest(self) -> dict[str, Any]:
         machine = {name: value for name, value in flat(self.recipe).items() if name not in science(self.recipe)}
@@ -475,9 +559,7 @@ class Trainer:
             "data": self.shards.fingerprint,
             "parent": self.parent,
             "budget": self.budget.record() if self.budget is not None else None,
-            "metrics": self.metrics,
-            "best": None if self.best == float("inf") else self.best,
-            "curve": self.curve,
+            **self.evaluated(),
             "scale": [self.scale.item(), self.good_steps.item()],
         }
 
@@ -494,8 +576,10 @@ class Trainer:
             self.load(found)
             self.saved = found.step
             self.parent = found.manifest["parent"]
-            self.curve = found.manifest.get("curve") or []
-            self.best = found.manifest.get("best") or float("inf")  # not looked for: disks may have kept others
+            # Not looked for, as disks may have kept others; and one may have been killed before it was told the last.
+            told = self.council.from_main("evaluated", {name: found.manifest.get(name) for name in self.evaluated()})
+            self.metrics, self.curve = told["metrics"], told["curve"] or []
+            self.best = told["best"] or float("inf")
         elif self.recipe.from_:
             run, step = self.recipe.from_.split("/step-")
             folder = checkpoint.folder_of(self.run.parent / run, int(step))

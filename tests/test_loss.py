@@ -143,3 +143,20 @@ def megabytes_over_the_inputs(which: str) -> float:
 def test_the_logits_are_never_held_at_once() -> None:
     assert megabytes_over_the_inputs("torch") > 300  # so the measure sees what it should: logits and their softmax
     assert megabytes_over_the_inputs("ours") < 150
+
+
+@pytest.mark.parametrize(("size", "scale"), [(100.0, 0.01), (300.0, 60.0)], ids=["gradient", "logits"])
+def test_the_heads_products_of_fp16_may_pass_what_fp16_holds(size: float, scale: float) -> None:
+    """The loss is scaled only after them. 2,000 rows of 100 that all miss sum up to 200,000, as do 8 of 300 times 60."""
+    hidden = torch.full((2000, 8), size)
+    weight = scale * torch.linspace(0.5, 1.0, 32).repeat_interleave(8).view(32, 8)
+    targets = torch.full((2000,), 3)
+    losses, gradients = [], []
+    for dtype in (torch.float32, torch.float16):
+        head = weight.half().float().requires_grad_()
+        loss = cross_entropy_sum(hidden.to(dtype).requires_grad_(), head, targets)
+        (loss / 2000).backward()
+        losses.append(loss.item()), gradients.append(head.grad)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    # 2^-11 is what fp16 rounds each number of the slope by.
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * size)

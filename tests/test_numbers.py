@@ -10,8 +10,9 @@ from torch import Tensor
 
 import llm.group
 from llm import checkpoint
+from llm.errors import DivergedError
 from llm.stream import Batch
-from llm.trainer import FP16_GROWTH_STEPS, Trainer
+from llm.trainer import FP16_GROWTH_STEPS, FP16_MOST, FP16_SCALE, Trainer, TrainState
 from tests.forks import ROOT, digest, run, run_group, script, train, write_recipe, write_text
 
 BAD = 5  # the update whose numbers are spoilt: its batch has this number less one
@@ -84,6 +85,9 @@ def test_under_skip_the_update_is_left_out_with_a_record_on_every_process_alike(
     assert checkpoint.open_checkpoint(checkpoint.folder_of(folder, BAD + 1)).digest != after.digest
     events = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "event" in line]
     assert [event["step"] for event in events] == [BAD]
+    written = (folder / "metrics.jsonl").read_text()
+    assert "NaN" not in written and "Infinity" not in written, "no JSON"
+    assert run_group(train(recipe, "checkpoint.every=2"), tmp_path, world)[0].status == 0, "what was null is read again"
 
 
 def test_fp16s_scale_halves_after_an_overflow_and_doubles_after_many_sound_steps() -> None:
@@ -99,6 +103,25 @@ def test_fp16s_scale_halves_after_an_overflow_and_doubles_after_many_sound_steps
     assert trainer.scale == 1024 and trainer.good_steps == 0
     stored = json.loads(json.dumps([trainer.scale.item(), trainer.good_steps.item()]))
     assert stored == [1024.0, 0.0]
+
+
+def test_an_fp16_gradient_that_is_finite_at_no_scale_ends_the_run_as_diverged() -> None:
+    class Bare(Trainer):
+        def __init__(self) -> None:
+            self.scale, self.good_steps, self.sound = torch.tensor(FP16_SCALE), torch.tensor(0.0), []
+            self.state, self.run = TrainState(20), Path("runs/tiny")
+
+    trainer, sound = Bare(), torch.tensor(True)
+    for _ in range(16):
+        trainer.rescale(~sound)
+        trainer.check()
+    assert trainer.scale == 1
+    trainer.rescale(~sound)
+    with pytest.raises(DivergedError, match=r"not finite in fp16 at step 20.*machine\.precision=bf16"):
+        trainer.check()
+    trainer.scale, trainer.good_steps = torch.tensor(FP16_MOST), torch.tensor(FP16_GROWTH_STEPS - 1.0)
+    trainer.rescale(sound)
+    assert trainer.scale == FP16_MOST, "a gradient of nothing but zeros lets it not grow without end"
 
 
 def test_a_spike_is_recorded_with_its_step(tmp_path: Path, text: Path) -> None:
