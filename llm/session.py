@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from llm import cost, group, store
+from llm import checkpoint, cost, group, store
 from llm.errors import GroupError, LLMError, RefusedError, as_disk_error
 from llm.machine import die_with_parent, remember, start_group
 from llm.recipe import Machine, Recipe, dump, signed
@@ -94,7 +94,8 @@ def _train(
     if trainer.plan and trainer.state.step >= trainer.steps:
         group.say(
             f"run {recipe.run} is finished: {trainer.state.step} steps are done, there is nothing to do.\n"
-            f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
+            f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} "
+            f"train.steps={2 * trainer.state.step} (or more; lengths count from step 0)"
         )
         return
     for name in SIGNALS:
@@ -126,6 +127,7 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
     recipe, run, steps = trainer.recipe, trainer.run, trainer.steps
     with trainer.council.together():
         if trainer.council.writes:
+            store.write_sealed(run / checkpoint.IDENTITY, {"run": trainer.identity})
             store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
             store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
             remember(recipe, run)
