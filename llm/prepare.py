@@ -3,7 +3,7 @@
     python -m llm.prepare recipes/quickstart.yaml
     python -m llm.prepare --wiki wiki.txt
 
-The text is read once to be surveyed and once to be encoded, and not at all where its files have the size, time and
+The text is read once to be surveyed and once to be encoded, and not at all where its files have the size, times and
 inode that they had then.
 """
 
@@ -70,6 +70,9 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     corpus = Corpus(recipe.text)
     share = recipe.text.validation
     show = _Show(say, progress)
+    if corpus.repeated:
+        more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
+        say(f"text: {corpus.repeated[0]}{more}")
 
     path = cache / "surveys" / f"{store.digest_of([corpus.identity, share])}.json"
     sample: list[bytes] = []
