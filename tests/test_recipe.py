@@ -718,7 +718,6 @@ def test_a_name_that_stands_for_a_checkpoint_is_no_run_s_name(tmp_path: Path, na
 
 
 def test_skip_counts_steps_from_1_but_in_what_runs_kept_before(tmp_path: Path) -> None:
-    skip = SMALLEST + "format: {}\n"
     with_skip = TEXT + "train: {steps: 100, skip: [0, 4-5]}\n"
     assert "steps count from 1" in refused(tmp_path, with_skip)
     assert one(tmp_path, "train.skip", TEXT + "train: {steps: 100, skip: [1, 4-5]}\n") == ["1", "4-5"]
@@ -727,7 +726,7 @@ def test_skip_counts_steps_from_1_but_in_what_runs_kept_before(tmp_path: Path) -
     assert one(tmp_path, "train.skip", signed(with_skip)) == ["1", "5-6"]
     again = signed(dump(read(tmp_path, signed(with_skip))))
     assert one(tmp_path, "train.skip", again) == ["1", "5-6"], "translated once"
-    assert "this version reads 1 and 2" in refused(tmp_path, skip.format(3))
+    assert "this version reads 1 and 2" in refused(tmp_path, SMALLEST + "format: 3\n")
     edited = signed(with_skip).replace("steps: 100", "steps: 101")
     with pytest.raises(RefusedError, match=r"take that line out and put `format: 1` there"):
         read(tmp_path, edited)

@@ -89,7 +89,9 @@ def test_show_prints_what_the_trainer_read(tmp_path: Path, text: Path) -> None:
 
     tokenizer = Tokenizer.load(tmp_path / "runs/tiny/tokenizer/tokenizer.model")
     lines = [json.loads(line) for rank in (0, 1) for line in (tmp_path / f"read-{rank}.jsonl").read_text().splitlines()]
-    for step in (0, 5, 10, 11):
+    for outside in (0, 13):
+        assert run(script("module:llm.show", "tiny", "--step", outside), tmp_path).status == 2
+    for step in (0, 5, 10, 11):  # updates done before
         ended = run(script("module:llm.show", "tiny", "--step", step + 1, "--characters", "0"), tmp_path)
         assert ended.status == 0, ended.err
         read = [line for line in lines if line[0] == step]
