@@ -228,7 +228,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = store.read_sealed(path, most_bytes=1 << 20)
     files = manifest.get("files")
-    if manifest.get("format") not in (1, FORMAT) or not isinstance(files, dict) or not {WEIGHTS, MOMENTS} <= files.keys():
+    if (
+        manifest.get("format") not in (1, FORMAT)
+        or not isinstance(files, dict)
+        or not {WEIGHTS, MOMENTS} <= files.keys()
+    ):
         raise RefusedError(
             f"{path} is no manifest that this version reads (format {str(manifest.get('format'))[:20]!r})"
         )
@@ -320,8 +324,8 @@ def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> 
             warn(f"{error}; {folder.name} is passed over")
     if candidates:
         raise RefusedError(
-            f"{run}: all {len(candidates)} checkpoints are damaged or another run's; nothing was changed. Start another run=NAME, "
-            f"or move {run / 'checkpoints'} away to begin this one anew"
+            f"{run}: all {len(candidates)} checkpoints are damaged or another run's; nothing was changed. Start another "
+            f"run=NAME, or move {run / 'checkpoints'} away to begin this one anew"
         )
     return None
 

@@ -189,7 +189,9 @@ def test_all_checkpoints_damaged_is_one_error_and_nothing_is_overwritten(here: P
     before = {path: path.read_bytes() for path in (here / "runs/tiny/checkpoints").rglob("*") if path.is_file()}
     ended = run(train(Path("recipe.yaml")), Path.cwd())
     assert ended.status == 4
-    assert ended.err.splitlines()[-1].startswith("error: runs/tiny: all 5 checkpoints are damaged or another run's; nothing was changed")
+    assert ended.err.splitlines()[-1].startswith(
+        "error: runs/tiny: all 5 checkpoints are damaged or another run's; nothing was changed"
+    )
     assert ended.err.count("is passed over") == 5 and ended.err.count("\n") == 6
     assert json.loads((here / "runs/tiny/status.json").read_text())["status"] == 4
     assert {path: path.read_bytes() for path in before} == before
@@ -421,7 +423,7 @@ def test_checkpoints_of_others_do_not_count_among_those_that_are_kept(here: Path
 def test_a_folder_that_only_looks_like_a_checkpoint_is_none(here: Path) -> None:
     for name in ("step-²", "step-٣", "step-", "step-1x", "step--1"):
         (here / "runs/tiny/checkpoints" / name).mkdir()
-    assert [each.name for each in checkpoint.folders(here / "runs/tiny")][0] == "step-000012"
+    assert checkpoint.folders(here / "runs/tiny")[0].name == "step-000012"
     assert runs.open_run("tiny/newest").checkpoint.step == 12
 
 

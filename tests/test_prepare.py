@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llm import prepare as preparation
 from llm import corpus, store
+from llm import prepare as preparation
 from llm.errors import DiskError, LLMError, RecipeError, RefusedError, TextError
 from llm.prepare import Prepared, main, prepare
 from llm.recipe import Recipe, load
