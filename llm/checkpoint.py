@@ -324,8 +324,8 @@ def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> 
             warn(f"{error}; {folder.name} is passed over")
     if candidates:
         raise RefusedError(
-            f"{run}: all {len(candidates)} checkpoints are damaged or another run's; nothing was changed. Start another "
-            f"run=NAME, or move {run / 'checkpoints'} away to begin this one anew"
+            f"{run}: all {len(candidates)} checkpoints are damaged or another run's; nothing was changed. Start "
+            f"another run=NAME, or move {run / 'checkpoints'} away to begin this one anew"
         )
     return None
 

@@ -17,7 +17,7 @@ from llm import checkpoint, recipe, runs, store
 from llm.errors import LLMError, RecipeError, RefusedError
 from llm.prepare import prepare
 from llm.tokenizer import Tokenizer
-from tests.forks import digest, run, script, train, write_recipe, write_text
+from tests.forks import digest, run, run_group, script, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
 
@@ -409,6 +409,24 @@ def test_a_run_may_be_moved_and_another_machine_half_is_still_its_own(here: Path
     shutil.rmtree(checkpoint.folder_of(here / "runs/moved", 12))
     assert run(train(Path("recipe.yaml"), "run=moved"), Path.cwd()).status == 0
     assert checkpoint.identity(here / "runs/moved") == made
+
+
+def test_machines_with_disks_of_their_own_share_one_identity(here: Path) -> None:
+    folders = [Path.cwd() / f"disk-{rank}" for rank in (0, 1)]
+    for folder in folders:
+        folder.mkdir()
+
+    def act() -> None:
+        os.chdir(folders[int(os.environ["RANK"])])
+        train(Path("../recipe.yaml"), f"text.cache={folders[0].parent / 'cache'}", stop_after=2)()
+
+    assert [each.status for each in run_group(act, Path.cwd(), 2, node=1)] == [75, 75]
+    ours, theirs = (checkpoint.identity(folder / "runs/tiny") for folder in folders)
+    assert ours and ours == theirs
+    store.write_sealed(folders[1] / "runs/tiny" / checkpoint.IDENTITY, {"run": "another"})
+    sealed(checkpoint.folder_of(folders[1] / "runs/tiny", 2), run="another")
+    ended = run_group(act, Path.cwd(), 2, node=1)
+    assert {each.status for each in ended} == {4} and "another run than that of process 0" in ended[1].err
 
 
 def test_checkpoints_of_others_do_not_count_among_those_that_are_kept(here: Path) -> None:
