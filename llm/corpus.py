@@ -14,11 +14,12 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -27,11 +28,25 @@ from typing import Any
 from llm.errors import RecipeError, TextError
 from llm.recipe import Text
 
-CHUNK = 1 << 20  # bytes read at once, and what `auto` looks at
+CHUNK = 1 << 20  # bytes read at once, and in which `auto` looks for headings and blank lines
 LONGEST = 1 << 20  # bytes of the longest document; a longer one is cut, as it would have to be held in memory
 BLOCK = 4096  # bytes of a document under the rule `blocks`: a page or so
 LONGEST_ROW = 64 << 20  # bytes of a line of .jsonl, which is read whole
 MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eos|>", "<eos>", "</s>", "[EOS]")
+ROWS = (".jsonl", ".ndjson")  # files that hold an object a line; any other is a plain text
+PACKED = "is packed in a way that is not read here: unpack it first, or pack it with gzip"
+TABLE = "is a table, not text: write its rows as .jsonl, an object a line with the text in the field `text`"
+DOCUMENT = "is no plain text: save its text as UTF-8 in a .txt file"
+UNREAD = {
+    ".json": "is one JSON value, not text: write its documents as .jsonl, an object a line (if it is that, rename it)",
+    **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow", ".xls", ".xlsx", ".ods"), TABLE),
+    **dict.fromkeys((".zst", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br", ".rar"), PACKED),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi"), DOCUMENT),
+}
+GZIP = b"\x1f\x8b"
+MAGIC = {  # of files under another name: bytes that no UTF-8 has, or that come before some
+    b"\xfd7zXZ\0": PACKED, b"\x28\xb5\x2f\xfd": PACKED, b"BZh": PACKED, b"PK\x03\x04": PACKED, b"7z\xbc\xaf": PACKED,
+    b"PAR1": TABLE, b"%PDF-": DOCUMENT, b"\xd0\xcf\x11\xe0": DOCUMENT}  # fmt: skip
 WIKI = {"wiki-leads": "en-us", "wiki-leads-fr": "fr-fr", "wiki-leads-es": "es-es"}
 
 
@@ -87,22 +102,21 @@ def _marker(line: str) -> Rule:
     return Rule(f"marker {line}", re.compile(mark + rb"(?<=\n" + mark + rb")\r?(?:\n|\Z)"), between=True)
 
 
-def rule_for(name: str, head: bytes) -> Rule:
-    """The rule that a recipe's `text.documents` names, for a text that begins with `head`.
+def rule_for(name: str, head: bytes, rest: Iterable[bytes] = ()) -> Rule:
+    """The rule that a recipe's `text.documents` names, for a file that begins with `head` and goes on with `rest`.
 
     `headings`: a WikiText heading of level one begins a document. `blank-lines`: two or more blank lines end one; where
     the head has no two in a row, one does. `lines`: each line is one. `blocks`: whole paragraphs (else lines, else
-    words) gathered to at most 4 KiB. `marker LINE`: lines that equal LINE stand between documents. `auto` takes the
-    first that fits of known markers, headings and runs of two blank lines, where these leave documents of 64 KiB at
-    most on average, else `blocks`.
+    words) gathered to at most 4 KiB. `files`: each file is one. `marker LINE`: lines that equal LINE stand between
+    documents. `auto` takes known markers wherever in the file they stand; else the first that fits of headings and runs
+    of two blank lines, where these leave documents of 64 KiB at most on average; else `blocks`.
     """
     head, twice = b"\n" + head, _blank_lines(2)
     if name == "auto":
-        for rule in map(_marker, MARKERS):
-            if rule.separator and rule.separator.search(head):
-                return rule
+        if marker := _known_marker(head, rest):
+            return _marker(marker)
         for guess, pattern in (("headings", _HEADING), ("blank-lines", twice)):
-            if sum(1 for _ in pattern.finditer(head)) * (64 << 10) >= len(head):
+            if _count(pattern, head) * (64 << 10) >= len(head):
                 return rule_for(guess, head)
         return rule_for("blocks", head)
     if name == "headings":
@@ -114,11 +128,46 @@ def rule_for(name: str, head: bytes) -> Rule:
         return Rule(name, _blank_lines(0))
     if name == "blocks":
         return Rule(name, most=BLOCK)
+    if name == "files":
+        return Rule(name)
     line = name.removeprefix("marker ")
     if line and line != name and "\n" not in line and len(line.encode()) < MARGIN // 2:
         return _marker(line)
-    choices = "auto, headings, blank-lines, blocks, lines or marker LINE"
+    choices = "auto, headings, blank-lines, blocks, lines, files or marker LINE"
     raise RecipeError(f"text.documents = {name!r} is not known: say {choices}")
+
+
+_KNOWN = re.compile(rb"\n(%s)(?=\r?\n)" % b"|".join(re.escape(marker.encode()) for marker in MARKERS))
+LONGEST_MARKER = max(map(len, MARKERS)) + 2  # with its line end
+
+
+def _known_marker(head: bytes, rest: Iterable[bytes]) -> str | None:
+    """The first of MARKERS that separates documents in a whole file, and is not there by accident, as a stray HTML tag.
+
+    Documents between markers are 1 MiB at most on average and not full of headings; a single marker begins or ends the
+    file, or parts a few paragraphs.
+    """
+    found: Counter[bytes] = Counter()
+    text, end, size = b"", b"", 0
+    for chunk in chain((head,), rest, (b"\n",)):
+        size, end = size + len(chunk), (end + chunk)[-2 * LONGEST_MARKER :]
+        text += chunk
+        lines = text.rfind(b"\n") + 1
+        found.update(_KNOWN.findall(text, 0, lines))
+        text = text[max(0, lines - 1) :][: LONGEST_MARKER + 1]  # the line begun: of a longer one its start is enough
+    headings, paragraphs = _count(_HEADING, head) * size / len(head), _count(_blank_lines(1), head)
+    for name in MARKERS:
+        marker = name.encode()
+        count, others = found[marker], found.total() - found[marker]
+        at_an_end = head.lstrip().startswith(marker) or end.rstrip().endswith(marker)
+        by_accident = count == 1 and not at_an_end and paragraphs + others > 20
+        if count and count * LONGEST >= size and count * 10 >= headings and not by_accident:
+            return name
+    return None
+
+
+def _count(pattern: re.Pattern[bytes], text: bytes) -> int:
+    return sum(1 for _ in pattern.finditer(text))
 
 
 def cut_documents(chunks: Iterable[bytes], rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
@@ -170,15 +219,22 @@ class Source:
         stat = self.path.stat()
         return stat.st_dev, stat.st_ino
 
+    def rule(self, asked: str) -> Rule:
+        """How documents are found in this file, whatever others hold."""
+        if not (self.plain and self.path):
+            return _ROW
+        chunks = _chunks(self.path, self.identity, Counter())
+        return rule_for(asked, next(chunks, b""), chunks)
+
 
 class Corpus:
     """The documents that a recipe's `text` section names.
 
-    Files are meant as they are now: one that changes later is refused when read. TextError or RecipeError, at once, for
-    what is not there.
+    None is longer than `most` bytes. Files are meant as they are now: one that changes later is refused when read.
+    TextError or RecipeError, at once, for what is not there.
     """
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, most: int = LONGEST) -> None:
         named: dict[Any, Source] = {}
         self.repeated: list[str] = []  # lines on what is named more than once, under whatever names, and read once
         for source in _sources(text):
@@ -188,29 +244,33 @@ class Corpus:
                 self.repeated.append(f"{source.name} is named {other}: it is read once")
         self.sources = list(named.values())
         rule_for(text.documents, b"")  # a name that is not known is refused now, the rule is found when it is needed
-        self._asked = text.documents
+        self._asked, self._most = text.documents, most
         # Differs whenever the documents could; the first number counts the changes of how documents are found.
-        self.identity = [1, text.documents, text.field, [source.identity for source in self.sources]]
+        self.identity = [2, text.documents, text.field, most, [source.identity for source in self.sources]]
 
     @cached_property
-    def _rule(self) -> Rule:
-        return rule_for(self._asked, _head(source for source in self.sources if source.plain))
+    def _rules(self) -> list[Rule]:
+        rules = [source.rule(self._asked) for source in self.sources]
+        return [replace(rule, most=min(rule.most, self._most)) for rule in rules]
 
     @property
     def rule(self) -> str:
         """How documents are found, for people."""
-        plain = [source.plain for source in self.sources]
-        return ", ".join([self._rule.name] * any(plain) + [_ROW.name] * (not all(plain)))
+        names = Counter(rule.name for rule in self._rules)
+        of = (f" ({files:,} file{'s' * (files > 1)})" if len(names) > 1 else "" for files in names.values())
+        cut = f", cut at {self._most:,} bytes" if self._most < LONGEST else ""
+        return ", ".join(map("".join, zip(names, of, strict=True))) + cut
 
     def bytes_expected(self) -> int | None:
         """The text's size as far as it is known without reading."""
-        sizes = [source.path.stat().st_size for source in self.sources if source.path and source.path.suffix != ".gz"]
+        sizes = [source.path.stat().st_size for source in self.sources if source.path and not _is_packed(source.path)]
         return sum(sizes) if len(sizes) == len(self.sources) else None
 
     def documents(self, notes: Counter[str] | None = None) -> Iterator[bytes]:
         """Every document in order, its bytes exactly as in the text; `notes` counts what was cut or left out."""
         counted: Counter[str] = Counter() if notes is None else notes
-        return chain.from_iterable(source.documents(self._rule, counted) for source in self.sources)
+        pairs = zip(self.sources, self._rules, strict=True)
+        return chain.from_iterable(source.documents(rule, counted) for source, rule in pairs)
 
 
 def _sources(text: Text) -> Iterator[Source]:
@@ -226,7 +286,11 @@ def _sources(text: Text) -> Iterator[Source]:
 def _paths(name: str) -> list[Path]:
     """The files that one entry of `text.files` names."""
     path = Path(name).expanduser()
-    if not path.exists() and glob.has_magic(name):
+    try:
+        is_there = path.exists()
+    except OSError as error:  # in a folder that may not be searched, or with a name that is too long
+        raise TextError(f"{name[:200]} cannot be reached ({error.strerror}): name your text another way") from error
+    if not is_there and glob.has_magic(name):
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         found = [each for each in map(Path, sorted(matches)) if each.is_file()]
         if not found:
@@ -234,25 +298,35 @@ def _paths(name: str) -> list[Path]:
         return found
     if path.is_dir():
         raise TextError(f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.txt")
-    if not path.exists():
+    if not is_there:
         known = "" if path.suffix else f" (and no named text: {', '.join(WIKI)})"
         raise TextError(
             f"{name} is not there{known}: put your text there, or write one with `python -m llm.prepare --wiki {name}`"
         )
+    if not path.is_file():
+        raise TextError(f"{name} is a pipe or a device: a text is read more than once, so write it to a file first")
     if path.stat().st_size == 0:
         raise TextError(f"{name} is empty: put your text there")
     return [path]
 
 
-def _head(plain: Iterable[Source]) -> bytes:
-    """The first MiB of the text in all these files."""
-    head = b""
-    for source in plain:
-        if source.path:
-            head += next(_chunks(source.path, source.identity, Counter()), b"")
-        if len(head) >= CHUNK:
-            break
-    return head[:CHUNK]
+def _kind(path: Path) -> str:
+    """The file's suffix in small letters, that of what is packed where it ends in .gz."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether the file's name says that each of its lines is a JSON object."""
+    return _kind(path) in ROWS
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether the file is read through gzip: its name says so, or its first bytes, which no text begins with."""
+    try:
+        with path.open("rb") as file:
+            return path.suffix.lower() == ".gz" or file.read(2) == GZIP
+    except PermissionError as error:
+        raise TextError(f"{path} may not be read: give yourself the right to") from error
 
 
 def _identity(path: Path, stat: os.stat_result) -> list[Any]:
@@ -262,24 +336,24 @@ def _identity(path: Path, stat: os.stat_result) -> list[Any]:
 
 def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:
     """The file's bytes, unpacked, checked to be UTF-8 without NUL and without the byte order mark at its start."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, offset, read, has_utf8 = codecs.getincrementaldecoder("utf-8")(), 0, b"", False
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path, "rb") if _is_packed(path) else path.open("rb") as file:
             while True:
                 chunk = file.read(CHUNK)
                 if _identity(path, os.fstat(file.fileno())) != identity:
                     raise TextError(f"{path} changed while it was read: run the same command again")
                 held = len(decoder.getstate()[0])  # bytes of a character that the last chunk began
+                read = chunk or read  # at the end, the last chunk is the one at fault
                 try:
-                    decoder.decode(chunk, final=not chunk)
+                    has_utf8 |= not decoder.decode(chunk, final=not chunk).isascii()
                 except UnicodeDecodeError as error:
                     at, byte = offset - held + error.start, error.object[error.start]
-                    raise TextError(
-                        f"{path} is not UTF-8 at byte {at} (0x{byte:02x}): save it as UTF-8, "
-                        f"for instance with `iconv -f latin1 -t utf-8`"
-                    ) from error
+                    mend = _to_utf8(path, read, first=offset == 0, has_utf8=has_utf8)
+                    raise TextError(f"{path} is not UTF-8 at byte {at} (0x{byte:02x}): {mend}") from error
                 if (at := chunk.find(b"\0")) >= 0:
-                    raise TextError(f"{path} has a NUL at byte {offset + at}: it is no plain text, or must be cleaned")
+                    mend = _to_utf8(path, read, first=offset == 0, has_utf8=has_utf8)
+                    raise TextError(f"{path} has a NUL at byte {offset + at}: {mend}")
                 if not chunk:
                     return
                 if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
@@ -290,25 +364,60 @@ def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:
                 offset += len(chunk)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise TextError(f"{path} is damaged ({error}): pack it again with gzip") from error
-    except PermissionError as error:
-        raise TextError(f"{path} may not be read: give yourself the right to") from error
+
+
+def _to_utf8(path: Path, chunk: bytes, *, first: bool, has_utf8: bool) -> str:
+    """The way to UTF-8 for a file with a chunk that is not, or has a NUL: as far as its bytes tell what it is.
+
+    `first`: the chunk begins the file; `has_utf8`: letters beyond ASCII were read as UTF-8 in the chunks before it.
+    """
+    if first and (known := [said for magic, said in MAGIC.items() if chunk.startswith(magic)]):
+        return f"it {known[0]}"
+    name, new = shlex.quote(path.name), shlex.quote(f"utf-8-{path.name.removesuffix('.gz')}")
+
+    def through(command: str) -> str:
+        return f"`gzip -dc {name} | {command} > {new}`" if _is_packed(path) else f"`{command} < {name} > {new}`"
+
+    if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return f"it is UTF-32: {through('iconv -f utf-32 -t utf-8')}"
+    if first and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return f"it is UTF-16: {through('iconv -f utf-16 -t utf-8')}"
+    even, odd = chunk[::2].count(0), chunk[1::2].count(0)
+    if max(even, odd) * 8 >= len(chunk) > 8 and min(even, odd) * 10 <= max(even, odd):  # in the Latin script
+        encoding = "utf-16be" if even > odd else "utf-16le"
+        return f"it looks like UTF-16: {through(f'iconv -f {encoding} -t utf-8')}"
+    if even + odd:
+        without = through("tr -d '\\000'")
+        return f"it is no plain text, or its NULs must be left out: {without}"
+    right = sum(1 for each in chunk.decode(errors="ignore") if each > "\x7f")
+    wrong = chunk.decode(errors="replace").count("\ufffd")
+    if has_utf8 or right > wrong:  # in another encoding hardly any two bytes form a character of UTF-8
+        return f"it is damaged UTF-8; leave the damaged bytes out: {through('iconv -c -f utf-8 -t utf-8')}"
+    try:
+        western = len(re.findall(r"[^\W\d_]", chunk.decode("cp1252"))) > 2 * sum(byte > 0x7F for byte in chunk)
+    except UnicodeDecodeError:
+        western = False
+    if western:
+        return f"it looks like cp1252 (of Western Windows): {through('iconv -f cp1252 -t utf-8')}"
+    return f"find out its ENCODING, for instance by `file -i {name}`: {through('iconv -f ENCODING -t utf-8')}"
 
 
 def _file(path: Path, field: str) -> Source:
+    if said := UNREAD.get(_kind(path)):
+        raise TextError(f"{path} {said}")
     identity = _identity(path, path.stat())
 
     def texts(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
         return cut_documents(_chunks(path, identity, notes), rule, notes)
 
     def rows(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
-        return _one_a_row(_json_rows(path, _lines(path, _chunks(path, identity, notes))), field, notes)
+        return _one_a_row(_json_rows(path, _lines(path, _chunks(path, identity, notes))), field, rule, notes)
 
-    packed = path.with_suffix("") if path.suffix == ".gz" else path
-    plain = packed.suffix != ".jsonl"
+    plain = not holds_rows(path)
     return Source(str(path), identity, texts if plain else rows, path, plain)
 
 
-def _one_a_row(rows: Iterable[tuple[str, Any]], field: str, notes: Counter[str]) -> Iterator[bytes]:
+def _one_a_row(rows: Iterable[tuple[str, Any]], field: str, rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
     """The text of each (where, row); TextError with its place for a row without."""
     for where, row in rows:
         text = row.get(field) if isinstance(row, dict) else None
@@ -321,7 +430,7 @@ def _one_a_row(rows: Iterable[tuple[str, Any]], field: str, notes: Counter[str])
             raise TextError(f"{where} holds half of a surrogate pair: it cannot be written as UTF-8") from error
         if b"\0" in document:
             raise TextError(f"{where} holds a NUL character: it is no plain text, or must be cleaned")
-        yield from cut_documents((document,), _ROW, notes)
+        yield from cut_documents((document,), rule, notes)
 
 
 _ROW = Rule("one document a row")
@@ -370,7 +479,7 @@ def _wiki_package() -> importlib.metadata.Distribution:
 
 def _wiki(name: str) -> Source:
     def documents(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
-        return (part for each in wiki_documents(WIKI[name]) for part in cut_documents((each,), _ROW, notes))
+        return (part for each in wiki_documents(WIKI[name]) for part in cut_documents((each,), rule, notes))
 
     version = _wiki_package().version
     return Source(name, [name, version], documents)
@@ -408,7 +517,7 @@ def _hub(name: str, field: str) -> Source:
             raise TextError(f"{name} cannot be read: {_first_line(error)}") from error
 
     def documents(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
-        return _one_a_row(rows(), field, notes)
+        return _one_a_row(rows(), field, rule, notes)
 
     return Source(name, [dataset, revision, configuration], documents)
 

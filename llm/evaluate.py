@@ -195,6 +195,8 @@ def judge_pairs(opened: "Opened", path: Path, rows: int) -> str:
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
     """Good and bad sentence of each line. TextError names the line that is none."""
+    from llm.corpus import holds_rows
+
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -207,9 +209,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
             continue
         try:
             value = (
-                json.loads(line)
-                if path.suffix == ".jsonl"
-                else dict(zip(KEYS[0], line.rstrip("\r").split("\t"), strict=True))
+                json.loads(line) if holds_rows(path) else dict(zip(KEYS[0], line.rstrip("\r").split("\t"), strict=True))
             )
             pairs.append(next((str(value[good]), str(value[bad])) for good, bad in KEYS if good in value))
         except (ValueError, TypeError, KeyError, StopIteration, RecursionError):

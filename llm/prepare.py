@@ -3,8 +3,8 @@
     python -m llm.prepare recipes/quickstart.yaml
     python -m llm.prepare --wiki wiki.txt
 
-The text is read once to be surveyed and once to be encoded, and not at all where its files have the size, times and
-inode that they had then.
+The text is read once to be surveyed (twice where it is small) and once to be encoded, and not at all where its files
+have the size, times and inode that they had then.
 """
 
 import argparse
@@ -23,15 +23,18 @@ from typing import TypeVar
 
 from llm import shards as sharding
 from llm import store
-from llm.corpus import Corpus, fraction, wiki_documents
+from llm.corpus import BLOCK, LONGEST, Corpus, fraction, wiki_documents
 from llm.encoders import cores
 from llm.errors import DiskError, RecipeError, RefusedError, TextError, run
-from llm.recipe import Recipe, load, with_steps
+from llm.recipe import Recipe, Text, load, with_steps
 from llm.shards import Shards
 from llm.tokenizer import MANIFEST, SETTINGS, Tokenizer
 
 SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory
 SMALL = 128 << 20  # bytes of shards that are checked against their sha256 at every start: a blink
+MEASURABLE = 1 << 10  # bytes of the validation side at least, some 300 tokens: its loss is then known to 0.15 nats
+LEAST = 256  # bytes of the validation side of the smallest text
+LEAST_PIECE = 512  # bytes: a document is not cut smaller than this so that a part of it can be held out
 LARGE = 16 << 20  # bytes of text that are worth the start of processes that encode it
 MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
 
@@ -55,10 +58,20 @@ class Survey:
 
     sha256: str
     rule: str
+    share: float  # that is held out: text.validation, or more where that leaves too little to measure by
     documents: list[int]  # train, validation
     text_bytes: list[int]
-    lowest: float  # the smallest share that holds a document out
     notes: dict[str, int]  # what was cut or left out, and how often
+
+    @property
+    def enough(self) -> float:
+        """Bytes that the validation side needs: MEASURABLE, or of a smaller text a twentieth, but LEAST."""
+        return min(MEASURABLE, max(LEAST, sum(self.text_bytes) / 20))
+
+    @property
+    def is_split(self) -> bool:
+        """Whether both sides can be used, or no validation side is asked for."""
+        return self.documents[0] > 0 and (not self.share or self.text_bytes[1] >= self.enough)
 
 
 def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: bool = False) -> Prepared:
@@ -67,25 +80,20 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     With `verify` the text is read again although its files look the same, and the shards are checked byte by byte.
     """
     cache = _cache(recipe.text.cache or "data")
-    corpus = Corpus(recipe.text)
-    share = recipe.text.validation
     show = _Show(say, progress)
     if corpus.repeated:
         more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
         say(f"text: {corpus.repeated[0]}{more}")
 
-    path = cache / "surveys" / f"{store.digest_of([corpus.identity, share])}.json"
-    sample: list[bytes] = []
-    with _alone(path, "this text", say):
-        if path.is_file() and not verify:
-            survey = Survey(**store.read_sealed(path))
-        else:
-            survey, sample = _survey(corpus, share, show)
-            store.write_sealed(path, asdict(survey))
-    _check(survey, recipe)
+    corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify)
+    _check(survey, recipe.text)
     left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
     say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
     say(f"bytes: {_sides(*survey.text_bytes)}")
+    if survey.share != recipe.text.validation:
+        part = survey.text_bytes[1] / sum(survey.text_bytes)
+        asked = f"text.validation = {recipe.text.validation:g} would leave too little to measure by"
+        say(f"validation: {part:.1%} of the bytes, as {asked}")
 
     if recipe.model.from_:
         from llm.pretrained import tokenizer_of  # with torch, which others need not wait for
@@ -94,11 +102,11 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     elif recipe.tokenizer.path:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer.path).expanduser())
     else:
-        tokenizer = _trained(recipe, survey, cache, say, lambda: sample or _survey(corpus, share, show)[1])
+        tokenizer = _trained(recipe, survey, cache, say, lambda: sample or _survey(corpus, survey.share, show)[1])
     lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
     say(f"tokenizer: {tokenizer.vocabulary:,} pieces{lossy}")
 
-    shards = _sharded(corpus, share, survey, tokenizer, cache, show, verify=verify)
+    shards = _sharded(corpus, survey, tokenizer, cache, show, verify=verify)
     train, validation = shards.train, shards.validation
     tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
     say(f"tokens: {_sides(train.tokens, validation.tokens)}, {text_bytes / tokens:.2f} bytes a token")
@@ -159,12 +167,59 @@ def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
         yield
 
 
-def _survey(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[bytes]]:
-    """Read the text once; also answers training documents of SAMPLE bytes at most, those of the smallest hashes."""
-    digest, lowest, notes = hashlib.sha256(), 1.0, Counter[str]()
+def _surveyed(
+    text: Text, cache: Path, show: "_Show", *, verify: bool, most: int = LONGEST
+) -> tuple[Corpus, Survey, list[bytes]]:
+    """The text's documents, of `most` bytes, and their survey, out of the cache or with a sample for the tokenizer.
+
+    Documents too few or too large to hold out about as much as is asked for are cut smaller.
+    """
+    corpus = Corpus(text, most)
+    path = cache / "surveys" / f"{store.digest_of([corpus.identity, text.validation])}.json"
+    sample: list[bytes] = []
+    with _alone(path, "this text", show.say):
+        if path.is_file() and not verify:
+            survey = Survey(**store.read_sealed(path))
+        else:
+            survey, sample = _survey(corpus, text.validation, show)
+            store.write_sealed(path, asdict(survey))
+    whole = sum(survey.text_bytes)
+    fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
+    if not fits and most == LONGEST:
+        most = max(LEAST_PIECE, min(BLOCK, whole // 10))
+        pieces = _surveyed(text, cache, show, verify=verify, most=most)
+        if pieces[1].is_split:
+            found = f"documents ({sum(survey.documents):,} by the rule {survey.rule})"
+            show.say(f"validation: {found} are too few or too large to hold some out: cut at {most:,} bytes")
+            return pieces
+    return corpus, survey, sample
+
+
+def _survey(corpus: Corpus, asked: float, show: "_Show") -> tuple[Survey, list[bytes]]:
+    """Read the text, and split it at the share `asked`, or at the least that holds enough out to measure by.
+
+    Also answers training documents of SAMPLE bytes at most, those of the smallest hashes.
+    """
+    survey, sample, sizes = _read(corpus, asked, show)
+    if not asked or survey.text_bytes[1] >= survey.enough:
+        return survey, sample
+    held = 0
+    for place, size in sorted(sizes.items()):
+        held += size
+        if held >= survey.enough:
+            if held <= max(0.5, asked) * sum(survey.text_bytes):  # else the validation side would be the larger one
+                return _read(corpus, math.nextafter(place, 1), show)[:2]
+            break
+    return survey, sample
+
+
+def _read(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[bytes], dict[float, int]]:
+    """Survey and sample of a text that is split at `share`, and the bytes at each of MEASURABLE lowest fractions."""
+    digest, notes = hashlib.sha256(), Counter[str]()
     documents, text_bytes = [0, 0], [0, 0]
     sample: list[tuple[float, int, bytes]] = []
     sampled = 0
+    sizes: Counter[float] = Counter()
     for number, document in enumerate(show.over(corpus.documents(notes), "reading", corpus.bytes_expected(), len)):
         digest.update(len(document).to_bytes(8, "big"))
         digest.update(document)
@@ -172,36 +227,41 @@ def _survey(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[b
         side = int(place < share)
         documents[side] += 1
         text_bytes[side] += len(document)
-        lowest = min(lowest, place)
+        sizes[place] += len(document)
+        if len(sizes) > 2 * MEASURABLE:
+            sizes = Counter(dict(sorted(sizes.items())[:MEASURABLE]))
         if side == 0 and (sampled + len(document) <= SAMPLE or place < -sample[0][0]):
             heapq.heappush(sample, (-place, number, document))
             sampled += len(document)
             while sampled > SAMPLE:
                 sampled -= len(heapq.heappop(sample)[2])
-    survey = Survey(digest.hexdigest(), corpus.rule, documents, text_bytes, lowest, dict(notes))
-    return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])]
+    survey = Survey(digest.hexdigest(), corpus.rule, share, documents, text_bytes, dict(notes))
+    return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])], sizes
 
 
-def _check(survey: Survey, recipe: Recipe) -> None:
-    """TextError where the text, or one of its sides, holds nothing."""
-    (train, validation), share = survey.documents, recipe.text.validation
+def _check(survey: Survey, text: Text) -> None:
+    """TextError where the text, or one of its sides, holds nothing or too little; a share that is advised was tried."""
+    names, (train, validation) = ", ".join(text.files), survey.documents
     if train + validation == 0:
-        raise TextError(f"{_names(recipe)}: there is nothing but whitespace: put your text there")
-    if train and (validation or not share):
+        raise TextError(f"{names}: there is nothing but whitespace: put your text there")
+    if survey.is_split:
         return
-    smaller = "make documents smaller (text.documents=blocks or lines)"
+    usual = Text.validation if text.validation > Text.validation else 0.0
+    less, _ = _survey(Corpus(text), usual, _Show(lambda line: None, False))
     if train + validation == 1:
-        raise TextError(f"{_names(recipe)}: one document cannot be on both sides: {smaller}, or text.validation=0")
-    if not train:
-        raise TextError(f"text.validation = {share} holds all {validation} documents out: say less, or {smaller}")
-    enough = math.ceil(survey.lowest * 10_000 + 0.5) / 10_000
-    raise TextError(f"text.validation = {share} holds none of {train} documents out: {enough:g} does, or {smaller}")
+        fault = "one document cannot be on both sides"
+    elif not train:
+        fault = f"text.validation = {text.validation:g} holds all {validation} documents out"
+    else:
+        fault = f"{train + validation} documents are too small or too much alike to hold enough of them out"
+    mend = f"text.validation={usual if less.is_split else 0:g}"
+    raise TextError(f"{names}: {fault}: use more text, or {mend}")
 
 
 def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
     """The tokenizer that the recipe asks for, trained on the training side of the text, or read from the cache."""
     wanted = recipe.tokenizer
-    key = store.digest_of([SETTINGS, SAMPLE, survey.sha256, recipe.text.validation, wanted.vocabulary, wanted.terms])
+    key = store.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, wanted.vocabulary, wanted.terms])
     folder = cache / "tokenizers" / key
     model = folder / "tokenizer.model"
     with _alone(folder, "this tokenizer", say):
@@ -221,9 +281,10 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
 
 
 def _sharded(
-    corpus: Corpus, share: float, survey: Survey, tokenizer: Tokenizer, cache: Path, show: "_Show", *, verify: bool
+    corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: "_Show", *, verify: bool
 ) -> Shards:
     """The shards of this text, split and tokenizer, written or gone on with where they are not whole yet."""
+    share = survey.share
     about = {"text": survey.sha256, "validation": share, "tokenizer": tokenizer.fingerprint}
     fingerprint = store.digest_of([sharding.FORMAT, about])
     folder = cache / "shards" / fingerprint

@@ -39,7 +39,7 @@ def setting(default: Any = MISSING, *, unit: str, least: float | None = None, be
 @dataclass(frozen=True, kw_only=True)
 class Text:
     files: tuple[str, ...] = setting(unit="paths, globs, or named texts such as wiki-leads")
-    documents: str = setting("auto", unit="auto, headings, blank-lines, blocks, lines, or: marker LINE")
+    documents: str = setting("auto", unit="auto, headings, blank-lines, blocks, lines, files, or: marker LINE")
     validation: float = setting(0.05, unit="share of the documents that is held out", least=0, below=1)
     field: str = setting("text", unit="the field of a .jsonl line that holds the text")
     cache: str | None = setting(None, unit="folder of prepared text; data/ where none is named")

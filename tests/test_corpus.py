@@ -1,8 +1,10 @@
 """Documents come out of a text as they stand in it, wherever its chunks end, and bad text is one clear line."""
 
+import bz2
 import gzip
 import importlib.metadata
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -169,6 +171,140 @@ def test_a_row_of_jsonl_is_a_document(tmp_path: Path) -> None:
     assert Corpus(Text(files=(str(tmp_path / "a.jsonl"),))).rule == "one document a row"
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.NDJSON.GZ", "packed.jsonl"])
+def test_rows_are_known_by_any_spelling_of_their_suffix(tmp_path: Path, name: str) -> None:
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(lines) if "GZ" in name or "packed" in name else lines)
+    assert read(tmp_path / name) == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("name", ["a.TXT.GZ", "a.txt", "a"])
+def test_gzip_is_read_under_any_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"some text\n"))
+    found = Corpus(Text(files=(str(tmp_path / name),)))
+    assert list(found.documents()) == [b"some text\n"] and found.bytes_expected() is None
+
+
+def test_each_file_is_cut_by_a_rule_of_its_own(tmp_path: Path) -> None:
+    """Neither is the marker line of one file text in the other, nor do the blank lines of one cut the other."""
+    marked = [f"article {number}\n\n\nmore of it\n" for number in range(50)]
+    texts = {
+        "wiki.txt": "<|endoftext|>\n".join(marked),
+        "diary.txt": "\n\n\n".join(f"day {number}" for number in range(50)),
+        "rows.jsonl": '{"text": "a row"}',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for order in (["wiki.txt", "diary.txt", "rows.jsonl"], ["diary.txt", "rows.jsonl", "wiki.txt"]):
+        found = Corpus(Text(files=tuple(str(tmp_path / name) for name in order)))
+        documents = [document.decode() for document in found.documents()]
+        assert set(marked) < set(documents) and len(documents) == 50 + 50 + 1
+        assert "marker <|endoftext|> (1 file)" in found.rule and "blank-lines (two or more) (1 file)" in found.rule
+
+
+ARTICLES = [
+    f"Article {number}\n\nIts first paragraph.\n\nAnd a second one, number {number}.\n" for number in range(600)
+]
+
+
+@pytest.mark.parametrize("separator", ["\n", "\n\n\n", "\n = T = \n", "<|eos|>\n"])
+@pytest.mark.parametrize("stray", ["</s>", "<|endoftext|>"])
+def test_one_stray_marker_line_among_600_articles_is_text(tmp_path: Path, separator: str, stray: str) -> None:
+    def cut(path: Path, articles: list[str]) -> Corpus:
+        path.write_text(separator.join(articles))
+        return Corpus(Text(files=(str(path),)))
+
+    clean = cut(tmp_path / "a.txt", ARTICLES)
+    spoilt = cut(tmp_path / "b.txt", [*ARTICLES[:300], f"{ARTICLES[300]}{stray}\n", *ARTICLES[301:]])
+    assert spoilt.rule == clean.rule and stray not in clean.rule
+    assert abs(len(list(spoilt.documents())) - len(list(clean.documents()))) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("".join(ARTICLES) + "<|endoftext|>\n", 1),  # as in a folder of files that each end so
+        ("<s-tag>\n" + "\n</s>".join(ARTICLES[:9]), 1),  # no line of its own
+        ("</s>\n".join(["".join(ARTICLES[:300]), "".join(ARTICLES[300:400]), "".join(ARTICLES[400:])]), 3),
+        ("<|endoftext|>\n".join(ARTICLES[:2]), 2),
+        ("<|end_of_text|>\n".join("<|eot_id|>\n".join(ARTICLES[n : n + 6]) for n in range(0, 60, 6)), 10),
+    ],
+)
+def test_few_markers_that_are_meant_are_found(tmp_path: Path, text: str, documents: int) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    assert len(read(tmp_path / "a.txt")) == documents
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 17, 1 << 20])
+def test_markers_are_found_wherever_in_a_file_they_stand_and_its_chunks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    begin = b"x" * 100 + b"\n\n" if size < 1 << 20 else b"a line of a long preface\n" * 50_000
+    text = begin + b"a\r\n<|endoftext|>\r\nb <|endoftext|>\n<|endoftext|>\n" + b"y" * 40 + b"\n<|endoftext|>"
+    (tmp_path / "a.txt").write_bytes(text)
+    monkeypatch.setattr(corpus, "CHUNK", size)
+    documents = read(tmp_path / "a.txt")
+    assert [d[-40:] for d in documents[-3:]] == [(begin + b"a\r\n")[-40:], b"b <|endoftext|>\n", b"y" * 39 + b"\n"]
+
+
+def test_the_rule_files_makes_a_document_of_each_file(tmp_path: Path) -> None:
+    texts = [f"Note {number}\n\n\nof\n<|endoftext|>\nsome lines\n" for number in range(5)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    found = Corpus(Text(files=(f"{tmp_path}/*.txt",), documents="files"))
+    assert [document.decode() for document in found.documents()] == texts and found.rule == "files"
+
+
+SENTENCE = "Été à l’ombre — naïve “quotes” and café: the price is 5 €.\n" * 20
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (SENTENCE.encode("utf-16"), SENTENCE),
+        (SENTENCE.encode("utf-16-le"), SENTENCE),
+        (SENTENCE.encode("utf-16-be"), SENTENCE),
+        (SENTENCE.encode("utf-32"), SENTENCE),
+        (SENTENCE.encode("cp1252"), SENTENCE),
+        (SENTENCE.encode("cp1252") + b"caf\xe9", SENTENCE + "café"),
+        (SENTENCE.encode() + b"\xff\xfe\n", SENTENCE + "\n"),
+        (SENTENCE.encode() + "é".encode()[:1], SENTENCE),
+        (SENTENCE.encode() + b"plain words " * 100_000 + b"\xff", SENTENCE + "plain words " * 100_000),
+        (SENTENCE.encode() + b"a\0b\n", SENTENCE + "ab\n"),
+    ],
+    ids=[
+        "utf-16",
+        "utf-16le",
+        "utf-16be",
+        "utf-32",
+        "cp1252",
+        "cp1252 at its end",
+        "damaged",
+        "cut",
+        "damaged later",
+        "NUL",
+    ],
+)
+def test_the_command_that_is_advised_for_another_encoding_makes_the_text_right(
+    tmp_path: Path, data: bytes, text: str, packed: bool
+) -> None:
+    path = tmp_path / ("my text.txt" + ".gz" * packed)
+    path.write_bytes(gzip.compress(data) if packed else data)
+    with pytest.raises(TextError) as raised:
+        read(path)
+    command = re.findall("`(.+)`", str(raised.value))[0]
+    subprocess.run(["bash", "-c", command], cwd=tmp_path)  # iconv -c ends with 1 for what it left out
+    assert (tmp_path / "utf-8-my text.txt").read_text(encoding="utf-8").removeprefix("\ufeff") == text
+
+
+def test_a_pipe_is_named_as_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    for name in (str(tmp_path / "a.txt"), "/dev/null"):
+        with pytest.raises(TextError, match="is a pipe or a device"):
+            Corpus(Text(files=(name,)))
+
+
 def test_rows_of_a_hub_data_set_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub itself is stood in for by a file; the stream is a real one of `datasets`."""
     import datasets
@@ -228,6 +364,7 @@ BAD = {
     "missing without suffix": bad(lambda path: None, "no named text", "wiki-leads-fr", name="wiki-lead"),
     "folder": bad(lambda path: path.mkdir(), "is a folder", "/*.txt"),
     "empty": bad(lambda path: path.touch(), "is empty"),
+    "too long a name": bad(lambda path: None, "cannot be reached", name="a" * 300 + ".txt"),
     "no match": bad(lambda path: None, "no file matches", name="*.text"),
     "not UTF-8": bad(lambda path: path.write_bytes(b"ab\n\xff"), "not UTF-8 at byte 3 (0xff)", "iconv"),
     "not UTF-8 later": bad(lambda path: path.write_bytes(b"a" * 1_048_575 + b"\xe6\xbc-"), "at byte 1048575 (0xe6)"),
@@ -242,6 +379,15 @@ BAD = {
     "no text": bad(lambda path: path.write_text('{"text": 3}'), "line 1 has no text", name="a.jsonl"),
     "no object": bad(lambda path: path.write_text('["text"]'), "line 1 has no text", name="a.jsonl"),
     "half a pair": bad(lambda path: path.write_text('{"text": "\\ud800"}'), "line 1", "surrogate", name="a.jsonl"),
+    "Cyrillic": bad(lambda path: path.write_text("Привет всем " * 9, encoding="cp1251"), "its ENCODING", "file -i bad.txt"),
+    "JSON": bad(lambda path: path.write_text('[{"text": "a"}]'), "one JSON value", ".jsonl", name="a.JSON"),
+    "packed JSON": bad(lambda path: path.write_bytes(gzip.compress(b"[]")), "one JSON value", name="a.json.gz"),
+    "table": bad(lambda path: path.write_text("text\na"), "is a table", ".jsonl", name="a.csv"),
+    "Parquet": bad(lambda path: path.write_bytes(b"PAR1\0\0\xff"), "is a table", name="a.txt"),
+    "zstandard": bad(lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd"), "unpack it first", name="a.jsonl.zst"),
+    "xz under another name": bad(lambda path: path.write_bytes(lzma.compress(b"a" * 99)), "unpack it first"),
+    "bzip2 under another name": bad(lambda path: path.write_bytes(bz2.compress(b"a" * 99)), "unpack it first"),
+    "Word": bad(lambda path: path.write_bytes(b"PK"), "no plain text", name="a.docx"),
     "NUL in JSON": bad(lambda path: path.write_text('{"text": "\\u0000"}'), "line 1", "NUL", name="a.jsonl"),
 }  # fmt: skip
 

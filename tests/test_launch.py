@@ -140,7 +140,7 @@ def test_a_second_run_in_the_same_folder_is_refused(trained: Path) -> None:
         ("train.steps=many", ("train.steps", "'many'", "whole number")),
         ("text.files=nowhere.txt", ("nowhere.txt", "is not there", "python -m llm.prepare --wiki")),
         ("text.files=empty.txt", ("empty.txt",)),
-        ("text.files=short.txt", ("short.txt", "text.documents=blocks", "text.validation=0")),
+        ("text.files=short.txt", ("short.txt", "one document", "use more text", "text.validation=0")),
         ("machine.precision=fp16", ("fp16", "CUDA")),
         ("machine.micro_batch=3", ("machine.micro_batch = 3", "try 2")),
         ("run=../out", ("run", "../out")),

@@ -1,5 +1,6 @@
 """A text is prepared once, whoever asks and however often it is killed, again when it changes, and never in silence."""
 
+import json
 import os
 import re
 import shutil
@@ -10,13 +11,14 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from llm import corpus, store
 from llm import prepare as preparation
 from llm.errors import DiskError, LLMError, RecipeError, RefusedError, TextError
-from llm.prepare import Prepared, main, prepare
+from llm.prepare import MEASURABLE, Prepared, main, prepare
 from llm.recipe import Recipe, load
 from llm.tokenizer import Tokenizer
 from tests.test_corpus import needs_wiki
@@ -55,9 +57,11 @@ def command(folder: Path, text: Path, **changes: object) -> list[str]:
     return [sys.executable, "-m", "llm.prepare", str(recipe_file(folder)), *settings(folder, text, changes)]
 
 
-def told(folder: Path, *, verify: bool = False, **changes: object) -> tuple[Prepared, str]:
+def told(
+    folder: Path, text: Path | str = "text.txt", *, verify: bool = False, **changes: object
+) -> tuple[Prepared, str]:
     lines: list[str] = []
-    prepared = prepare(recipe(folder, **changes), lines.append, verify=verify)
+    prepared = prepare(recipe(folder, text, **changes), lines.append, verify=verify)
     return prepared, "\n".join(lines)
 
 
@@ -202,17 +206,88 @@ def test_what_cannot_be_prepared_is_one_clear_line(tmp_path: Path, case: str) ->
     assert raised.value.status == 2 and "\n" not in str(raised.value)
 
 
-def test_the_share_and_the_context_that_an_error_names_work(tmp_path: Path) -> None:
+def test_the_context_that_an_error_names_works(tmp_path: Path) -> None:
     text_file(tmp_path, documents=40)
-    with pytest.raises(TextError, match="holds none of 40 documents out") as raised:
-        told(tmp_path, text__validation=1e-6)
-    enough = re.findall(r"out: ([\d.]+) does", str(raised.value))[0]
-    prepared, _ = told(tmp_path, text__validation=enough)
-    assert prepared.shards.validation.documents == 1
     with pytest.raises(TextError, match="one window") as raised:
-        told(tmp_path, text__validation=enough, model__context=30_000)
+        told(tmp_path, model__context=30_000)
     fits = re.findall(r"model.context=(\d+)", str(raised.value))[0]
-    assert told(tmp_path, text__validation=enough, model__context=fits)[0].shards.train.tokens == int(fits) + 1
+    assert told(tmp_path, model__context=fits)[0].shards.train.tokens == int(fits) + 1
+
+
+@pytest.mark.parametrize("asked", [1e-6, 0.05])
+def test_a_share_that_leaves_too_little_to_measure_by_is_raised_and_it_is_said(tmp_path: Path, asked: float) -> None:
+    text_file(tmp_path, documents=100)
+    prepared, said = told(tmp_path, text__validation=asked)
+    train, validation = prepared.shards.train, prepared.shards.validation
+    assert MEASURABLE <= validation.text_bytes < MEASURABLE + max(map(len, DOCUMENTS))  # and no document more
+    part = validation.text_bytes / (train.text_bytes + validation.text_bytes)
+    assert f"validation: {part:.1%} of the bytes, as text.validation = {asked:g} would leave too little" in said
+    text = prepared.tokenizer.decode(train.read(0, train.tokens).tolist()).encode()
+    assert Tokenizer.train([text], vocabulary=320).fingerprint == prepared.tokenizer.fingerprint  # saw nothing held out
+    assert "made before" in told(tmp_path, text__validation=asked)[1]
+
+
+UNSPLIT: dict[str, tuple[bytes, dict[str, object]]] = {
+    "one document": (DOCUMENTS[0], {}),
+    "lines too small": (b"".join(b"line %d of words\n" % n for n in range(30)), {"text__documents": "lines"}),
+    "equal documents": ((b"a line of some words and no more\n" + MARKER.encode()) * 99, {}),
+    "all held out": (MARKER.encode().join(DOCUMENTS[:20]), {"text__validation": 0.99999}),
+}
+
+
+@pytest.mark.parametrize("case", UNSPLIT)
+def test_the_share_that_an_error_on_the_sides_names_works(tmp_path: Path, case: str) -> None:
+    data, changes = UNSPLIT[case]
+    (tmp_path / "text.txt").write_bytes(data)
+    changes = {"text__validation": 0.05, "tokenizer__vocabulary": 284, "model__context": 8, **changes}
+    with pytest.raises(TextError) as raised:
+        told(tmp_path, **changes)
+    assert raised.value.status == 2
+    share = re.findall(r"use more text, or text\.validation=([\d.]+)$", str(raised.value))[0]
+    shards = told(tmp_path, **changes | {"text__validation": share})[0].shards
+    assert shards.train.text_bytes and (shards.validation.text_bytes > 256 if float(share) else share == "0")
+
+
+@pytest.mark.parametrize("name", ["files.txt", "rows.jsonl"])
+def test_a_document_too_large_to_be_held_out_is_cut(tmp_path: Path, name: str) -> None:
+    text = b"".join(DOCUMENTS)
+    (tmp_path / name).write_bytes(text if name == "files.txt" else json.dumps({"text": text.decode()}).encode())
+    prepared, said = told(tmp_path, name, text__documents="files")
+    train, validation = prepared.shards.train, prepared.shards.validation
+    assert "validation: documents (1 by the rule " in said and "cut at 4,096 bytes" in said
+    assert train.text_bytes + validation.text_bytes == len(text) and validation.text_bytes >= MEASURABLE
+
+
+def small_text(random: Random) -> str:
+    """30 kB in one of the forms in which people keep texts."""
+    words = "".join(map(bytes.decode, DOCUMENTS)).split()
+    separator = random.choice(["\n", "\n\n", "\n\n\n", "\n = Title = \n", "\n<|endoftext|>\n", "\n</s>\n", " "])
+    longest, text = random.choice([30, 300, 3000, 9000]), ""
+    while len(text.encode()) < 30_000:
+        text += " ".join(random.choices(words, k=random.randint(1, longest))) + separator
+    return text.encode()[:30_000].decode(errors="ignore")
+
+
+def test_60_small_texts_are_split_so_that_both_sides_are_of_use(tmp_path: Path) -> None:
+    """Validation sides from MEASURABLE to a third of the text; or one line whose first mend works."""
+    raised = 0
+    for number in range(60):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "text.txt").write_text(small_text(Random(number)), encoding="utf-8")
+        changes: dict[str, object] = {"text__validation": 0.05, "tokenizer__path": tmp_path / "0.model"}
+        if number == 0:
+            changes = {"text__validation": 0.05, "tokenizer__vocabulary": 4096}
+            with pytest.raises(TextError, match=r"at most tokenizer\.vocabulary=") as error:
+                told(folder, **changes)
+            changes["tokenizer__vocabulary"] = re.findall(r"vocabulary=(\d+)", str(error.value))[0]
+        prepared, said = told(folder, **changes)
+        if number == 0:
+            shutil.copy(next((folder / "data/tokenizers").glob("*/*.model")), tmp_path / "0.model")
+        sides = prepared.shards.train.text_bytes, prepared.shards.validation.text_bytes
+        assert MEASURABLE <= sides[1] <= sum(sides) / 3, said
+        raised += "validation: " in said
+    assert 10 < raised < 50
 
 
 def test_no_validation_side_where_none_is_asked_for(tmp_path: Path) -> None:
