@@ -81,11 +81,11 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     """
     cache = _cache(recipe.text.cache or "data")
     show = _Show(say, progress)
+
+    corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify)
     if corpus.repeated:
         more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
         say(f"text: {corpus.repeated[0]}{more}")
-
-    corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify)
     _check(survey, recipe.text)
     left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
     say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
