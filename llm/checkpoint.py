@@ -72,7 +72,7 @@ def step_of(name: str) -> int:
 
 
 def identity(run: Path) -> str | None:
-    """The random name that a run gives itself at its start and each of its checkpoints bears; None where it has none.
+    """What a run took from how it began, and each of its checkpoints bears; None where it has none.
 
     RefusedError where its file is damaged.
     """

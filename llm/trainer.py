@@ -537,13 +537,22 @@ class Trainer:
             kept = checkpoint.identity(self.run) if found else None
         except RefusedError as error:
             group.warn(f"{error}; it is written anew")
-        agreed = str(self.council.from_main("identity", kept or made or secrets.token_hex(8)))
+        agreed = str(self.council.from_main("identity", kept or made or self.beginning()))
         if made and made != agreed:
             raise RefusedError(
                 f"{self.run / 'checkpoints'} of process {group.rank()} is of another run than that of process 0: "
                 "copy that one there"
             )
         return agreed
+
+    def beginning(self) -> str:
+        """Digest of all that decides the bits of a run that begins here, as long as its machine half stays."""
+        recipe = self.recipe
+        machine = {name: value for name, value in flat(recipe).items() if name.startswith("machine.")}
+        machine |= {"machine.stop_after": 0, "device": self.device.type, "world": group.world()}
+        by_the_clock = secrets.token_hex(8) if self.budget is not None else ""  # its plan is like no other
+        data = [self.tokenizer.fingerprint, self.shards.fingerprint]
+        return store.digest_of([science(recipe), machine, torch.__version__, *data, by_the_clock])[:16]
 
     def resume_plan(self, budget: Budget, found: Checkpoint | None) -> None:
         """Take up what the run planned; what was planned beyond the checkpoint is followed as far as it reaches."""
