@@ -1,4 +1,4 @@
-"""Recipe in, run out: what `accelerate launch` or torchrun starts, or a person by python launch/train.py RECIPE."""
+"""Train one recipe: `python launch/train.py RECIPE`, or the same script under `accelerate launch` or torchrun."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ except ImportError as missing:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Train one recipe, from its text to a model. The same command goes on where it was stopped.",
-        epilog="example: accelerate launch launch/train.py recipes/quickstart.yaml train.tokens=200k run=try",
+        epilog="example: python launch/train.py recipes/quickstart.yaml train.tokens=200k run=try",
     )
     parser.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument(

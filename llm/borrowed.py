@@ -6,7 +6,7 @@ text is one here too, unless their settings say otherwise as ours do.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,10 @@ class Borrowed(Tokenizer):
         store.write_sealed(folder / MANIFEST, {**about, **says, "files": digests})
 
     def _bytes_of_all(self) -> list[bytes]:
-        """By id: byte-level pieces write each byte as a letter, others a space as U+2581 and a byte as <0x..>."""
+        """By id: byte-level pieces write each byte as a letter, others a byte as <0x..> and most a space as U+2581."""
         added = self._library.get_added_tokens_decoder()
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.files[FILE]).get("decoder"))
+        decoder = json.dumps(json.loads(self.files[FILE]).get("decoder"), ensure_ascii=False)
+        byte_level, space = '"ByteLevel"' in decoder, SPACE if SPACE in decoder else " "
         letters = _byte_letters()
         table = []
         for id in range(self.vocabulary):
@@ -88,7 +89,7 @@ class Borrowed(Tokenizer):
             elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
                 table.append(bytes([int(piece[3:5], 16)]))
             else:
-                table.append(piece.replace(SPACE, " ").encode())
+                table.append(piece.replace(space, " ").encode())
         return table
 
 
@@ -109,43 +110,62 @@ def load(folder: Path) -> Tokenizer:
 def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """The tokenizer of the model folder whose config.json is `config`; RefusedError where it cannot be had."""
     vocabulary = config["vocab_size"]
-    if not (folder / FILE).is_file():
-        tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        if tokenizer.vocabulary != vocabulary:
-            raise RefusedError(
-                f"{folder / 'tokenizer.model'} has {tokenizer.vocabulary} pieces, the model {vocabulary}: "
-                f"put its {FILE} there too"
-            )
-        return tokenizer
     files = {name: (folder / name).read_bytes() for name in (FILE, *BESIDE) if (folder / name).is_file()}
-    about = _settings(files)
+    about = _settings(files, BESIDE[1]) | _settings(files, BESIDE[0])
     if "auto_map" in about:
         raise RefusedError(f"{folder / BESIDE[0]} asks for code of its own (auto_map), which is not run here")
+    generation = folder / "generation_config.json"
+    stated = [config, store.read_json(generation) if generation.is_file() else {}]
+    if not isinstance(stated[1], dict):
+        raise RefusedError(f"{generation} is damaged: no settings of generation")
+
+    def piece(name: str, id_of: Callable[[str], int | None]) -> list[int]:
+        """The id of the tokenizer's piece for bos or eos, in a list, which is empty where it has none."""
+        content = about.get(f"{name}_token")
+        content = content.get("content") if isinstance(content, dict) else content
+        id = id_of(content) if isinstance(content, str) else None
+        return [] if id is None else [id]
+
+    def stated_ids(name: str) -> list[int]:
+        """Those of bos or eos that the model's configurations give."""
+        values = [each.get(f"{name}_token_id") for each in stated]
+        ids = [id for value in values if value is not None for id in (value if isinstance(value, list) else [value])]
+        for id in ids:
+            if type(id) is not int or not 0 <= id < vocabulary:
+                raise RefusedError(f"{folder}: {name}_token_id = {id!r:.40} is no id of {vocabulary} pieces")
+        return ids
+
+    if FILE not in files:
+        path = folder / "tokenizer.model"
+        plain = Tokenizer.load(path)
+        mend = f"put its {FILE} there too"
+        if plain.vocabulary != vocabulary:
+            raise RefusedError(f"{path} has {plain.vocabulary} pieces, the model {vocabulary}: {mend}")
+        ids = {plain.piece(id): id for id in range(vocabulary)}
+        starts = [*piece("bos", ids.get), *stated_ids("bos"), plain.bos]
+        if starts[0] != plain.bos:
+            raise RefusedError(f"{path} begins a text with piece {plain.bos}, the model with {starts[0]}: {mend}")
+        return Tokenizer(plain.model, str(path), [*piece("eos", ids.get), *stated_ids("eos")] or plain.own_ends)
     library = _opened(files, str(folder / FILE))
-
-    def named(name: str) -> list[int]:
-        """Of bos or eos: the id of the tokenizer's piece, then those of the model's configuration."""
-        piece = about.get(f"{name}_token")
-        piece = piece.get("content") if isinstance(piece, dict) else piece
-        ids = config.get(f"{name}_token_id")
-        found = [library.token_to_id(str(piece)), *(ids if isinstance(ids, list) else [ids])]
-        return [id for id in found if isinstance(id, int)]
-
-    starts = [*named("bos"), *named("eos")]
+    added = library.get_added_tokens_decoder()
+    ends = [*piece("eos", library.token_to_id), *stated_ids("eos")]
+    # A configuration may keep its family's ids, which are ordinary pieces of this tokenizer.
+    special = [id for id in stated_ids("bos") if id in added and added[id].special]
+    starts = [*piece("bos", library.token_to_id), *special, *ends]
     if not starts:
         raise RefusedError(f"{folder} names no piece for where a text begins or ends (bos_token, eos_token)")
-    return Borrowed(files, bos=starts[0], ends=named("eos"), vocabulary=vocabulary, name=str(folder / FILE))
+    return Borrowed(files, bos=starts[0], ends=ends, vocabulary=vocabulary, name=str(folder / FILE))
 
 
-def _settings(files: dict[str, bytes]) -> dict[str, Any]:
-    """tokenizer_config.json. RefusedError where it is none."""
+def _settings(files: dict[str, bytes], name: str = BESIDE[0]) -> dict[str, Any]:
+    """tokenizer_config.json, or another of such files. RefusedError where it is none."""
     try:
-        settings = json.loads(files.get(BESIDE[0], b"{}"))
+        settings = json.loads(files.get(name, b"{}"))
         if isinstance(settings, dict):
             return settings
     except (ValueError, RecursionError):
         pass
-    raise RefusedError(f"{BESIDE[0]} is damaged: not JSON, or no settings of a tokenizer")
+    raise RefusedError(f"{name} is damaged: not JSON, or no settings of a tokenizer")
 
 
 def _opened(files: dict[str, bytes], name: str) -> Any:

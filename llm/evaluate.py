@@ -211,7 +211,10 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
             value = (
                 json.loads(line) if holds_rows(path) else dict(zip(KEYS[0], line.rstrip("\r").split("\t"), strict=True))
             )
-            pairs.append(next((str(value[good]), str(value[bad])) for good, bad in KEYS if good in value))
+            pair = next((value[good], value[bad]) for good, bad in KEYS if good in value)
+            if not all(isinstance(sentence, str) for sentence in pair):  # a null is no sentence "None"
+                raise TypeError
+            pairs.append(pair)
         except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
             raise TextError(
                 f"{path}, line {number}: GOOD, a tab and BAD are expected, or .jsonl with good and bad"

@@ -59,10 +59,10 @@ def generate(
     tokens: int,
     sampling: Sampling,
     seed: int = 0,
-    end: int | None = None,
+    ends: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
 ) -> Iterator[list[int | None]]:
-    """Up to `tokens` times: the next token of every prompt, None for a row that met `end`. Stops when all have.
+    """Up to `tokens` times: the next token of every prompt, None from one of `ends` on. Stops when all rows have one.
 
     A row that fills the context goes on from its last half. A prompt longer than the context is read from its end.
     Prompts are not empty. `banned` tokens are never chosen.
@@ -96,7 +96,7 @@ def generate(
         if seen is not None:
             seen[rows, chosen] = True
         ids = chosen.tolist()
-        done = [before or token == end for before, token in zip(done, ids, strict=True)]
+        done = [before or token in ends for before, token in zip(done, ids, strict=True)]
         yield [None if over else token for over, token in zip(done, ids, strict=True)]
         if all(done):
             return
@@ -131,9 +131,9 @@ def continuations(
     sampling: Sampling,
     decode: Callable[[list[int]], str],
     seed: int = 0,
-    end: int | None = None,
+    ends: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
 ) -> list[str]:
     """What the model makes of each prompt, as text."""
-    columns = list(generate(model, prompts, tokens, sampling, seed, end, banned))
+    columns = list(generate(model, prompts, tokens, sampling, seed, ends, banned))
     return [decode([column[row] for column in columns if column[row] is not None]) for row in range(len(prompts))]  # type: ignore[misc]

@@ -148,7 +148,7 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int
     types = [NORMAL if id >= tokenizer.first_piece else BYTE for id in ids]
     for id in tokenizer.symbols:
         names[id], types[id] = names[id].replace(SPACE, " "), USER_DEFINED
-    for id, kind in ((tokenizer.unknown, UNKNOWN), (tokenizer.bos, CONTROL)):
+    for id, kind in ((tokenizer.unknown, UNKNOWN), *((id, CONTROL) for id in tokenizer.controls)):
         types[id] = kind
         # llama.cpp would take pieces that join to this name for the piece itself.
         while any({names[id][:cut], names[id][cut:]} <= pieces for cut in range(1, len(names[id]))):

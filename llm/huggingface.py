@@ -1,8 +1,8 @@
 """The files that make a checkpoint a Hugging Face model folder, written as plain JSON, without their library.
 
 The architecture is Qwen3's, which is exactly ours, or Llama's for weights that were. Our tokenizer is written as
-byte-fallback BPE, whose ids are those of sentencepiece on any text without a literal U+2581, which that format cannot
-tell from a space; a borrowed one goes along as it came.
+byte-fallback BPE, whose ids are those of sentencepiece on any text: its pieces hold plain spaces, so that a literal
+U+2581 is no piece and becomes bytes there as here; a borrowed one goes along as it came.
 """
 
 import json
@@ -16,12 +16,9 @@ from llm.tokenizer import SPACE, Tokenizer
 
 def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str, bytes]:
     """config.json and generation_config.json of a resolved shape, by name."""
-    ends: dict[str, Any] = {
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.bos,
-    }  # a document ends where the next begins
-    if isinstance(tokenizer, Borrowed):  # or where it ended for those who made it
-        ends["eos_token_id"] = list(tokenizer.ends)
+    # A document ends where the next begins, and where those who made the model let theirs end.
+    end = tokenizer.bos if tokenizer.ends == (tokenizer.bos,) else list(tokenizer.ends)
+    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": end}
     config = {
         "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family.name]],
         "model_type": family.name,
@@ -57,13 +54,11 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         return tokenizer.files
     if not tokenizer.is_exact_bpe:
         return {}
-    ids = range(tokenizer.vocabulary)
-    vocabulary = {tokenizer.piece(id): id for id in ids}
-    for id in tokenizer.symbols:  # matched in the text as it is, with plain spaces
-        vocabulary[tokenizer.piece(id).replace(SPACE, " ")] = vocabulary.pop(tokenizer.piece(id))
-    bos, unknown = tokenizer.piece(tokenizer.bos), tokenizer.piece(tokenizer.unknown)
-    symbols = [_added(id, tokenizer.piece(id).replace(SPACE, " "), special=False) for id in tokenizer.symbols]
-    special = [_added(id, tokenizer.piece(id), special=True) for id in sorted({tokenizer.unknown, tokenizer.bos})]
+    names = [tokenizer.piece(id).replace(SPACE, " ") for id in range(tokenizer.vocabulary)]
+    vocabulary = {name: id for id, name in enumerate(names)}
+    bos, unknown = names[tokenizer.bos], names[tokenizer.unknown]
+    symbols = [_added(id, names[id], special=False) for id in tokenizer.symbols]
+    special = [_added(id, names[id], special=True) for id in (tokenizer.unknown, *tokenizer.controls)]
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     text, pair = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
     whole = {
@@ -71,7 +66,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "truncation": None,
         "padding": None,
         "added_tokens": sorted([*special, *symbols], key=lambda each: each["id"]),
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "normalizer": None,
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -79,14 +74,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
             "pair": [begin, text, {"SpecialToken": {"id": bos, "type_id": 1}}, pair],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",
             "dropout": None,

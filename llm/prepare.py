@@ -295,7 +295,7 @@ def _sharded(
                 store.remove(folder / "journal.json")
             small = sum(path.stat().st_size for path in folder.glob("*.arrow")) <= SMALL
             shards = Shards.open(folder, verify or small)
-            show.say(f"shards: {folder} (made before)")
+            show.say(f"shards: {folder.parent}/{fingerprint[:12]}... (made before)")
             return shards
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocabulary)
         about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocabulary}
@@ -306,7 +306,7 @@ def _sharded(
         shards = Shards.open(folder)
     made = [shards.train, shards.validation]
     assert [side.documents for side in made] == survey.documents, "a corpus gives the same documents or refuses"
-    show.say(f"shards: {folder}")
+    show.say(f"shards: {folder.parent}/{fingerprint[:12]}...")
     return shards
 
 

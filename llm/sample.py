@@ -110,7 +110,7 @@ def main() -> None:
         alone = len(prompts) == 1
         if alone:
             print(prompts[0], end="", flush=True)
-        for column in generate(opened.model, ids, given.tokens, sampling, seed, tokenizer.bos, tokenizer.banned):
+        for column in generate(opened.model, ids, given.tokens, sampling, seed, tokenizer.ends, tokenizer.banned):
             for row, token in enumerate(column):
                 if token is not None:
                     count += 1

@@ -136,17 +136,17 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
     epochs = steps * recipe.windows_per_step / trainer.order.windows
     numbers = cost.parameters(recipe.model, trainer.tokenizer.vocabulary)
     memory, traffic = trainer.costs()
+    began = f" from step {trainer.state.step:,}" if trainer.state.step else ""
     group.say(
-        f"{'resuming' if trainer.state.step else 'training'} {recipe.run}: {numbers / 1e6:.2f} M parameters, "
-        f"{trainer.device.type}, {recipe.machine.precision}, {group.world()} x {recipe.machine.threads} threads, "
-        f"micro-batches of {recipe.machine.micro_batch}\n"
-        f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
-        f"{epochs:.2f} epochs of {trainer.shards.train.tokens / 1e6:.2f} M; "
-        f"{f'from step {trainer.state.step:,}, ' if trainer.state.step else ''}about {readable(left * step_seconds)}"
+        f"{'resuming' if began else 'training'} {recipe.run}{began}: {numbers / 1e6:.2f} M parameters, "
+        f"{trainer.device.type}, {recipe.machine.precision}, {group.world()} x {recipe.machine.threads} threads\n"
+        f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, {epochs:.2f} epochs; "
+        f"about {readable(left * step_seconds)}"
         f"{', to be revised as the speed shows' if trainer.budget is not None else ''}\n"
         f"each process holds {cost.size(memory.total)}: weights {cost.size(memory.weights)}, gradients "
-        f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}; "
-        f"and sends {cost.size(traffic.total) if traffic.total else 'nothing'} a step"
+        f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}\n"
+        f"micro-batches of {recipe.machine.micro_batch} windows"
+        f"{f', {cost.size(traffic.total)} sent a step by each process' if traffic.total else ''}"
     )
     if not trainer.tokenizer.is_portable:
         group.say(

@@ -39,9 +39,12 @@ PROBES = (
 
 
 class Tokenizer:
-    """A vocabulary of sentencepiece, ids 0..vocabulary-1. A document begins with `bos`, which `encode` does not add."""
+    """A vocabulary of sentencepiece, ids 0..vocabulary-1. A document begins with `bos`, which `encode` does not add.
 
-    def __init__(self, model: bytes, name: str) -> None:
+    A text ends before any of `ends`: where the next one begins, and where those who made the model let theirs end.
+    """
+
+    def __init__(self, model: bytes, name: str, ends: Iterable[int] = ()) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             if not model:  # which is taken for a vocabulary of nothing
@@ -50,12 +53,14 @@ class Tokenizer:
             raise RefusedError(f"{name} is damaged or no sentencepiece model: name another") from error
         self.model = model
         self.vocabulary: int = self._processor.vocab_size()
-        starts = [id for id in (self._processor.bos_id(), self._processor.eos_id()) if id >= 0]
+        self.own_ends = [id for id in [self._processor.eos_id()] if id >= 0]
+        starts = [id for id in [self._processor.bos_id(), *self.own_ends] if id >= 0]
         if not starts:
             raise RecipeError(
                 f"{name} has no piece for where a document begins or ends: train it with bos_id, or name another"
             )
         self.bos: int = starts[0]
+        self.ends = tuple(sorted({self.bos, *ends}))
         self.banned = tuple(id for id in range(self.vocabulary) if self._is_no_text(id))
         self._bytes = self._bytes_of_all()
         self._adds_space = b"".join(self._bytes[id] for id in self._processor.encode("a")) == b" a"
@@ -63,7 +68,8 @@ class Tokenizer:
         # In a vocabulary of our own: control pieces, then symbols that are split off first, bytes, and pieces by rank.
         bytes_at = [id for id in range(self.vocabulary) if self._processor.is_byte(id)]
         self.unknown: int = self._processor.unk_id()
-        self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, self.bos)]
+        self.controls = [id for id in range(self.vocabulary) if self._processor.is_control(id)]
+        self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, *self.controls)]
         self.first_piece = max(bytes_at, default=-1) + 1
         self._words, self._crossing = _Words(self._processor), self._find_crossing()
         self.by_words = False  # whether texts are encoded word by word: once that is known to be exact
@@ -79,15 +85,21 @@ class Tokenizer:
         if not path.is_file():
             raise RecipeError(f"{path} is not there: name a sentencepiece .model")
         manifest = path.with_name(MANIFEST)
-        if manifest.is_file() and store.read_sealed(manifest).get("sha256") != store.sha256(path):
+        says = store.read_sealed(manifest) if manifest.is_file() else None
+        if says is not None and says.get("sha256") != store.sha256(path):
             raise RefusedError(f"{path} is damaged: its sha256 is not the recorded one")
-        return cls(path.read_bytes(), str(path))
+        return cls(path.read_bytes(), str(path), (says or {}).get("ends", ()))
 
     @classmethod
     def train(cls, documents: Iterable[bytes], *, vocabulary: int, terms: Sequence[str] = ()) -> "Tokenizer":
         """A lossless BPE vocabulary of this size, in which `terms` stay whole. TextError where the text forbids it."""
         if taken := [term for term in terms if re.fullmatch(r"<s>|<unk>|<0x[0-9A-F]{2}>", term)]:
             raise RecipeError(f"tokenizer.terms: {taken[0]} is the name of a piece of its own: leave it out")
+        if odd := [term for term in terms if re.search(r"^ $|[\x00\u2581\ud800-\udfff]", term)]:
+            raise RecipeError(
+                f"tokenizer.terms: {odd[0]!a} cannot be a piece of its own (a space is one anyway; U+2581, which is a "
+                f"space in pieces, U+0000 and surrogates are in none): leave it out"
+            )
         out = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -171,12 +183,14 @@ class Tokenizer:
         vocab = "".join(f"{piece}\t{score:g}\n" for piece, score in rows)
         store.write_bytes(folder / "tokenizer.model", self.model)
         store.write_bytes(folder / "tokenizer.vocab", vocab.encode())
+        if self.ends != (self.bos,):
+            about |= {"ends": self.ends}
         store.write_sealed(folder / MANIFEST, {**about, "sha256": hashlib.sha256(self.model).hexdigest()})
 
     def _is_no_text(self, id: int) -> bool:
-        """Whether a model should never say this id: the unknown, unused ones, and controls other than BOS."""
+        """Whether a model should never say this id: the unknown, unused ones, and controls that end no text."""
         sp = self._processor
-        return bool(sp.is_unknown(id) or sp.is_unused(id) or (sp.is_control(id) and id != self.bos))
+        return bool(sp.is_unknown(id) or sp.is_unused(id) or (sp.is_control(id) and id not in self.ends))
 
     def _bytes_of_all(self) -> list[bytes]:
         sp, ids = self._processor, list(range(self.vocabulary))

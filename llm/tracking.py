@@ -84,15 +84,14 @@ class Tracker:
             trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
             self.say(
                 f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}"
-                f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte  {numbers['epochs_seen']:.2f} epochs seen  "
-                f"({'best so far' if numbers.get('best') else beside})"
+                f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte\n"
+                f"  {numbers['epochs_seen']:.2f} epochs seen  ({'best so far' if numbers.get('best') else beside})"
             )
         elif self.bar.disable:
             self.say(
                 f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {numbers['loss']:.4f}  "
-                f"rate {numbers['learning_rate']:.2e}  "
                 f"gradient {numbers['gradient_norm']:.2f}  {numbers['tokens_per_second']:,.0f} tokens/s  "
-                f"epoch {numbers['epoch']:.2f}  {readable(numbers['seconds_left'])} left"
+                f"{readable(numbers['seconds_left'])} left"
             )
         else:
             self.bar.set_postfix_str(

@@ -404,7 +404,7 @@ class Trainer:
             Sampling(),
             self.tokenizer.decode,
             self.recipe.seed,
-            self.tokenizer.bos,
+            self.tokenizer.ends,
             self.tokenizer.banned,
         )
 

@@ -88,6 +88,9 @@ def test_what_is_no_pair_is_named(tmp_path: Path, content: str, said: str) -> No
     (tmp_path / "pairs.tsv").write_text(content)
     with pytest.raises(TextError, match=said):
         read_pairs(tmp_path / "pairs.tsv")
+    (tmp_path / "pairs.jsonl").write_text('{"good": "a", "bad": null}')  # which is no sentence "None"
+    with pytest.raises(TextError, match="line 1"):
+        read_pairs(tmp_path / "pairs.jsonl")
     (tmp_path / "pairs.jsonl").write_text('{"good": "a"}')
     with pytest.raises(TextError, match="line 1"):
         read_pairs(tmp_path / "pairs.jsonl")

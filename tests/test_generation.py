@@ -198,7 +198,7 @@ def test_a_row_stops_at_the_end_while_the_others_go_on() -> None:
     model = tiny.transformer()
     free = rows(model, PROMPTS, 12)
     end = free[0][4]
-    columns = list(generate(model, PROMPTS, 12, GREEDY, end=end))
+    columns = list(generate(model, PROMPTS, 12, GREEDY, ends=(end,)))
     for row, said in zip(zip(*columns, strict=True), free, strict=True):
         stop = said.index(end) if end in said else len(said)
         assert list(row) == [*said[:stop], *[None] * (len(columns) - stop)]
@@ -208,7 +208,7 @@ def test_a_row_stops_at_the_end_while_the_others_go_on() -> None:
 def test_generation_ends_when_every_row_has() -> None:
     model = tiny.transformer()
     end = rows(model, [[3, 1, 4]], 1)[0][0]
-    assert list(generate(model, [[3, 1, 4], [3, 1, 4]], 50, GREEDY, end=end)) == [[None, None]]
+    assert list(generate(model, [[3, 1, 4], [3, 1, 4]], 50, GREEDY, ends=(end,))) == [[None, None]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

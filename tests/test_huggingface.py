@@ -1,5 +1,6 @@
 """A checkpoint is a Hugging Face model as it lies: their ids, their logits and their greedy text are ours, to the bit."""
 
+import random
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from llm.tokenizer import SPACE, Tokenizer
 from tests import tiny
 from tests.forks import run, train, write_recipe, write_text
 from tests.test_model import RECIPES
-from tests.test_tokenizer import DOCUMENTS, HOSTILE, trained
+from tests.test_tokenizer import DOCUMENTS, HOSTILE, LOSSLESS, trained
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers: install the extra `test`")
 pytestmark = [
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
+draw = random.Random(12)
 SHAPES = {
     f"{name}, {'tied' if tied else 'untied'}": replace(each.model, tied=tied)
     for name, each in RECIPES.items()
@@ -121,12 +123,17 @@ def test_a_run_that_was_trained_opens_as_it_lies(tmp_path: Path, tied: bool) -> 
 
 
 def test_5000_tough_texts_have_their_ids_and_come_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """All but those with a literal U+2581, which their format cannot tell from a space."""
+    """Those with a literal U+2581 too, by which sentencepiece means a space."""
     theirs = transformers.AutoTokenizer.from_pretrained(
         saved(tmp_path / "s", tiny.transformer(vocabulary=480), tokenizer)
     )
-    texts = [*(text for text in HOSTILE if SPACE not in text and len(text) < 10_000), *tough_texts(tokenizer, 5_600)]
-    assert len(set(texts)) > 5_000 and {"", "<s>", "<0x0A>", "New York"} <= set(texts)
+    pieces = [tokenizer.bytes_of(id).decode(errors="ignore") for id in range(480)]
+    beside = [*TERMS, *pieces, " ", SPACE, "\n", "<0xE2>"]
+    signs = [f"{a}{SPACE}{b}" for a in beside for b in draw.sample(beside, 3)]
+    signs += [text.replace(" ", SPACE) for text in TERMS] + [text.replace("", SPACE) for text in (*TERMS, "a  b\n")]
+    texts = [*(text for text in HOSTILE if len(text) < 10_000), *signs, *tough_texts(tokenizer, 5_600)]
+    assert len(set(texts)) > 6_000 and {"", "<s>", "<0x0A>", "New York"} <= set(texts)
+    assert sum(SPACE in text for text in texts) > 1_500
     assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.bos and len(theirs) == tokenizer.vocabulary
     for text, ids, found in zip(
         texts, tokenizer.encode_batch(texts, threads=2), theirs(texts)["input_ids"], strict=True
@@ -135,6 +142,16 @@ def test_5000_tough_texts_have_their_ids_and_come_back(tmp_path: Path, tokenizer
         assert theirs.decode(found[1:]) == text == theirs.decode(found, skip_special_tokens=True), repr(text[:200])
     assert theirs("x")["input_ids"] == theirs.encode("x") == [tokenizer.bos, *tokenizer.encode("x")]
     assert all(found in theirs.convert_ids_to_tokens(range(480)) for found in ("New York", "Har", " of the "))
+
+
+def test_an_end_of_others_vocabularies_is_no_word_of_a_text(tmp_path: Path) -> None:
+    """Of one that sentencepiece made with </s> beside <s>, as it does unless told otherwise."""
+    others = Tokenizer(trained(vocab_size=600, **LOSSLESS), "others")
+    assert others.is_exact_bpe and [others.piece(id) for id in others.controls] == ["<s>", "</s>"]
+    theirs = transformers.AutoTokenizer.from_pretrained(saved(tmp_path / "s", tiny.transformer(vocabulary=600), others))
+    for text in ("</s>", "a </s>b", "<s></s>\n", f"</{SPACE}s></s>", *tough_texts(others, 500)):
+        ids = theirs(text)["input_ids"]
+        assert ids == [others.bos, *others.encode(text)] and theirs.decode(ids, skip_special_tokens=True) == text, text
 
 
 def test_their_sampling_starts_from_ours(tmp_path: Path, tokenizer: Tokenizer) -> None:

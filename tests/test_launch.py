@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def test_a_run_says_what_is_coming_and_how_to_sample_it(trained: Path) -> None:
     assert all(word in before for word in ("parameters", "12 steps", "epochs", "about"))
     assert "My self Har|" in after and "bits per byte" in after
     assert after.rstrip().endswith('python -m llm.sample tiny --prompt "My self Har"')
+
+
+def test_what_a_run_says_fits_a_terminal(trained: Path) -> None:
+    lines = (trained / "said.txt").read_text().splitlines()
+    assert not [line for line in lines if re.search(r"[0-9a-f]{40}", line)]
+    assert not [line for line in lines if len(line) > 80 and not line.startswith("  ")]  # of samples, which may
 
 
 def test_a_run_folder_holds_all_of_the_run(trained: Path) -> None:

@@ -55,3 +55,10 @@ def test_a_line_that_quietly_starts_one_process_is_refused(tmp_path: Path, told:
     assert "2 processes were asked for" in line and "--multi_gpu --num_processes 2" in line
     assert "status 6" in ended.stderr or "exit status 6" in ended.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_line_of_accelerates_ends_in_our_error_alone(tmp_path: Path) -> None:
+    quiet = (*ACCELERATE, "-q", "--config_file", ROOT / "launch/one_gpu.yaml")
+    ended = launch(tmp_path, *quiet, **{"train.stepz": 3})
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: train.stepz: did you mean train.steps?\n"

@@ -1,14 +1,16 @@
 """Somebody else's folder goes on here: the same logits before the first step, and after the last one for them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from llm import borrowed, pretrained
+from llm import borrowed, generation, pretrained
 from llm.errors import RecipeError, RefusedError
 from llm.model import Transformer
 from llm.recipe import load
@@ -17,6 +19,7 @@ from llm.selfcheck import tough_texts
 from llm.sharding import held
 from tests import tiny
 from tests.forks import SENTENCES, Ended, run, run_group, script, train, write_recipe, write_text
+from tests.test_tokenizer import HOSTILE, trained
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers: install the extra `test`")
 tokenizers = pytest.importorskip("tokenizers", reason="install the extra `export`")
@@ -73,6 +76,14 @@ def theirs_of(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def ours_of(folder: Path, source: Path) -> Transformer:
+    recipe = pretrained.shaped(load(recipe_of(folder, source)))
+    vocabulary = pretrained.read_config(source)["vocab_size"]
+    ours = Transformer(recipe.model, vocabulary, family=pretrained.family(source))
+    pretrained.load(source, {name: held(p) for name, p in ours.named_parameters()})
+    return ours
+
+
 CASES = [
     (family, dtype, shard, tied)
     for family in ("qwen3", "llama")
@@ -87,10 +98,7 @@ def test_logits_are_theirs_before_the_first_step_and_after_the_last(
 ) -> None:
     source = made(tmp_path / "source", family, dtype, shard=shard, tie_word_embeddings=tied)
     assert (source / pretrained.INDEX).exists() == (shard == "20KB")
-    path = recipe_of(tmp_path, source)
-    recipe = pretrained.shaped(load(path))
-    ours = Transformer(recipe.model, VOCABULARY, family=pretrained.family(source))
-    pretrained.load(source, {name: held(p) for name, p in ours.named_parameters()})
+    ours, path = ours_of(tmp_path, source), recipe_of(tmp_path, source)
     tokens = tiny.ids(2, 32, vocabulary=VOCABULARY)
     with torch.no_grad():
         before = theirs_of(source)(tokens).logits
@@ -146,7 +154,9 @@ def test_what_was_exported_here_is_somebody_elses_there(tmp_path: Path) -> None:
     assert run(script("module:llm.export", "first", "--to", "source"), tmp_path).status == 0
     first = open_run(str(tmp_path / "runs/first"))
     again = pretrained.tokenizer_of(tmp_path / "source")
-    texts = tough_texts(again, 400)
+    assert first.tokenizer.lossless and again.lossless
+    texts = [*tough_texts(again, 400), *HOSTILE]
+    assert sum("\u2581" in text for text in texts) > 20
     assert all(
         again.encode(text) == first.tokenizer.encode(text) and again.decode(again.encode(text)) == text
         for text in texts
@@ -159,6 +169,192 @@ def test_what_was_exported_here_is_somebody_elses_there(tmp_path: Path) -> None:
 
 def test_without_a_beginning_of_its_own_a_document_begins_with_their_end(tmp_path: Path) -> None:
     assert pretrained.tokenizer_of(made(tmp_path / "source", "qwen3")).bos == 0
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500_000.0}
+OTHERS: dict[str, Any] = {  # what else a field could say, where that does not follow from its default
+    "rope_parameters": LINEAR, "layer_types": ["sliding_attention", "full_attention"], "eos_token_id": [0, 3],
+    "hidden_act": "gelu", "dtype": "bfloat16", "torch_dtype": "float16", "model_type": "mistral", "architectures": ["Other"],
+    "problem_type": "regression", "id2label": {"0": "one"}, "label2id": {"one": 0}, "transformers_version": "4.40.0"}  # fmt: skip
+NO_FIELDS: list[dict[str, Any]] = [  # what their code looks for beside the fields, and fields that only count together
+    {"rope_scaling": LINEAR},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
+    {"rope_scaling": {"rope_type": "default"}},  # which takes the place of rope_parameters, its base included
+    {"rope_scaling": {"rope_theta": 1e4}},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}, "rope_parameters": None, "rope_theta": 1e4},
+    {"rope_theta": 1e4},
+    {"rope_theta": 1e4, "rope_parameters": None},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+    {"rope_parameters": {"full_attention": LINEAR}},
+    {"partial_rotary_factor": 0.5},
+    {"is_causal": False},
+    {"per_layer_config": {"1": {"rms_norm_eps": 0.5}}},
+    {"sliding_window": 8},
+    {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0, "layer_types": None},
+    {"attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 2},
+    {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    {"transformers_weights": "other.safetensors"},
+]
+
+
+def another(name: str, value: Any) -> Any:
+    if name in OTHERS:
+        return OTHERS[name]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 or 1
+    return f"{value}x" if isinstance(value, str) else 1 if value is None else value
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_every_field_of_their_configuration_is_obeyed_or_refused_by_name(tmp_path: Path, family: str) -> None:
+    """Each changed in turn on a folder whose weights stay: the same logits as theirs to the bit, or one line."""
+    source = made(tmp_path / "source", family)
+    stated = json.loads((source / "config.json").read_text())
+    of_class = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[family]().to_dict()
+    # How text is chosen is no matter of logits, and old versions refuse some of it; nor does their model run without
+    # return_dict.
+    beside = {"return_dict", *transformers.GenerationConfig().to_dict()} - stated.keys()
+    fields = {name: value for name, value in (of_class | stated).items() if name not in beside}
+    changes = [{name: another(name, value)} for name, value in fields.items()] + NO_FIELDS
+    tokens, obeyed, refused = tiny.ids(2, 32, vocabulary=VOCABULARY), [], []
+    for change in changes:
+        (source / "config.json").write_text(json.dumps(stated | change))
+        try:
+            ours = ours_of(tmp_path, source)
+        except (RefusedError, RecipeError) as error:
+            assert len(str(error).splitlines()) == 1
+            refused.append(set(change))
+            continue
+        with torch.no_grad():
+            assert torch.equal(ours.logits(tokens), theirs_of(source)(tokens).logits), change
+        obeyed.append(set(change))
+    assert {"rms_norm_eps"} in obeyed and {"rope_theta", "rope_parameters"} in obeyed and {"use_cache"} in obeyed
+    assert {"tie_word_embeddings"} in refused and {"rope_scaling"} in refused and {"attention_bias"} in refused
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_tied_folder_may_keep_the_head_that_it_is_tied_to_and_no_other(tmp_path: Path, shard: str) -> None:
+    source = made(tmp_path / "source", tie_word_embeddings=False, shard=shard)
+    config = (source / "config.json").read_text()
+    changed("config.json", tie_word_embeddings=True)(source)
+    with pytest.raises(RefusedError, match=r"another lm_head\.weight .* tie_word_embeddings = true"):
+        ours_of(tmp_path, source)
+    (source / "config.json").write_text(config)
+    theirs = theirs_of(source)
+    theirs.lm_head.weight.data.copy_(theirs.model.embed_tokens.weight.data)
+    theirs.save_pretrained(source, max_shard_size=shard)
+    changed("config.json", tie_word_embeddings=True)(source)
+    tokens = tiny.ids(2, 32, vocabulary=VOCABULARY)
+    with torch.no_grad():
+        assert torch.equal(ours_of(tmp_path, source).logits(tokens), theirs(tokens).logits)
+
+
+UNCLEAR: dict[str, tuple[str, str]] = {  # a file of the folder, and what is in it
+    "an adapter": ("adapter_config.json", "{}"),
+    "two models": (pretrained.INDEX, '{"weight_map": {"a": "other.safetensors"}}'),
+    "an index that is none": (pretrained.INDEX, '{"weight_map": {"a": null}}'),
+    "an index that is a list": (pretrained.INDEX, "[]"),
+    "a family in a list": ("config.json", '{"model_type": ["llama"]}'),
+    "a list for settings of generation": ("generation_config.json", "[1]"),
+}
+
+
+@pytest.mark.parametrize("what", UNCLEAR)
+def test_a_folder_that_could_be_read_in_two_ways_or_none_is_refused(tmp_path: Path, what: str) -> None:
+    source, (name, text) = made(tmp_path / "source"), UNCLEAR[what]
+    (source / name).write_text(text)
+    shutil.copy(source / "model.safetensors", source / "other.safetensors")
+    with pytest.raises(RefusedError):
+        ours_of(tmp_path, source)
+        pretrained.tokenizer_of(source)
+
+
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path: Path) -> None:
+    source = made(tmp_path / "source", shard="20KB")
+    files = sorted(source.glob("*.safetensors"))
+    tensors = load_file(files[0])
+    save_file(load_file(files[1]) | {name: torch.zeros_like(each) for name, each in tensors.items()}, files[1])
+    with pytest.raises(RefusedError, match="which another file holds too"):
+        ours_of(tmp_path, source)
+
+
+# ------------------------------------------------------------------------------------------ where a text begins and ends
+
+
+def test_a_null_in_their_settings_is_no_piece_of_that_name(tmp_path: Path) -> None:
+    """As Qwen3's bos_token is, in whose vocabulary "None" is a piece like others."""
+    source = made(tmp_path / "source", "qwen3")
+    whole = json.loads((source / "tokenizer.json").read_text())
+    whole["model"]["vocab"] |= {"None": 320, "True": 321, "7": 322}
+    (source / "tokenizer.json").write_text(json.dumps(whole))
+    for value in (None, True, 7, {"content": None}, ["None"]):
+        changed("tokenizer_config.json", bos_token=value)(source)
+        found = pretrained.tokenizer_of(source)
+        assert (found.bos, found.ends) == (0, (0,))
+    changed("config.json", bos_token_id=1)(source)  # with a null in the tokenizer's settings, as Qwen3 has it
+    assert pretrained.tokenizer_of(source).bos == 1
+    changed("config.json", bos_token_id=50)(source)  # an ordinary piece: left over from the defaults of a family
+    assert pretrained.tokenizer_of(source).bos == 0
+
+
+@pytest.mark.parametrize("value", ["0", True, [0, "1"], VOCABULARY, -1, {"id": 1}])
+def test_an_end_that_is_no_id_is_refused_by_name(tmp_path: Path, value: object) -> None:
+    source = made(tmp_path / "source")
+    for name in ("config.json", "generation_config.json"):
+        before = (source / name).read_text()
+        changed(name, eos_token_id=value)(source)
+        with pytest.raises(RefusedError, match=r"eos_token_id = .* is no id"):
+            pretrained.tokenizer_of(source)
+        (source / name).write_text(before)
+
+
+def saying(id: int, act: Callable[[], None]) -> Callable[[], None]:
+    """The same with a model that only ever says this one token."""
+
+    def planted() -> None:
+        generation.choose = lambda logits, *_: torch.full((len(logits),), id)
+        act()
+
+    return planted
+
+
+def test_a_text_ends_at_any_of_their_ends_here_and_after_an_export(tmp_path: Path) -> None:
+    """Those of config.json, generation_config.json and the tokenizer: 0 and 40, 41, 0; and where a text begins, 1."""
+    source = made(tmp_path / "source")
+    changed("config.json", eos_token_id=[0, 40])(source)
+    changed("generation_config.json", eos_token_id=41)(source)
+    path = recipe_of(tmp_path, source, **{"evaluate.prompts": '["The river"]', "evaluate.every": 3})
+    assert run(saying(41, train(path)), tmp_path).status == 0
+    record = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert {each["sample"] for each in record if "sample" in each} == {""}
+    opened = open_run(str(tmp_path / "runs/tiny"))
+    theirs = transformers.GenerationConfig.from_pretrained(opened.checkpoint.folder)
+    assert opened.tokenizer.ends == (0, 1, 40, 41) and theirs.eos_token_id == [0, 1, 40, 41]
+    for id, tokens in ((0, 0), (1, 0), (40, 0), (41, 0), (42, 9)):
+        ended = run(saying(id, script("module:llm.sample", "tiny", "--prompt", "The river", "--tokens", 9)), tmp_path)
+        assert ended.status == 0 and f"{tokens} tokens in" in ended.err, ended.err
+    assert run(script("module:llm.export", "tiny", "--to", "out"), tmp_path).status == 0
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_with_a_sentencepiece_vocabulary_alone_a_text_ends_at_its_own_end(tmp_path: Path, stated: bool) -> None:
+    """As in older Llama folders: <unk>, <s> and </s> are 0, 1 and 2."""
+    source = made(tmp_path / "source", eos_token_id=2 if stated else None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    (source / "tokenizer.model").write_bytes(trained(vocab_size=VOCABULARY, model_type="bpe", byte_fallback=True))
+    assert run(train(recipe_of(tmp_path, source)), tmp_path).status == 0
+    opened = open_run(str(tmp_path / "runs/tiny"))
+    assert (opened.tokenizer.bos, opened.tokenizer.ends, opened.tokenizer.banned) == (1, (1, 2), (0,))
+    theirs = transformers.GenerationConfig.from_pretrained(opened.checkpoint.folder)
+    assert theirs.eos_token_id == [1, 2] and theirs.suppress_tokens == [0]
+    ended = run(saying(2, script("module:llm.sample", "tiny", "--prompt", "The river", "--tokens", 9)), tmp_path)
+    assert ended.status == 0 and "0 tokens in" in ended.err, ended.err
+    changed("config.json", bos_token_id=5)(source)
+    with pytest.raises(RefusedError, match=r"begins a text with piece 1, the model with 5: put its tokenizer\.json"):
+        pretrained.tokenizer_of(source)
 
 
 def changed(name: str, **keys: Any) -> Callable[[Path], None]:

@@ -703,11 +703,6 @@ def test_a_thousand_mutated_recipes_are_read_or_refused(
     check_read_or_refused(tmp_path_factory.getbasetemp() / "mutated.yaml", text, overrides)
 
 
-def test_the_readme_names_every_key() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in readme for name in flat(load(Path(__file__).parent.parent / "recipes/quickstart.yaml")))
-
-
 @pytest.mark.parametrize("name", ["best", "newest", "checkpoints", "step-5", "step-000005", "step-by-step"])
 def test_a_name_that_stands_for_a_checkpoint_is_no_run_s_name(tmp_path: Path, name: str) -> None:
     said = refused(tmp_path, SMALLEST, f"run={name}")

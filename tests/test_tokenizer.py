@@ -206,6 +206,16 @@ def test_a_term_that_cannot_be_a_piece_is_one_line() -> None:
         Tokenizer.train(DOCUMENTS, vocabulary=320, terms=("Har", "<s>"))
 
 
+@pytest.mark.parametrize(
+    "terms", [(" ",), ("\u2581",), (" ", "\u2581"), (" a", "\u2581a"), ("a\u2581b",), ("a\0",), ("\ud800",)]
+)
+def test_a_term_that_no_vocabulary_can_keep_whole_is_named(terms: tuple[str, ...]) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^tokenizer\.terms: '[ -~]+' cannot be a piece of its own .*: leave it out$"
+    ):
+        Tokenizer.train(DOCUMENTS, vocabulary=320, terms=terms)
+
+
 def test_long_lines_and_tabs_are_not_left_out_of_training() -> None:
     tokenizer = Tokenizer.train([b"river " * 10_000, b"sea\twind\n" * 50], vocabulary=280)
     assert len(tokenizer.encode(" river")) == len(tokenizer.encode("wind")) == 1
