@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
@@ -23,10 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm import store
-from llm.errors import DiskError, RefusedError
+from llm.errors import DiskError, LLMError, RefusedError
 from llm.group import Council
+from llm.recipe import STEP, counted_from_1, load, science
 from llm.sharding import Layout, Rows
 
+FORMAT = 2  # of a manifest; in format 1 the science half's train.skip counted steps from 0
+IDENTITY = "identity.json"  # in the run
 MANIFEST = "checkpoint.json"
 WEIGHTS = "model.safetensors"
 MOMENTS = "optimizer.safetensors"
@@ -54,8 +58,27 @@ class Checkpoint:
         return store.digest_of([self.manifest["files"][name]["sha256"] for name in (WEIGHTS, MOMENTS)])
 
 
+class ForeignError(RefusedError):
+    """A checkpoint that another run made."""
+
+
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
+
+
+def step_of(name: str) -> int:
+    """The N of step-N, -1 where `name` is none."""
+    match = re.fullmatch(STEP, name)
+    return int(match[1]) if match else -1
+
+
+def identity(run: Path) -> str | None:
+    """What a run took from how it began, and each of its checkpoints bears; None where it has none.
+
+    RefusedError where its file is damaged.
+    """
+    path = run / IDENTITY
+    return str(store.read_sealed(path).get("run")) if path.exists() else None
 
 
 def save(
@@ -109,7 +132,7 @@ def save(
                 files = {
                     name: {"bytes": path.stat().st_size, "sha256": store.sha256(path)} for name, path in paths.items()
                 }
-                store.write_sealed(draft / MANIFEST, {"format": 1, **manifest, "files": files})
+                store.write_sealed(draft / MANIFEST, {"format": FORMAT, **manifest, "files": files})
                 store.settle(draft, folder)
     except BaseException:
         if council.writes:
@@ -227,7 +250,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = store.read_sealed(path, most_bytes=1 << 20)
     files = manifest.get("files")
-    if manifest.get("format") != 1 or not isinstance(files, dict) or not {WEIGHTS, MOMENTS} <= files.keys():
+    if (
+        manifest.get("format") not in (1, FORMAT)
+        or not isinstance(files, dict)
+        or not {WEIGHTS, MOMENTS} <= files.keys()
+    ):
         raise RefusedError(
             f"{path} is no manifest that this version reads (format {str(manifest.get('format'))[:20]!r})"
         )
@@ -237,7 +264,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RefusedError(f"{path} is none of ours: what it says has not the form of a checkpoint's manifest")
     if folder.name.startswith("step-") and folder.name != f"step-{manifest['step']:06d}":
         raise RefusedError(f"{folder} holds another checkpoint, that of step {manifest['step']}: give it its name back")
+    if manifest["format"] == 1 and (skip := manifest["science"].get("train.skip")):
+        manifest["science"]["train.skip"] = counted_from_1(skip)
+    if folder.parent.name == "checkpoints" and not _belongs(manifest, folder.parent.parent):
+        owner = str(manifest["machine"].get("run"))[:100]
+        raise ForeignError(
+            f"{folder} is a checkpoint of another run ({owner}): take it out of there; to start from it, put it into "
+            f"its own run and say run=NAME from={owner}/{folder.name}"
+        )
     return manifest
+
+
+def _belongs(manifest: dict[str, Any], run: Path) -> bool:
+    """Whether the run made this checkpoint: by its identity; of earlier versions, which had none, by its science."""
+    try:
+        ours = identity(run)
+        if ours and "run" in manifest:
+            return bool(manifest["run"] == ours)
+        kept = science(load(run / "recipe.yaml"))
+    except LLMError:  # the run's own file is missing or damaged, and told by those who need it
+        return True
+    theirs = manifest["science"]
+    return all(theirs.get(name) == kept.get(name) for name in [*kept, *theirs])
 
 
 def _has_form(manifest: dict[str, Any]) -> bool:
@@ -248,10 +296,13 @@ def _has_form(manifest: dict[str, Any]) -> bool:
 
     science, metrics, scale, best = (manifest.get(name) for name in ("science", "metrics", "scale", "best"))
     curve = manifest.get("curve", [])
+    skip = science.get("train.skip", []) if isinstance(science, dict) else []
     return (
         isinstance(manifest.get("step"), int)
         and number(manifest["step"])
         and isinstance(science, dict)
+        and isinstance(skip, list)
+        and all(isinstance(each, str) for each in [*skip, manifest.get("run", "")])
         and isinstance(metrics, dict)
         and number(metrics.get("bits_per_byte") or 0)
         and number(best or 0)
@@ -272,20 +323,20 @@ def _has_form(manifest: dict[str, Any]) -> bool:
 
 def folders(run: Path) -> list[Path]:
     """Checkpoint folders of a run, the newest first, valid or not."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name[5:]))
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and step_of(path.name) >= 0]
+    return sorted(found, key=lambda path: -step_of(path.name))
 
 
 def up_to(run: Path, bound: int) -> list[Path]:
-    return [folder for folder in folders(run) if int(folder.name[5:]) <= bound]
+    return [folder for folder in folders(run) if step_of(folder.name) <= bound]
 
 
 def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> Checkpoint | None:
     """The newest valid checkpoint of at most step `bound`, None where there is none at all.
 
-    Damaged ones are told to `warn` and passed over.
+    Damaged ones and those of other runs are told to `warn` and passed over.
 
-    RefusedError where there are some and all are damaged.
+    RefusedError where there are some and all are such.
     """
     candidates = up_to(run, bound)
     for folder in candidates:
@@ -295,23 +346,29 @@ def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> 
             warn(f"{error}; {folder.name} is passed over")
     if candidates:
         raise RefusedError(
-            f"{run}: all {len(candidates)} checkpoints are damaged; nothing was changed. Start another run=NAME, "
-            f"or move {run / 'checkpoints'} away to begin this one anew"
+            f"{run}: all {len(candidates)} checkpoints are damaged or another run's; nothing was changed. Start "
+            f"another run=NAME, or move {run / 'checkpoints'} away to begin this one anew"
         )
     return None
 
 
-def best(run: Path, bound: int = sys.maxsize) -> Checkpoint | None:
-    """The one with the fewest bits per byte among those of at most step `bound` that were evaluated at their step."""
+def readable(run: Path, bound: int = sys.maxsize, warn: Callable[[str], None] = lambda line: None) -> list[Checkpoint]:
+    """The run's own whose manifest is sound, the newest first; those of other runs are told to `warn`."""
     found = []
     for folder in up_to(run, bound):
         try:
-            checkpoint = Checkpoint(folder, read_manifest(folder))
+            found.append(Checkpoint(folder, read_manifest(folder)))
+        except ForeignError as error:
+            warn(f"{error}; {folder.name} is passed over")
         except RefusedError:
             continue
-        if checkpoint.bits_per_byte is not None:
-            found.append(checkpoint)
-    return min(found, key=lambda c: (c.bits_per_byte, c.step), default=None)
+    return found
+
+
+def best(run: Path, bound: int = sys.maxsize, warn: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
+    """The one with the fewest bits per byte among those of at most step `bound` that were evaluated at their step."""
+    evaluated = [each for each in readable(run, bound, warn) if each.bits_per_byte is not None]
+    return min(evaluated, key=lambda c: (c.bits_per_byte, c.step), default=None)
 
 
 def retain(run: Path, keep: int, step: int) -> None:
@@ -320,6 +377,7 @@ def retain(run: Path, keep: int, step: int) -> None:
     Later ones were passed over as damaged: they count for nothing, and are replaced when their step is reached.
     """
     best_one = best(run, step)
-    for folder in up_to(run, step)[keep:]:
-        if best_one is None or folder != best_one.folder:
+    last = min((each.step for each in readable(run, step)[:keep]), default=0)  # that is kept for its age
+    for folder in up_to(run, step):
+        if step_of(folder.name) < last and (best_one is None or folder != best_one.folder):
             store.remove(folder)

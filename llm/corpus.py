@@ -211,6 +211,14 @@ class Source:
     path: Path | None = None
     plain: bool = False  # a text that a rule cuts; else rows, one document each
 
+    @cached_property
+    def key(self) -> Any:
+        """Equal for two names of one text: a relative and an absolute path, symbolic and hard links."""
+        if self.path is None:
+            return tuple(self.identity)
+        stat = self.path.stat()
+        return stat.st_dev, stat.st_ino
+
     def rule(self, asked: str) -> Rule:
         """How documents are found in this file, whatever others hold."""
         if not (self.plain and self.path):
@@ -227,7 +235,14 @@ class Corpus:
     """
 
     def __init__(self, text: Text, most: int = LONGEST) -> None:
-        self.sources = list({source.name: source for source in _sources(text)}.values())  # named twice is read once
+        named: dict[Any, Source] = {}
+        self.repeated: list[str] = []  # lines on what is named more than once, under whatever names, and read once
+        for source in _sources(text):
+            first = named.setdefault(source.key, source)
+            if first is not source:
+                other = "twice" if first.name == source.name else f"as {first.name} too"
+                self.repeated.append(f"{source.name} is named {other}: it is read once")
+        self.sources = list(named.values())
         rule_for(text.documents, b"")  # a name that is not known is refused now, the rule is found when it is needed
         self._asked, self._most = text.documents, most
         # Differs whenever the documents could; the first number counts the changes of how documents are found.
@@ -259,7 +274,7 @@ class Corpus:
 
 
 def _sources(text: Text) -> Iterator[Source]:
-    for name in dict.fromkeys(text.files):
+    for name in text.files:
         if name.startswith("hub:"):
             yield _hub(name, text.field)
         elif name in WIKI:
@@ -315,7 +330,8 @@ def _is_packed(path: Path) -> bool:
 
 
 def _identity(path: Path, stat: os.stat_result) -> list[Any]:
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    # A time of modification can be put back, the time of change cannot.
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _chunks(path: Path, identity: Any, notes: Counter[str]) -> Iterator[bytes]:

@@ -143,9 +143,13 @@ def _own_text(opened: "Opened", files: list[str]) -> Read:
     import numpy as np
 
     from llm.corpus import Corpus
+    from llm.group import warn
     from llm.stream import Tokens
 
-    documents = list(Corpus(replace(opened.recipe.text, files=tuple(files))).documents())
+    corpus = Corpus(replace(opened.recipe.text, files=tuple(files)))
+    for line in corpus.repeated:
+        warn(f"text: {line}")
+    documents = list(corpus.documents())
     parts = [_ids(opened, document.decode()) for document in documents]
     starts = np.cumsum([0, *map(len, parts[:-1])]).tolist()
     tokens = Tokens(np.concatenate([np.empty(0, np.uint32), *parts]))

@@ -4,7 +4,7 @@
     python -m llm.prepare --wiki wiki.txt
 
 The text is read once to be surveyed (twice where it is small) and once to be encoded, and not at all where its files
-have the size, time and inode that they had then.
+have the size, times and inode that they had then.
 """
 
 import argparse
@@ -83,6 +83,9 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     show = _Show(say, progress)
 
     corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify)
+    if corpus.repeated:
+        more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
+        say(f"text: {corpus.repeated[0]}{more}")
     _check(survey, recipe.text)
     left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
     say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")

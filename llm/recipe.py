@@ -152,6 +152,11 @@ class Recipe:
     def windows_per_step(self) -> int:
         return self.train.tokens_per_step // self.model.context
 
+    @property
+    def from_step(self) -> int:
+        """Updates that are done before the run's first one."""
+        return int(self.from_.rpartition("-")[2]) if self.from_ else 0
+
 
 # Which keys cannot change the curve. Where the text lies is of this half too: its content has a fingerprint of its own.
 MACHINE_HALF = (
@@ -165,6 +170,9 @@ MACHINE_HALF = (
     "machine.",
 )
 NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a run: never a way out of runs/
+STEP = "step-([0-9]{1,15})"  # a checkpoint's folder
+TAKEN = "best|newest|checkpoints|step-.*"  # what stands behind RUN/ for its checkpoints: no run's name
+FORMAT = 2  # of a recipe; in format 1, which runs kept without saying so, train.skip counted steps from 0
 MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # what dropout = auto comes to where the text is read more often than this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of weight_decay = auto
 MOST_DECAY = 3.2  # that a time constant may ask for
@@ -181,6 +189,10 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     RecipeError for what cannot be meant, before anything is built.
     """
     given = _read(path)
+    if (form := given.pop("format", None) or str(FORMAT)) not in ("1", str(FORMAT)):
+        raise RecipeError(f"{path} has format = {form!r}: this version reads 1 and {FORMAT}; leave the key out")
+    if form == "1" and given.get("train.skip"):
+        given["train.skip"] = counted_from_1(given["train.skip"])
     given.setdefault("run", path.stem)
     for override in overrides:
         name, equals, value = override.partition("=")
@@ -192,6 +204,11 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
                 given.pop(other, None)
         given[name] = _flow(name, value.strip())
     recipe = resolve(_build(given))
+    if form != "1" and re.fullmatch(TAKEN, recipe.run):  # earlier versions trained such runs: theirs are read
+        raise RecipeError(
+            f"run = {recipe.run!r}: RUN/best, RUN/newest and RUN/step-N name checkpoints, so no run can have such a "
+            f"name: say run=my-{recipe.run}"
+        )
     if (size := len(signed(dump(recipe)).encode())) > MOST_BYTES:  # the run keeps it, and must be able to read it again
         raise RecipeError(f"{path} has {size} bytes when it is written out, {MOST_BYTES} at most: shorten its lists")
     return recipe
@@ -212,12 +229,12 @@ def _read(path: Path) -> dict[str, Any]:
     if len(data) > MOST_BYTES:
         raise RecipeError(f"{path} has more than {MOST_BYTES} bytes: that is no recipe")
     *_, last = data.rstrip(b"\n").rpartition(b"\n")
-    if (last.startswith(b"# sha2") or re.fullmatch(rb"#.*[0-9a-f]{64}", last)) and data != signed(
-        data[: -len(last) - 1].decode(errors="replace")
-    ).encode():
+    kept = last.startswith(b"# sha2") or re.fullmatch(rb"#.*[0-9a-f]{64}", last)  # by a run
+    old = kept and not re.search(rb"(?m)^format:", data)
+    if kept and data != signed(data[: -len(last) - 1].decode(errors="replace")).encode():
         raise RefusedError(
             f"{path} is damaged, or was edited: it does not match the digest in its last line. Where you edited it, "
-            "take that line out"
+            f"take that line out{' and put `format: 1` there' if old else ''}"
         )
     try:
         text = data.decode("utf-8-sig")
@@ -226,7 +243,7 @@ def _read(path: Path) -> dict[str, Any]:
     root = _compose(str(path), text)
     if root is None or (isinstance(root, yaml.ScalarNode) and root.value in NOTHING):
         raise RecipeError(f"{path} is empty: a recipe needs at least text.files and one of {', '.join(LENGTHS)}")
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"format": "1"} if old else {}
     for name, node in _pairs(root, str(path)):
         if isinstance(node, yaml.MappingNode):
             if name not in _sections():
@@ -447,7 +464,7 @@ def resolve(recipe: Recipe) -> Recipe:
             f"run = {recipe.run[:120]!r}: at most 100 of a to z, A to Z, 0 to 9, '_', '.' and '-' are expected, the "
             f"last two not first, as it names a folder under runs/: say run=NAME"
         )
-    if recipe.from_ is not None and not re.fullmatch(rf"{NAME}/step-[0-9]{{1,15}}", recipe.from_):
+    if recipe.from_ is not None and not re.fullmatch(f"{NAME}/{STEP}", recipe.from_):
         raise RecipeError(f"from = {recipe.from_[:120]!r}: RUN/step-N is expected, such as quickstart/step-000400")
     if not recipe.text.files:
         raise RecipeError("text.files is empty: name at least one text")
@@ -501,13 +518,30 @@ def resolve(recipe: Recipe) -> Recipe:
     )
     skipped(recipe)
     if train.tokens:
-        train = replace(train, tokens=0, steps=-(-train.tokens // train.tokens_per_step))
+        steps = -(-train.tokens // train.tokens_per_step)
+        refuse_short(recipe, "train.tokens", train.tokens, steps, train.tokens_per_step)
+        train = replace(train, tokens=0, steps=steps)
+    elif train.steps:
+        refuse_short(recipe, "train.steps", train.steps, train.steps, 1)
     if train.steps and train.warmup > train.steps * (1 - train.decay) + 1e-6:
         raise RecipeError(
             f"train.warmup = {train.warmup} steps and train.decay = {train.decay:g} of the run overlap in a run of "
             f"{train.steps} steps: at most train.warmup={max(0, int(train.steps * (1 - train.decay) + 1e-6))}"
         )
     return replace(recipe, model=model, train=train)
+
+
+def refuse_short(recipe: Recipe, name: str, length: float, steps: int, step: float) -> None:
+    """RecipeError where a run of this length, one of LENGTHS, ends before it has gone beyond `from`.
+
+    A `step` is that much of the length.
+    """
+    if recipe.from_ and steps <= recipe.from_step:
+        also = "" if name == "train.steps" else f", {steps:,} steps,"
+        raise RecipeError(
+            f"{name} = {length:,.10g}{also} does not go beyond from = {recipe.from_}: lengths count from step 0; "
+            f"say {name}={math.ceil(1000 * (recipe.from_step * step + length)) / 1000:.12g} to train as much again"
+        )
 
 
 def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
@@ -520,6 +554,7 @@ def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
     steps = train.steps
     if train.epochs:
         steps = max(1, round(train.epochs * tokens_per_epoch / train.tokens_per_step))
+        refuse_short(recipe, "train.epochs", train.epochs, steps, train.tokens_per_step / tokens_per_epoch)
     epochs = steps * train.tokens_per_step / tokens_per_epoch
     if model.dropout == "auto":
         model = replace(model, dropout=MANY_EPOCHS_DROPOUT if epochs > MANY_EPOCHS else 0.0)
@@ -544,14 +579,20 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+_RANGE = re.compile(r"\s*([0-9]{1,12})(?:-([0-9]{1,12}))?\s*")
+
+
 def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
     """The ranges of train.skip, first and last step each; RecipeError for one that is none."""
     ranges: list[tuple[int, int]] = []
     for text in recipe.train.skip:
-        match = re.fullmatch(r"([0-9]{1,12})(?:-([0-9]{1,12}))?", text.strip())
+        match = _RANGE.fullmatch(text)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if high < low or any(low <= other[1] and other[0] <= high for other in ranges):
-            raise RecipeError(f"train.skip = {text!r}: ranges that do not overlap are expected, such as 1200-1210")
+        if high < low or low < 1 or any(low <= other[1] and other[0] <= high for other in ranges):
+            raise RecipeError(
+                f"train.skip = {text!r}: ranges that do not overlap are expected, such as 1200-1210; "
+                "steps count from 1, as in the messages of a run"
+            )
         ranges.append((low, high))
     return tuple(ranges)
 
@@ -559,6 +600,15 @@ def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
 def checkpoint_name(from_: str | None) -> str | None:
     """RUN/step-74 as RUN/step-000074, the name of its folder: both are one checkpoint."""
     return from_ and re.sub(r"(?<=/step-)[0-9]{1,15}$", lambda step: f"{int(step[0]):06d}", from_)
+
+
+def counted_from_1(ranges: str | list[str]) -> list[str]:
+    """A train.skip of format 1, which counted steps from 0, with the same steps counted from 1."""
+    ranges = [ranges] if isinstance(ranges, str) else ranges
+    return [
+        "-".join(str(int(step) + 1) for step in match.groups() if step) if (match := _RANGE.fullmatch(text)) else text
+        for text in ranges
+    ]
 
 
 def science(recipe: Recipe) -> dict[str, Any]:
@@ -585,7 +635,7 @@ def signed(text: str) -> str:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML that `load` reads to the same recipe."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = {"format": FORMAT}
     for name, value in flat(recipe).items():
         if value is not None and not (name in LENGTHS and not value):
             *above, leaf = name.split(".")

@@ -74,18 +74,17 @@ def open_run(name: str | None, device: torch.device | None = None) -> Opened:
 
 def _open(folder: Path, which: str, device: torch.device | None) -> Opened:
     found = None
-    if which == "best" and (best := checkpoint.best(folder)) is not None:
+    if which == "best" and (best := checkpoint.best(folder, warn=warn)) is not None:
         try:
             found = checkpoint.open_checkpoint(best.folder)
         except RefusedError as error:
             warn(f"{error}; the newest is taken instead of the best")
     elif which.startswith("step-"):
-        steps = {int(each.name[5:]): each for each in checkpoint.folders(folder)}
-        if not which[5:].isdecimal() or int(which[5:]) not in steps:
-            raise RecipeError(
-                f"{folder} has no checkpoint {which}: there are {', '.join(each.name for each in steps.values())}"
-            )
-        found = checkpoint.open_checkpoint(steps[int(which[5:])])
+        path = checkpoint.folder_of(folder, checkpoint.step_of(which))
+        if not path.is_dir():
+            there = ", ".join(each.name for each in checkpoint.folders(folder))
+            raise RecipeError(f"{folder} has no checkpoint {which}: there are {there}")
+        found = checkpoint.open_checkpoint(path)
     found = found or checkpoint.newest(folder, warn)
     assert found is not None
     recipe = load(folder / "recipe.yaml")

@@ -93,7 +93,8 @@ def _train(
     if trainer.plan and trainer.state.step >= trainer.steps and not trainer.owes_evaluation:
         group.say(
             f"run {recipe.run} is finished: {trainer.state.step} steps are done, there is nothing to do.\n"
-            f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} train.steps=MORE"
+            f"To train on: run=NAME from={recipe.run}/step-{trainer.state.step:06d} "
+            f"train.steps={2 * trainer.state.step} (or more; lengths count from step 0)"
         )
         return
     for name in SIGNALS:
@@ -127,6 +128,7 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
     recipe, run, steps = trainer.recipe, trainer.run, trainer.steps
     with trainer.council.together():
         if trainer.council.writes:
+            store.write_sealed(run / checkpoint.IDENTITY, {"run": trainer.identity})
             store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
             store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
             remember(recipe, run)

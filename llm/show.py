@@ -15,7 +15,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="name of a run under runs/, or its folder")
     parser.add_argument(
-        "--step", type=int, help="the batch that is read when this many updates are done: 0 is the first"
+        "--step", type=int, help="the update whose batch is shown, counted as the run's messages count: 1 is the first"
     )
     parser.add_argument(
         "--world", type=int, default=0, help="deal the batch to this many processes (default: the run's)"
@@ -24,8 +24,8 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if len(given.runs) > 2 or (len(given.runs) == 1) != (given.step is not None):
         raise RecipeError("name one run and --step N, or two runs")
-    if given.step is not None and given.step < 0:
-        raise RecipeError(f"--step = {given.step}: at least 0 is expected")
+    if given.step is not None and given.step < 1:
+        raise RecipeError(f"--step = {given.step}: at least 1, the first step, is expected")
     return given
 
 
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def show_step(folder: Path, step: int, world: int, characters: int) -> None:
-    """Print every window of the batch, by process and micro-batch."""
+    """Print every window of the batch that this step reads, by process and micro-batch."""
     from llm import borrowed
     from llm.budget import RECORD as PLAN
     from llm.order import Order
@@ -53,8 +53,8 @@ def show_step(folder: Path, step: int, world: int, characters: int) -> None:
 
     recipe = load(folder / "recipe.yaml")
     steps = read_sealed(folder / PLAN)["plan"][-1][1] if recipe.train.hours else recipe.train.steps
-    if step >= steps:
-        raise RecipeError(f"--step = {step}: the run has {steps} steps, its last batch is {steps - 1}")
+    if step > steps:
+        raise RecipeError(f"--step = {step}: the run has {steps} steps")
     machine = read_sealed(folder / "machine.json")
     world = world or int(machine["world"])
     shards = Shards.open(Path(read_sealed(folder / "shards.json")["folder"]))
@@ -65,10 +65,10 @@ def show_step(folder: Path, step: int, world: int, characters: int) -> None:
         raise RecipeError(
             f"--world = {world}: {recipe.windows_per_step} windows in micro-batches of {micro_batch} cannot be so dealt"
         )
-    print(f"batch {step} of {folder.name}: what the update from step {step} to step {step + 1} reads")
+    print(f"step {step} of {folder.name} reads:")
     for rank in range(world):
         stream = Stream(shards.train, order, recipe.windows_per_step, micro_batch, rank, world, skipped(recipe))
-        for number, positions in enumerate(stream.positions(step)):
+        for number, positions in enumerate(stream.positions(step - 1)):
             starts = order.starts(positions).tolist()
             for position, start in zip(positions.tolist(), starts, strict=True):
                 ids = shards.train.read(start, start + recipe.model.context + 1).tolist()

@@ -31,7 +31,8 @@ class Stream:
     """The training side in the order of `order`, `windows_per_step` a step, dealt to `world` processes by micro-batch.
 
     Micro-batch m of a step holds the same windows on any world; process `rank` runs those with m = rank modulo `world`.
-    The windows of `skipped` steps (first, last) are left out: those steps read what follows.
+    The windows of `skipped` steps (first, last; counted from 1, as people count) are left out: those steps read what
+    follows. Elsewhere here `step` is how many updates are done before, as in the trainer.
     """
 
     side: Side
@@ -45,7 +46,7 @@ class Stream:
     def first(self, step: int) -> int:
         """Position of the first window that the group reads at `step`."""
         for low, high in sorted(self.skipped):
-            if step >= low:
+            if step + 1 >= low:
                 step += high - low + 1
         return step * self.windows_per_step
 

@@ -8,6 +8,7 @@ resume are ours.
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -59,7 +60,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class TrainState:
-    """`step` updates are done; the next batch to read is batch `step`."""
+    """`step` updates are done: for people, who count from 1, that is after step `step`."""
 
     step: int = 0
 
@@ -83,6 +84,7 @@ class Trainer:
         self.accelerator, self.council, self.run = accelerator, council, run
         self.device = accelerator.device
         self.state = TrainState()
+        self.identity = ""  # by which the run knows its checkpoints, from `resume` on
         self.parent: dict[str, Any] | None = None
         self.metrics: dict[str, Any] = {}  # of the evaluation at this very step
         self.best = float("inf")  # bits per byte
@@ -313,10 +315,13 @@ class Trainer:
             if self.tracker is not None:
                 self.tracker.event(step + 1, "loss or gradient not finite: the update was left out", texts=texts)
             if self.recipe.train.on_nonfinite == "stop":
+                recipe, batch = self.recipe, self.stream.first(step) // self.recipe.windows_per_step + 1
+                source = f"{recipe.run}/step-{self.saved:06d}" if self.saved >= 0 else recipe.from_
                 raise DivergedError(
                     f"the loss or the gradient of step {step + 1} was not finite and has touched nothing; "
                     f"{self.run / 'checkpoints'} holds what was saved before. Lower train.learning_rate under another "
-                    "run=NAME, or take train.on_nonfinite=skip"
+                    f"run=NAME, take train.on_nonfinite=skip, or leave its batch out: run=NAME "
+                    f"{f'from={source} ' if source else ''}train.skip=[{','.join([*recipe.train.skip, str(batch)])}]"
                 )
         if self.scale.item() < FP16_LEAST:
             raise DivergedError(
@@ -552,6 +557,7 @@ class Trainer:
     def manifest(self) -> dict[str, Any]:
         machine = {name: value for name, value in flat(self.recipe).items() if name not in science(self.recipe)}
         return {
+            "run": self.identity,
             "step": self.state.step,
             "science": science(self.recipe),
             "machine": {**machine, "world": group.world(), "torch": torch.__version__},
@@ -569,6 +575,7 @@ class Trainer:
         RefusedError where the checkpoint belongs to another science half, text or tokenizer.
         """
         found = self.newest()
+        self.identity = self.identify(found)
         if self.budget is not None:
             self.resume_plan(self.budget, found)
         if found is not None:
@@ -581,8 +588,8 @@ class Trainer:
             self.metrics, self.curve = told["metrics"], told["curve"] or []
             self.best = told["best"] or float("inf")
         elif self.recipe.from_:
-            run, step = self.recipe.from_.split("/step-")
-            folder = checkpoint.folder_of(self.run.parent / run, int(step))
+            run = self.recipe.from_.partition("/")[0]
+            folder = checkpoint.folder_of(self.run.parent / run, self.recipe.from_step)
             if not folder.is_dir():
                 there = ", ".join(each.name for each in checkpoint.folders(self.run.parent / run)) or "none"
                 raise RecipeError(f"from = {self.recipe.from_} is not there; checkpoints of {run}: {there}")
@@ -604,6 +611,40 @@ class Trainer:
         elif self.recipe.model.from_:
             folder = Path(self.recipe.model.from_).expanduser()
             self.parent = {"model": folder.name, "digest": pretrained.load(folder, self.weights())}
+        begin, step = (self.plan[0][0], self.state.step) if self.plan else (0, 0)
+        if step < begin or (found is None and self.plan and step >= self.steps):
+            raise RefusedError(
+                f"{self.run / PLAN} plans steps {begin + 1:,} to {self.plan[-1][1]:,}, which do not go on from step "
+                f"{step:,}, where this run begins: it is another run's plan, remove it"
+            )
+
+    def identify(self, found: Checkpoint | None) -> str:
+        """The identity of the run that goes on from `found`, or a new one where it begins.
+
+        RefusedError where this disk's checkpoint is of another run than that of the main process's disk.
+        """
+        made = found.manifest.get("run") if found else None
+        kept = None
+        try:
+            kept = checkpoint.identity(self.run) if found else None
+        except RefusedError as error:
+            group.warn(f"{error}; it is written anew")
+        agreed = str(self.council.from_main("identity", kept or made or self.beginning()))
+        if made and made != agreed:
+            raise RefusedError(
+                f"{self.run / 'checkpoints'} of process {group.rank()} is of another run than that of process 0: "
+                "copy that one there"
+            )
+        return agreed
+
+    def beginning(self) -> str:
+        """Digest of all that decides the bits of a run that begins here, as long as its machine half stays."""
+        recipe = self.recipe
+        machine = {name: value for name, value in flat(recipe).items() if name.startswith("machine.")}
+        machine |= {"machine.stop_after": 0, "device": self.device.type, "world": group.world()}
+        by_the_clock = secrets.token_hex(8) if self.budget is not None else ""  # its plan is like no other
+        data = [self.tokenizer.fingerprint, self.shards.fingerprint]
+        return store.digest_of([science(recipe), machine, torch.__version__, *data, by_the_clock])[:16]
 
     def resume_plan(self, budget: Budget, found: Checkpoint | None) -> None:
         """Take up what the run planned; what was planned beyond the checkpoint is followed as far as it reaches."""
@@ -822,6 +863,8 @@ def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: s
     stored, wanted = dict(found.manifest["science"]), science(recipe)
     if isinstance(stored.get("from"), str):
         stored["from"] = checkpoint_name(stored["from"])  # earlier ones kept it as it was written
+    if found.manifest["format"] == 1 and stored.get("train.skip") != wanted["train.skip"]:
+        ways = f"train.skip once counted steps from 0, and now from 1, as all messages do; {ways}"
     differ = [name for name in [*wanted, *stored] if stored.get(name) != wanted.get(name)]
     reads_alike = not any(name.startswith(("text.", "tokenizer.", "model.from")) for name in differ)
     if reads_alike and found.manifest["data"] != data:

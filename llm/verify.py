@@ -249,6 +249,7 @@ def verify_run(name: str) -> list[Verdict]:
 
     for path in checkpoint.folders(folder):
         look(f"{path.name}: every file has its sha256; to be resumed from", lambda path=path: opened(path))
+    look("identity: it matches its own digest", lambda: checkpoint.identity(folder))
     look("tokenizer: the checkpoints' own", tokenizer)
     look("shards: every file has its sha256", shards)
     look("fingerprints: an unbroken chain", lambda: fingerprints.verify_chain(folder))

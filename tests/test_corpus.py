@@ -144,6 +144,24 @@ def test_files_are_found_by_globs_and_read_once_in_order(tmp_path: Path, monkeyp
     assert found == ["[x].txt", "a.txt", "b.txt", "deep/er/c.txt"]
 
 
+def test_a_text_of_many_names_is_read_once_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "same.txt").write_text("a")  # another file, whatever it holds
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    (tmp_path / "hard.txt").hardlink_to("a.txt")
+    found = Corpus(Text(files=("a.txt", str(tmp_path / "a.txt"), "./a.txt", "link.txt", "hard.txt", "same.txt")))
+    assert list(found.documents()) == [b"a", b"a"] and found.bytes_expected() == 2
+    assert found.repeated == [
+        f"{tmp_path}/a.txt is named as a.txt too: it is read once",
+        "a.txt is named twice: it is read once",
+        "link.txt is named as a.txt too: it is read once",
+        "hard.txt is named as a.txt too: it is read once",
+    ]
+    assert Corpus(Text(files=("a.txt", "a.txt"))).repeated == ["a.txt is named twice: it is read once"]
+    assert not Corpus(Text(files=("a.txt", "same.txt"))).repeated
+
+
 def test_a_row_of_jsonl_is_a_document(tmp_path: Path) -> None:
     rows = [{"text": "a\n\n\nb", "other": 1}, {"text": "  "}, {"text": "é\u2581"}]
     lines = "\n\n".join(json.dumps(row) for row in rows).encode()

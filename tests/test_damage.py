@@ -17,7 +17,7 @@ from llm import checkpoint, recipe, runs, store
 from llm.errors import LLMError, RecipeError, RefusedError
 from llm.prepare import prepare
 from llm.tokenizer import Tokenizer
-from tests.forks import digest, run, script, train, write_recipe, write_text
+from tests.forks import digest, run, run_group, script, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
 
@@ -77,6 +77,7 @@ def places(folder: Path) -> dict[str, tuple[list[Path], Callable[[Path], None]]]
         "the tokenizer's manifest": (list(cache.glob("tokenizers/*/manifest.json")), prepared),
         "survey": (list(cache.glob("surveys/*.json")), prepared),
         "machine.json": ([folder / "runs/tiny/machine.json"], lambda path: dict(store.read_sealed(path)) and None),
+        "identity.json": ([folder / "runs/tiny/identity.json"], lambda path: checkpoint.identity(path.parent) and None),
         "shards.json": ([folder / "runs/tiny/shards.json"], lambda path: dict(store.read_sealed(path)) and None),
     }
 
@@ -188,7 +189,9 @@ def test_all_checkpoints_damaged_is_one_error_and_nothing_is_overwritten(here: P
     before = {path: path.read_bytes() for path in (here / "runs/tiny/checkpoints").rglob("*") if path.is_file()}
     ended = run(train(Path("recipe.yaml")), Path.cwd())
     assert ended.status == 4
-    assert ended.err.splitlines()[-1].startswith("error: runs/tiny: all 5 checkpoints are damaged; nothing was changed")
+    assert ended.err.splitlines()[-1].startswith(
+        "error: runs/tiny: all 5 checkpoints are damaged or another run's; nothing was changed"
+    )
     assert ended.err.count("is passed over") == 5 and ended.err.count("\n") == 6
     assert json.loads((here / "runs/tiny/status.json").read_text())["status"] == 4
     assert {path: path.read_bytes() for path in before} == before
@@ -348,3 +351,115 @@ def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_a_newer_one(
 def test_what_is_no_run_is_told_by_name(here: Path, name: str) -> None:
     with pytest.raises(RecipeError, match=r"there is no run|has no checkpoint"):
         runs.open_run(name)
+
+
+# -------------------------------------------------------------------------------- checkpoints that others have made
+
+
+def moved_in(here: Path, *overrides: str) -> Path:
+    """The last checkpoint of another run, which learnt more than any, copied into `tiny` in place of its two last."""
+    assert run(train(Path("recipe.yaml"), "run=other", *overrides), Path.cwd()).status == 0
+    for step in (10, 12):
+        shutil.rmtree(checkpoint.folder_of(here / "runs/tiny", step))
+    folder = checkpoint.folder_of(here / "runs/tiny", 12)
+    shutil.copytree(checkpoint.folder_of(here / "runs/other", 12), folder)
+    sealed(folder, metrics={"bits_per_byte": 0.01})
+    return folder
+
+
+def of_an_earlier_version(run: Path) -> None:
+    """Runs had no identity once."""
+    (run / checkpoint.IDENTITY).unlink()
+    for folder in checkpoint.folders(run):
+        sealed(folder, run="left out", format=1)
+
+
+def passed_over(here: Path, folder: Path, before: str) -> None:
+    for name in ("tiny/step-12", "tiny/newest", "tiny"):
+        ended = run(script("module:llm.sample", name, "--prompt", "My", "--tokens", "2"), Path.cwd())
+        assert ended.status == (4 if name == "tiny/step-12" else 0), ended.err
+        assert f"{folder} is a checkpoint of another run (other)" in ended.err
+    assert runs.open_run("tiny").checkpoint.step < 10
+    ended = run(train(Path("recipe.yaml")), Path.cwd())
+    assert ended.status == 0 and "from step 8" in ended.out and "step-000012 is passed over" in ended.err
+    assert digest(here) == before, "the run's own bits"
+
+
+def test_a_checkpoint_of_another_run_is_noticed_by_all_who_read_it(here: Path) -> None:
+    """Also where nothing but the machine half tells the two apart."""
+    before = digest(here)
+    passed_over(here, moved_in(here, "machine.micro_batch=4"), before)
+
+
+def test_a_checkpoint_of_another_seed_is_noticed_in_runs_of_an_earlier_version(here: Path) -> None:
+    before = digest(here)
+    folder = moved_in(here, "seed=2")
+    of_an_earlier_version(here / "runs/tiny")
+    passed_over(here, folder, before)
+    assert runs.open_run("tiny/newest").checkpoint.manifest["run"] == checkpoint.identity(here / "runs/tiny")
+
+
+def test_a_run_may_be_moved_and_another_machine_half_is_still_its_own(here: Path) -> None:
+    shutil.rmtree(checkpoint.folder_of(here / "runs/tiny", 12))
+    (here / "runs/tiny").rename("runs/moved")
+    ended = run(train(Path("recipe.yaml"), "run=moved", "machine.micro_batch=4"), Path.cwd())
+    assert ended.status == 0 and "from step 10" in ended.out and not ended.err
+    (here / "runs/moved" / checkpoint.IDENTITY).unlink()  # as where only the checkpoints were carried along
+    made = runs.open_run("moved/step-12").checkpoint.manifest["run"]
+    shutil.rmtree(checkpoint.folder_of(here / "runs/moved", 12))
+    assert run(train(Path("recipe.yaml"), "run=moved"), Path.cwd()).status == 0
+    assert checkpoint.identity(here / "runs/moved") == made
+
+
+def test_machines_with_disks_of_their_own_share_one_identity(here: Path) -> None:
+    folders = [Path.cwd() / f"disk-{rank}" for rank in (0, 1)]
+    for folder in folders:
+        folder.mkdir()
+
+    def act() -> None:
+        os.chdir(folders[int(os.environ["RANK"])])
+        train(Path("../recipe.yaml"), f"text.cache={folders[0].parent / 'cache'}", stop_after=2)()
+
+    assert [each.status for each in run_group(act, Path.cwd(), 2, node=1)] == [75, 75]
+    ours, theirs = (checkpoint.identity(folder / "runs/tiny") for folder in folders)
+    assert ours and ours == theirs
+    store.write_sealed(folders[1] / "runs/tiny" / checkpoint.IDENTITY, {"run": "another"})
+    sealed(checkpoint.folder_of(folders[1] / "runs/tiny", 2), run="another")
+    ended = run_group(act, Path.cwd(), 2, node=1)
+    assert {each.status for each in ended} == {4} and "another run than that of process 0" in ended[1].err
+
+
+def test_checkpoints_of_others_do_not_count_among_those_that_are_kept(here: Path) -> None:
+    sealed(checkpoint.folder_of(here / "runs/tiny", 10), run="another")
+    best = checkpoint.best(here / "runs/tiny")
+    assert best is not None and best.step != 10
+    checkpoint.retain(here / "runs/tiny", keep=2, step=12)
+    assert {each.name for each in checkpoint.folders(here / "runs/tiny")} == {
+        "step-000008", "step-000010", "step-000012", best.folder.name}  # fmt: skip
+
+
+def test_a_folder_that_only_looks_like_a_checkpoint_is_none(here: Path) -> None:
+    for name in ("step-²", "step-٣", "step-", "step-1x", "step--1"):
+        (here / "runs/tiny/checkpoints" / name).mkdir()
+    assert checkpoint.folders(here / "runs/tiny")[0].name == "step-000012"
+    assert runs.open_run("tiny/newest").checkpoint.step == 12
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_steps_that_it_skipped(here: Path) -> None:
+    """Its train.skip counted steps from 0: kept in its recipe and its checkpoints, and meant so for ever."""
+    path, old = here / "runs/old/recipe.yaml", "train.skip=[3-4]"
+    assert run(train(Path("recipe.yaml"), "run=old", "train.skip=[4-5]"), Path.cwd()).status == 0
+    before = digest(here, "old")
+    for folder in checkpoint.folders(here / "runs/old"):
+        science = store.read_sealed(folder / checkpoint.MANIFEST)["science"]
+        sealed(folder, science=science | {"train.skip": ["3-4"]})
+    text = path.read_text().rpartition("# sha256")[0].replace("format: 2\n", "").replace("- 4-5", "- 3-4")
+    path.write_text(recipe.signed(text))
+    of_an_earlier_version(here / "runs/old")
+    shutil.rmtree(checkpoint.folder_of(here / "runs/old", 12))
+    shutil.rmtree(checkpoint.folder_of(here / "runs/old", 10))
+    ended = run(train(Path("recipe.yaml"), "run=old", old), Path.cwd())
+    assert ended.status == 4 and "train.skip = ['4-5']" in ended.err and "once counted steps from 0" in ended.err
+    ended = run(train(path), Path.cwd())
+    assert ended.status == 0 and "from step 8" in ended.out and digest(here, "old") == before, ended.err
+    assert recipe.load(path).train.skip == ("4-5",)

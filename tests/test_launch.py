@@ -81,6 +81,9 @@ def test_a_finished_run_does_nothing_and_names_the_way_on(trained: Path) -> None
     again = run(train(trained / "recipe.yaml"), trained)
     assert again.status == 0 and "nothing to do" in again.out and "from=tiny/step-000012" in again.out
     assert digest(trained) == before
+    way_on = next(word for word in again.out.split() if word.startswith("train.steps="))
+    followed = run(train(trained / "recipe.yaml", "run=followed", "from=tiny/step-000012", way_on), trained)
+    assert followed.status == 0 and "step 24/24" in followed.out, followed.err
 
 
 def test_another_science_half_is_refused_with_the_first_key_and_both_ways_on(trained: Path) -> None:
@@ -193,6 +196,29 @@ def test_from_takes_weights_moments_and_step_along(trained: Path) -> None:
     assert ended.status == 0 and "from step 12" in ended.out, ended.err
     newest = checkpoint.newest(trained / "runs/longer", print)
     assert newest is not None and newest.step == 15 and newest.manifest["parent"]["from"] == "tiny/step-000012"
+
+
+@pytest.mark.parametrize("length", ["train.steps=12", "train.steps=3", "train.tokens=768", "train.epochs=0.01"])
+def test_a_length_that_ends_where_from_begins_is_refused_with_one_that_does_not(trained: Path, length: str) -> None:
+    arguments = ("run=none", "from=tiny/step-000012", "train.warmup=0")
+    ended = run(train(trained / "recipe.yaml", *arguments, length), trained)
+    name, _, value = length.partition("=")
+    refused(ended, 2, f"{name} = {value}", "from = tiny/step-000012", "lengths count from step 0", f"say {name}=")
+    assert not (trained / "runs/none").exists(), "no empty run is left"
+    mend = ended.err.partition(f"say {name}=")[2].split()[0]
+    if name != "train.epochs":  # which needs the text
+        assert load(trained / "recipe.yaml", [*arguments, f"{name}={mend}"]).train.steps > 12
+
+
+@pytest.mark.parametrize("plan", [[[0, 12]], [[20, 30]]])
+def test_a_plan_that_does_not_go_on_from_where_the_run_begins_is_refused(
+    tmp_path: Path, trained: Path, plan: list[list[int]]
+) -> None:
+    store.write_sealed(
+        trained / "runs/planned/plan.json", {"hours": 0.01, "plan": plan, "seconds": 1.0, "finished": True}
+    )
+    ended = run(train(trained / "recipe.yaml", "run=planned", "from=tiny/step-000012", "train.hours=0.01"), trained)
+    refused(ended, 4, "plan.json plans steps", "step 12", "another run's plan")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(trained: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 import llm.group
 from llm import checkpoint
 from llm.errors import DivergedError
+from llm.fingerprints import read
 from llm.stream import Batch
 from llm.trainer import FP16_GROWTH_STEPS, FP16_MOST, FP16_SCALE, Trainer, TrainState
 from tests.forks import ROOT, digest, run, run_group, script, train, write_recipe, write_text
@@ -69,6 +70,20 @@ def test_under_stop_the_run_ends_with_status_3_and_the_weights_before_it(
     (tmp_path / "whole").mkdir()
     assert run(train(recipe), tmp_path / "whole").status == 0
     assert digest(tmp_path) == digest(tmp_path / "whole")
+
+
+def test_the_advice_of_a_diverged_run_leaves_out_the_very_batch(tmp_path: Path, text: Path) -> None:
+    """Step 2 was left out already, so that step 5 reads what would be step 6's."""
+    recipe = write_recipe(tmp_path, text, **{"checkpoint.every": 4, "evaluate.every": 12, "train.skip": "[2]"})
+    ended = run(spoilt(recipe, "loss"), tmp_path)
+    advice = ended.err.split()[-2:]
+    assert ended.status == 3 and advice == ["from=tiny/step-000004", "train.skip=[2,6]"]
+    assert run(train(recipe, "run=rewound", *advice), tmp_path).status == 0
+    assert run(train(recipe, "run=whole", "train.skip=[]"), tmp_path).status == 0
+    of_step = [
+        {line["step"]: line["windows"] for line in read(tmp_path / "runs" / each)} for each in ("rewound", "whole")
+    ]
+    assert [of_step[0][step] for step in range(BAD, 9)] == [of_step[1][step + 2] for step in range(BAD, 9)]
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from llm import corpus, store
 from llm import prepare as preparation
-from llm import store
 from llm.errors import DiskError, LLMError, RecipeError, RefusedError, TextError
 from llm.prepare import MEASURABLE, Prepared, main, prepare
 from llm.recipe import Recipe, load
@@ -91,28 +92,56 @@ def test_the_tokenizer_sees_nothing_of_the_validation_side(tmp_path: Path) -> No
     assert Tokenizer.train([text], vocabulary=320).fingerprint == one.tokenizer.fingerprint
 
 
-def test_a_second_start_does_not_read_the_text(tmp_path: Path) -> None:
-    path = text_file(tmp_path)
+def test_a_second_start_does_not_read_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_file(tmp_path)
     first, _ = told(tmp_path)
-    stat = path.stat()
-    with path.open("r+b") as file:
-        file.write(b"\xff")  # not UTF-8 any more, with the size, time and inode it had
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    def unreadable(path: Path, identity: object, notes: object) -> Iterator[bytes]:
+        raise TextError("it is read")
+
+    monkeypatch.setattr(corpus, "_chunks", unreadable)
     second, said = told(tmp_path)
     assert "made before" in said and "training" not in said
     assert second.shards.fingerprint == first.shards.fingerprint
-    with pytest.raises(TextError, match="not UTF-8 at byte 0"):
+    with pytest.raises(TextError, match="it is read"):
         told(tmp_path, verify=True)
 
 
-def test_an_edit_that_looks_like_none_is_seen_by_verify(tmp_path: Path) -> None:
+def edited(path: Path) -> None:
+    """Another text of the same size in the same file, its time of modification put back."""
+    stat = path.stat()
+    with path.open("r+b") as file:
+        data = file.read().replace(b"1897", b"1898", 1)
+        file.seek(0)
+        file.write(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+
+
+def test_an_edit_whose_time_is_put_back_is_seen_at_the_next_start(tmp_path: Path) -> None:
     path = text_file(tmp_path)
     first, _ = told(tmp_path)
-    stat = path.stat()
-    path.write_bytes(path.read_bytes().replace(b"1897", b"1898", 1))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    edited(path)
+    assert told(tmp_path)[0].shards.fingerprint != first.shards.fingerprint
+
+
+def test_an_edit_that_looks_like_none_is_seen_by_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that keeps no time of change."""
+    monkeypatch.setattr(corpus, "_identity", lambda path, stat: [str(path), stat.st_size, stat.st_mtime_ns])
+    path = text_file(tmp_path)
+    first, _ = told(tmp_path)
+    edited(path)
     assert told(tmp_path)[0].shards.fingerprint == first.shards.fingerprint
     assert told(tmp_path, verify=True)[0].shards.fingerprint != first.shards.fingerprint
+
+
+def test_a_text_that_is_named_twice_is_said_to_be_read_once(tmp_path: Path) -> None:
+    path = text_file(tmp_path)
+    once, _ = told(tmp_path)
+    for _ in range(2):  # also where the survey is in the cache
+        twice, said = told(tmp_path, text__files=f"[{path}, {path.parent}/./{path.name}, {path.parent}/*.txt]")
+        assert "is named twice: it is read once (and 1 more)" in said
+        assert twice.shards.fingerprint == once.shards.fingerprint
 
 
 def test_whatever_changes_the_tokens_makes_other_shards_and_the_rest_does_not(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from llm.errors import RecipeError
+from llm.errors import RecipeError, RefusedError
 from llm.recipe import (
     MANY_EPOCHS_DROPOUT,
     MOST_DECAY,
@@ -22,6 +22,7 @@ from llm.recipe import (
     flat,
     load,
     science,
+    signed,
     with_steps,
 )
 
@@ -700,3 +701,27 @@ def test_a_thousand_mutated_recipes_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, text: str, overrides: list[str]
 ) -> None:
     check_read_or_refused(tmp_path_factory.getbasetemp() / "mutated.yaml", text, overrides)
+
+
+@pytest.mark.parametrize("name", ["best", "newest", "checkpoints", "step-5", "step-000005", "step-by-step"])
+def test_a_name_that_stands_for_a_checkpoint_is_no_run_s_name(tmp_path: Path, name: str) -> None:
+    said = refused(tmp_path, SMALLEST, f"run={name}")
+    assert f"run={said.rpartition('run=')[2]}" == f"run=my-{name}"
+    assert read(tmp_path, SMALLEST, f"run=my-{name}").run == f"my-{name}"
+    kept_before = signed(dump(read(tmp_path)).replace("format: 2\n", "").replace("run: small", f"run: {name}"))
+    assert read(tmp_path, kept_before).run == name, "an earlier version trained it"
+
+
+def test_skip_counts_steps_from_1_but_in_what_runs_kept_before(tmp_path: Path) -> None:
+    with_skip = TEXT + "train: {steps: 100, skip: [0, 4-5]}\n"
+    assert "steps count from 1" in refused(tmp_path, with_skip)
+    assert one(tmp_path, "train.skip", TEXT + "train: {steps: 100, skip: [1, 4-5]}\n") == ["1", "4-5"]
+    assert one(tmp_path, "train.skip", with_skip + "format: 1\n") == ["1", "5-6"]
+    assert one(tmp_path, "train.skip", with_skip + "format: 1\n", "train.skip=[4-5]") == ["4-5"], "is of today"
+    assert one(tmp_path, "train.skip", signed(with_skip)) == ["1", "5-6"]
+    again = signed(dump(read(tmp_path, signed(with_skip))))
+    assert one(tmp_path, "train.skip", again) == ["1", "5-6"], "translated once"
+    assert "this version reads 1 and 2" in refused(tmp_path, SMALLEST + "format: 3\n")
+    edited = signed(with_skip).replace("steps: 100", "steps: 101")
+    with pytest.raises(RefusedError, match=r"take that line out and put `format: 1` there"):
+        read(tmp_path, edited)

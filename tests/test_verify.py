@@ -89,8 +89,10 @@ def test_show_prints_what_the_trainer_read(tmp_path: Path, text: Path) -> None:
 
     tokenizer = Tokenizer.load(tmp_path / "runs/tiny/tokenizer/tokenizer.model")
     lines = [json.loads(line) for rank in (0, 1) for line in (tmp_path / f"read-{rank}.jsonl").read_text().splitlines()]
-    for step in (0, 5, 10, 11):
-        ended = run(script("module:llm.show", "tiny", "--step", step, "--characters", "0"), tmp_path)
+    for outside in (0, 13):
+        assert run(script("module:llm.show", "tiny", "--step", outside), tmp_path).status == 2
+    for step in (0, 5, 10, 11):  # updates done before
+        ended = run(script("module:llm.show", "tiny", "--step", step + 1, "--characters", "0"), tmp_path)
         assert ended.status == 0, ended.err
         read = [line for line in lines if line[0] == step]
         assert len(read) == 16
@@ -104,7 +106,7 @@ CHANGES = [  # override, the first step at which the run is another one, and wha
     ("seed=2", 1, "other windows"), ("train.learning_rate=0.021", 1, "other weights"),
     ("model.dropout=0.2", 1, "losses"), ("train.warmup=3", 1, "other weights"), ("train.clip=0.01", 1, "other weights"),
     ("model.layers=3", 1, "other weights"), ("train.weight_decay=0.3", 1, "other weights"),
-    ("train.optimizer=adamw", 1, "other weights"), ("train.skip=[4-5]", 5, "other windows"),
+    ("train.optimizer=adamw", 1, "other weights"), ("train.skip=[4-5]", 4, "other windows"),
     ("train.decay=0.6", 5, "other weights")]  # fmt: skip
 
 
