@@ -8,6 +8,9 @@ import os
 import re
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from llm import __version__, cost, group, store
@@ -24,6 +28,18 @@ from llm.recipe import Recipe, flat
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
+# What an accelerate configuration may ask for, the value that asks for nothing, and what decides it here.
+DECIDED = {
+    "MIXED_PRECISION": ("no", "machine.precision"),
+    "DYNAMO_BACKEND": ("no", "machine.compile"),
+    "GRADIENT_ACCUMULATION_STEPS": ("1", "machine.micro_batch"),
+    "GRADIENT_CLIPPING": ("none", "train.clip"),
+    "TORCH_DEVICE": ("", "CUDA_VISIBLE_DEVICES"),
+    "USE_DEEPSPEED": ("false", "machine.shard"),
+    "USE_MEGATRON_LM": ("false", "machine.shard"),
+    "USE_PARALLELISM_CONFIG": ("false", "machine.shard"),
+}
+KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 
 def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
@@ -33,7 +49,7 @@ def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
     if recipe.machine.exact and "threads" in known:  # part of what decides the bits
         return int(known["threads"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // group.place().local_world)
 
 
 def asked_for() -> int | None:
@@ -111,25 +127,31 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
 
 def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     """The processes, met and counted. GroupError where they are not those that were asked for."""
-    on_cpu = not has_accelerator()
+    on_cpu, world = not has_accelerator(), group.world()  # refused before all else where the launch is half a one
     asked = asked_for()
-    if asked is not None and asked != group.world():
+    if asked is not None and asked != world:
         raise GroupError(
-            f"{asked} processes were asked for, but this launch line starts {group.world()}: say "
+            f"{asked} processes were asked for, but this launch line starts {world}: say "
             f"`accelerate launch --multi_gpu --num_processes {asked}`, without --cpu on a machine without GPUs too, or "
             f"`torchrun --nproc_per_node {asked}`"
         )
-    if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true" and recipe.machine.shard == "none":
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and recipe.machine.shard == "none":
         group.say("the accelerate configuration asks for FSDP: machine.shard = full")
         recipe = replace(recipe, machine=replace(recipe.machine, shard="full"))
-    if on_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # read by torchrun's processes before the first Accelerator
+    _leave_to_recipe(on_cpu)
     if torch.cuda.is_available():
         repeat_bits()
     if group.world() > 1 and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group("gloo" if on_cpu else "nccl", timeout=group.HUNG)
+            torch.cuda.set_device(group.place().local_rank)
+        try:
+            torch.distributed.init_process_group("gloo" if on_cpu else "nccl", timeout=group.HUNG)
+        except (RuntimeError, ValueError) as error:
+            where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise GroupError(
+                f"the {group.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT): start all of them, "
+                f"with a free port of the first one's machine ({str(error).splitlines()[0][:160]})"
+            ) from None
     council = group.Council()
     run = Path("runs") / recipe.run
     with council.together():
@@ -151,6 +173,57 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     with council.together():
         _refuse_uneven(recipe)
     return accelerator, council, recipe
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Leave the process as it was found: variables, signal handlers, threads, modes of torch, Accelerate's state."""
+    states = (PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state)
+    environment, theirs = dict(os.environ), [dict(state) for state in states]
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    threads, strict = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    for state in states:  # of another precision, maybe, which Accelerate would not change
+        state.clear()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for state, kept in zip(states, theirs, strict=True):
+            state.clear()
+            state.update(kept)
+        for name in os.environ.keys() | environment.keys():
+            if name not in environment:
+                del os.environ[name]
+            elif os.environ.get(name) != environment[name]:
+                os.environ[name] = environment[name]
+        torch.set_num_threads(threads)
+        torch.set_deterministic_debug_mode(strict)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+def _leave_to_recipe(on_cpu: bool) -> None:
+    """Let Accelerate hear from its environment no more than the place of this process: the recipe decides the rest.
+
+    Says which of a configuration's wishes are not taken.
+    """
+    for name, (nothing, key) in DECIDED.items():
+        if (value := os.environ.get(f"ACCELERATE_{name}", nothing).lower()) != nothing:
+            group.say(f"the accelerate configuration says {name.lower()} = {value}: not taken, {key} decides")
+    if not on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        raise GroupError("the accelerate configuration says use_cpu: set CUDA_VISIBLE_DEVICES= to train on the CPU")
+    foreign = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "PMI_", "OMPI_", "MV2_")
+    for name in [name for name in os.environ if name.startswith(foreign) and name not in KEPT]:
+        del os.environ[name]
+    if group.world() == 1:  # accelerate would make a group of LOCAL_RANK alone
+        for name in group.COUNTS:
+            os.environ.pop(name, None)
+        os.environ["WORLD_SIZE"] = "1"
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def repeat_bits() -> None:

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 
 from llm import cost, group, store
 from llm.errors import GroupError, LLMError, RefusedError, as_disk_error
-from llm.machine import die_with_parent, remember, start_group
+from llm.machine import as_it_was, die_with_parent, remember, start_group
 from llm.recipe import Machine, Recipe, dump, signed
 from llm.shards import Shards
 from llm.tokenizer import Tokenizer
 from llm.tracking import readable
-from llm.trainer import Trainer, is_short_of_memory
+from llm.trainer import Trainer, is_short_of_memory, let_go
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # each asks to finish the step, save and stop
 
@@ -25,8 +25,17 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # each asks to finish the step, save
 def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]], until: int = -1) -> Path:
     """The folder of the finished run. `prepare` gives the recipe with its length, the tokenizer and the shards.
 
-    With `until` it stops after that step as a signal would stop it.
+    With `until` it stops after that step as a signal would stop it. The process is left as it was found.
     """
+    try:
+        with as_it_was():
+            return _session(recipe, prepare, until)
+    except LLMError as error:
+        let_go(error)  # a notebook keeps what it showed last, and with it the model
+        raise
+
+
+def _session(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]], until: int) -> Path:
     asked, run = recipe.machine, Path("runs") / recipe.run
     die_with_parent()
     accelerator, council, recipe = start_group(recipe)

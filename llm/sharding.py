@@ -6,7 +6,6 @@ each block and the root, called by us: accelerate's own gate opens on accelerato
 fully_shard and its tensors take a second to import: whoever deals no rows does without.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llm.group import place
 
 Module = TypeVar("Module", bound=nn.Module)
 Group = dist.ProcessGroup | None  # None: all processes, or the only one
@@ -137,7 +138,7 @@ class Layout:
         self.parts, self.copies, self.index = 1, size(), 0
         self.dtype, self.sharded = dtype, False
         if mode != "none" and size() >= self.FEWEST:
-            self.parts = size() if mode == "full" else int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+            self.parts = size() if mode == "full" else place().local_world
             self.copies = size() // self.parts
             assert device is not None
             from torch.distributed.device_mesh import init_device_mesh
