@@ -7,6 +7,7 @@ stays an assertion and keeps its traceback.
 import errno
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -111,6 +112,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         traceback.print_exc()
         status = 1
+    for name in ("SIGTERM", "SIGUSR1"):  # the end is decided: one that comes late must not change its status
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if grouped:
         # The threads of the exchange may call into an interpreter that is shutting down, which aborts the process, or
         # wait for a peer that hangs. All that must last is on the disk by now.

@@ -1,8 +1,10 @@
 """The life of a run in this process: meet the others, prepare, hold the folder, begin or go on, say how it ended."""
 
+import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -12,9 +14,9 @@ from accelerate import Accelerator
 
 from llm import cost, group, store
 from llm.errors import GroupError, LLMError, RefusedError, as_disk_error
-from llm.machine import as_it_was, die_with_parent, remember, start_group
+from llm.machine import as_it_was, die_with_parent, has_accelerator, remember, start_group
 from llm.recipe import Machine, Recipe, dump, signed
-from llm.shards import Shards
+from llm.shards import Shards, keep_place
 from llm.tokenizer import Tokenizer
 from llm.tracking import readable
 from llm.trainer import Trainer, is_short_of_memory, let_go
@@ -30,9 +32,12 @@ def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, S
     try:
         with as_it_was():
             return _session(recipe, prepare, until)
-    except LLMError as error:
-        let_go(error)  # a notebook keeps what it showed last, and with it the model
+    except (LLMError, KeyboardInterrupt) as error:
+        let_go(error)  # a notebook keeps the last one, and with it the model
         raise
+    finally:
+        if hasattr(sys, "ps1") or has_accelerator():  # else the process ends, or has no model to share its memory with
+            gc.collect()
 
 
 def _session(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]], until: int) -> Path:
@@ -136,7 +141,7 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
     with trainer.council.together():
         if trainer.council.writes:
             store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
-            store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
+            keep_place(trainer.shards, run)
             remember(recipe, run)
             trainer.tokenizer.save(run / "tokenizer")
     left, per_step = steps - trainer.state.step, recipe.train.tokens_per_step

@@ -6,6 +6,7 @@ each block and the root, called by us: accelerate's own gate opens on accelerato
 fully_shard and its tensors take a second to import: whoever deals no rows does without.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -101,6 +102,11 @@ class Rows:
     local: Tensor
     shape: tuple[int, ...]
     low: int
+
+    @property
+    def flat(self) -> Tensor:
+        """`local` with each row in one piece: (rows, numbers of a row); a process may hold none."""
+        return self.local.reshape(len(self.local), math.prod(self.shape[1:]))
 
     def like(self, local: Tensor) -> "Rows":
         """The same rows of another tensor of that shape."""
