@@ -6,6 +6,7 @@ documents of nothing but whitespace. A document is at most 1 MiB, so that a text
 length passes through a small memory.
 """
 
+import atexit
 import codecs
 import glob
 import gzip
@@ -14,7 +15,9 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from llm import store
 from llm.errors import RecipeError, TextError
 from llm.recipe import Text
 
@@ -210,7 +214,7 @@ def _sources(text: Text) -> Iterator[Source]:
 
 def _paths(name: str) -> list[Path]:
     """The files that one entry of `text.files` names."""
-    path = Path(name).expanduser()
+    path = store.expanded(name)
     if not path.exists() and glob.has_magic(name):
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         found = [each for each in map(Path, sorted(matches)) if each.is_file()]
@@ -370,6 +374,16 @@ def lean_datasets() -> Any:
             del os.environ["USE_TORCH"]  # others ask for it too
     import datasets
 
+    cache = Path(datasets.config.HF_DATASETS_CACHE)  # made also where it stays empty, as it does here
+    try:
+        usable = (
+            cache.parts[:1] != ("~",) and not cache.mkdir(parents=True, exist_ok=True) and os.access(cache, os.W_OK)
+        )
+    except OSError:
+        usable = False
+    if not usable:  # a user without a home, or without rights in it
+        datasets.config.HF_DATASETS_CACHE = Path(tempfile.mkdtemp(prefix="datasets-"))
+        atexit.register(shutil.rmtree, datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
     return datasets
 
 

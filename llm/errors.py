@@ -72,6 +72,7 @@ def as_disk_error(error: OSError) -> LLMError | None:
     mends = {
         **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run the same command again"),
         **dict.fromkeys((errno.EIO, errno.EROFS), "mend it or name another place, and run the same command again"),
+        **dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.ESTALE), "name a place on another disk"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "allow writing there, or run it in a folder of your own"),
     }
     if error.errno not in mends:

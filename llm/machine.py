@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from llm import __version__, cost, group, store
-from llm.errors import GroupError, RecipeError
+from llm.errors import GroupError, RecipeError, RefusedError
 from llm.recipe import Recipe, flat
 
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
@@ -64,12 +64,12 @@ def asked_for() -> int | None:
     options = " ".join(line[: line.index(sys.argv[0])] if sys.argv[0] in line else line)
     if found := re.search(r"--num[_-]processes[ =]+(\d+)", options):
         return int(found[1])
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     named = re.search(r"--config[_-]file[ =]+(\S+)", options)
-    config = Path(named[1]) if named else home / "accelerate" / "default_config.yaml"
-    if not config.expanduser().is_file() or ("--cpu" in options and not named):  # then accelerate reads no default
+    config = Path(os.path.expanduser(named[1] if named else f"{home}/accelerate/default_config.yaml"))  # noqa: PTH111
+    if not config.is_file() or ("--cpu" in options and not named):  # then accelerate reads no default
         return None
-    found = re.search(r"(?m)^num_processes: *(\d+)", config.expanduser().read_text(errors="replace"))
+    found = re.search(r"(?m)^num_processes: *(\d+)", config.read_text(errors="replace"))
     return int(found[1]) if found else None
 
 
@@ -100,7 +100,13 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
     What the run settled before stays. The first process decides for all.
     """
     record = run / RECORD
-    known = store.read_sealed(record) if record.exists() else {}
+    try:
+        known = store.read_sealed(record) if record.exists() else {}
+    except RefusedError as error:
+        raise RefusedError(
+            f"{error}: remove it, and the precision, micro-batch and threads that are auto are chosen anew; "
+            "checkpoints/*/checkpoint.json hold those that decided the bits"
+        ) from error
     torch.set_num_threads(threads_of(recipe, known))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate chooses one
     names: tuple[Any, ...] = ("fp32", "bf16", "fp16")
@@ -139,6 +145,8 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
         group.say("the accelerate configuration asks for FSDP: machine.shard = full")
         recipe = replace(recipe, machine=replace(recipe.machine, shard="full"))
     _leave_to_recipe(on_cpu)
+    if recipe.machine.compile and not any(map(os.environ.get, ("LOGNAME", "USER"))):  # the compiler's cache is named so
+        os.environ["USER"] = str(os.getuid())
     if torch.cuda.is_available():
         repeat_bits()
     if group.world() > 1 and not torch.distributed.is_initialized():

@@ -179,6 +179,8 @@ class Tracker:
         id = _wandb_id(run)
         for kind in ("CACHE", "DATA"):  # else it leaves files in the home folder
             os.environ.setdefault(f"WANDB_{kind}_DIR", str((run / "wandb").resolve()))
+        if os.path.expanduser("~") == "~":  # noqa: PTH111  # a user without a home: it would look for one
+            os.environ["HOME"] = str((run / "wandb").resolve())
         quiet = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off")
         wandb.setup(settings=quiet)
         mode = "offline" if wanted in ("offline", "dryrun") else recipe.tracking.wandb

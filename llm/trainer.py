@@ -510,7 +510,7 @@ class Trainer:
                 "data": source.manifest["data"],
             }
         elif self.recipe.model.from_:
-            folder = Path(self.recipe.model.from_).expanduser()
+            folder = store.expanded(self.recipe.model.from_)
             self.parent = {"model": folder.name, "digest": pretrained.load(folder, self.weights())}
 
     def resume_plan(self, budget: Budget, found: Checkpoint | None) -> None:

@@ -280,3 +280,12 @@ def test_a_run_is_read_from_anywhere_and_after_a_move(tmp_path: Path) -> None:
     known = store.read_sealed(run_folder / "shards.json")
     store.write_sealed(run_folder / "shards.json", {**known, "absolute": str(project / known["folder"])})
     read(run_folder)
+
+
+def test_a_damaged_record_of_the_machine_says_what_to_remove(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    record = tmp_path / "runs/tiny/machine.json"
+    record.write_text("")
+    refused(run(train(tmp_path / "recipe.yaml"), tmp_path), 4, "runs/tiny/machine.json", "remove it")
+    record.unlink()
+    assert run(train(tmp_path / "recipe.yaml"), tmp_path).status == 0

@@ -193,9 +193,7 @@ def test_wandbs_own_variables_hold_and_its_name_of_a_run_is_found_again(
     no_step_goes_back(told_wandb(tmp_path)[1])
 
 
-def test_wandb_disabled_by_its_own_variable_is_off(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_disabled_by_its_own_variable_is_off(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     done = run(train(recipe(tmp_path, text, "online")), tmp_path)
     assert done.status == 0 and "wandb" not in done.out
