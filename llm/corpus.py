@@ -21,6 +21,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -375,13 +376,10 @@ def lean_datasets() -> Any:
     import datasets
 
     cache = Path(datasets.config.HF_DATASETS_CACHE)  # made also where it stays empty, as it does here
-    try:
-        usable = (
-            cache.parts[:1] != ("~",) and not cache.mkdir(parents=True, exist_ok=True) and os.access(cache, os.W_OK)
-        )
-    except OSError:
-        usable = False
-    if not usable:  # a user without a home, or without rights in it
+    with suppress(OSError):
+        if cache.parts[0] != "~":
+            cache.mkdir(parents=True, exist_ok=True)
+    if not os.access(cache, os.W_OK):  # a user without a home, or without rights in it
         datasets.config.HF_DATASETS_CACHE = Path(tempfile.mkdtemp(prefix="datasets-"))
         atexit.register(shutil.rmtree, datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
     return datasets

@@ -166,6 +166,8 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
         versions = {"torch": torch.__version__, "accelerate": accelerate.__version__, "onetext-llm": __version__}
         council.agree("versions", versions, "install the same version everywhere")
         same = {name: value for name, value in flat(recipe).items() if name != "text.cache"}  # may be a disk of its own
+        if recipe.machine.shard == "hybrid":
+            same["LOCAL_WORLD_SIZE"] = group.place().local_world
         council.agree("recipe", same, "start every process with the same recipe and overrides")
         recipe = settled(recipe, run, council)
     accelerator = Accelerator(
@@ -250,6 +252,10 @@ def _refuse_uneven(recipe: Recipe) -> None:
         raise RecipeError(
             f"{windows} windows a step (train.tokens_per_step / model.context) cannot be shared by {world} processes: "
             f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
+        )
+    if recipe.machine.shard == "hybrid" and world % (local := group.place().local_world):
+        raise RecipeError(
+            f"machine.shard = hybrid needs as many processes on each machine: {world} in all, {local} on this one"
         )
     micro_batch, share = recipe.machine.micro_batch, windows // world
     if recipe.machine.exact and isinstance(micro_batch, int):

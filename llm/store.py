@@ -56,7 +56,7 @@ def _remove(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, where folders can be opened (not on Windows) and flushed (not on all disks)."""
+    """Make the names in `folder` durable, where folders can be opened and flushed (not everywhere)."""
     if os.name != "nt":
         handle = os.open(folder, os.O_RDONLY)
         try:

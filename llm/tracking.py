@@ -4,6 +4,7 @@ metrics.jsonl is the record: one object a line, its steps only ever rising, also
 for the eye, and none of them can end the run.
 """
 
+import importlib
 import math
 import os
 import statistics
@@ -237,12 +238,12 @@ def _kept_offline(run: Path) -> int:
     """The last step in W&B's own files of a run, 0 where there is none; a killed process leaves them unfinished."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the version that it was made with
-        from wandb.proto.wandb_internal_pb2 import Record
+        messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     last = 0
     for path in (run / "wandb").glob("*run-*/*.wandb"):
         for data in _records(path.read_bytes()):
-            for item in Record.FromString(data).history.item:
+            for item in messages.Record.FromString(data).history.item:
                 if "step" in (item.key, *item.nested_key):
                     last = max(last, int(float(item.value_json)))
     return last
