@@ -4,6 +4,7 @@ Precision, threads and micro-batch are part of what decides a run's bits, so wha
 """
 
 import ctypes
+import getpass
 import os
 import re
 import signal
@@ -145,8 +146,11 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
         group.say("the accelerate configuration asks for FSDP: machine.shard = full")
         recipe = replace(recipe, machine=replace(recipe.machine, shard="full"))
     _leave_to_recipe(on_cpu)
-    if recipe.machine.compile and not any(map(os.environ.get, ("LOGNAME", "USER"))):  # the compiler's cache is named so
-        os.environ["USER"] = str(os.getuid())
+    if recipe.machine.compile:
+        try:
+            getpass.getuser()  # the compiler names its cache after the user
+        except (OSError, KeyError):
+            os.environ["USER"] = str(os.getuid())
     if torch.cuda.is_available():
         repeat_bits()
     if group.world() > 1 and not torch.distributed.is_initialized():
