@@ -150,7 +150,7 @@ def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
     In a cache that cannot be written to there is nothing to lock.
     """
     lock = path.parent.parent / "locks" / f"{path.parent.name}-{path.stem}.lock"
-    if _read_only(lock):
+    if _read_only(lock.parent):
         yield
         return
     with store.lock(lock) as alone:
