@@ -8,12 +8,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import llm.tracking
 from llm import checkpoint
+from llm.recipe import load
 from llm.trainer import Trainer
 from tests.forks import Ended, ended, run, start, train, write_recipe, write_text
 
@@ -198,6 +200,33 @@ def test_wandb_disabled_by_its_own_variable_is_off(tmp_path: Path, text: Path, m
     done = run(train(recipe(tmp_path, text, "online")), tmp_path)
     assert done.status == 0 and "wandb" not in done.out
     assert not (tmp_path / "runs/tiny/wandb").exists()
+
+
+def test_online_it_is_sent_what_its_server_lacks(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 9, of which W&B's server saw 5, and gone on with from step 8."""
+    sent = []
+
+    class Server:
+        def __init__(self, *given: Any, **named: Any) -> None:
+            self.run = SimpleNamespace(step=6, define_metric=lambda *given, **named: None)  # the next that it takes
+
+        def start(self) -> None:
+            pass
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            sent.append((step, values["loss"]))
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setattr("accelerate.tracking.WandBTracker", Server)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    folder = tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": step / 2}) for step in range(1, 10)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    llm.tracking.Tracker(folder, load(recipe(tmp_path, text, "online")), 8, {}).close()
+    assert sent == [(6, 3.0), (7, 3.5), (8, 4.0)]
 
 
 class OddError(Exception):
