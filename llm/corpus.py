@@ -6,6 +6,7 @@ documents of nothing but whitespace. A document is at most 1 MiB, so that a text
 length passes through a small memory.
 """
 
+import atexit
 import codecs
 import glob
 import gzip
@@ -15,16 +16,20 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from llm import store
 from llm.errors import RecipeError, TextError
 from llm.recipe import Text
 
@@ -285,7 +290,7 @@ def _sources(text: Text) -> Iterator[Source]:
 
 def _paths(name: str) -> list[Path]:
     """The files that one entry of `text.files` names."""
-    path = Path(name).expanduser()
+    path = store.expanded(name)
     try:
         is_there = path.exists()
     except OSError as error:  # in a folder that may not be searched, or with a name that is too long
@@ -495,6 +500,13 @@ def lean_datasets() -> Any:
             del os.environ["USE_TORCH"]  # others ask for it too
     import datasets
 
+    cache = Path(datasets.config.HF_DATASETS_CACHE)  # made also where it stays empty, as it does here
+    with suppress(OSError):
+        if cache.parts[0] != "~":
+            cache.mkdir(parents=True, exist_ok=True)
+    if not os.access(cache, os.W_OK):  # a user without a home, or without rights in it
+        datasets.config.HF_DATASETS_CACHE = Path(tempfile.mkdtemp(prefix="datasets-"))
+        atexit.register(shutil.rmtree, datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
     return datasets
 
 

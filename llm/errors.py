@@ -8,6 +8,7 @@ import errno
 import os
 import select
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -72,6 +73,7 @@ def as_disk_error(error: OSError) -> LLMError | None:
     mends = {
         **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run the same command again"),
         **dict.fromkeys((errno.EIO, errno.EROFS), "mend it or name another place, and run the same command again"),
+        **dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.ESTALE), "name a place on another disk"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "allow writing there, or run it in a folder of your own"),
     }
     if error.errno not in mends:
@@ -121,6 +123,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         tell(traceback.format_exc(), sys.stderr)
         status = 1
+    for name in ("SIGTERM", "SIGUSR1"):  # the end is decided: one that comes late must not change its status
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if grouped:
         # The threads of the exchange may call into an interpreter that is shutting down, which aborts the process, or
         # wait for a peer that hangs. All that must last is on the disk by now.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from llm.runs import Opened
-    from llm.shards import Side
+    from llm.shards import Shards, Side
     from llm.stream import Tokens
 
 KEYS = (("good", "bad"), ("sentence_good", "sentence_bad"))  # of a pair in .jsonl; the latter are those of BLiMP
@@ -169,11 +169,10 @@ def _validation(opened: "Opened") -> Read:
     return Read("validation side", side, starts, side.text_bytes, documents)
 
 
-def _shards(opened: "Opened") -> Any:
-    from llm.shards import Shards
-    from llm.store import read_sealed
+def _shards(opened: "Opened") -> "Shards":
+    from llm.shards import of_run
 
-    return Shards.open(Path(read_sealed(opened.folder / "shards.json")["folder"]))
+    return of_run(opened.folder)
 
 
 def _ids(opened: "Opened", text: str) -> "np.ndarray":

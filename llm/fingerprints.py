@@ -27,7 +27,7 @@ def checksum(weights: dict[str, Rows], layout: Layout) -> Tensor:
     """
     sums = []
     for _, rows in sorted(weights.items()):
-        local = rows.local.reshape(len(rows.local), -1)
+        local = rows.flat
         row_sums = local.view(torch.int32).sum(1, dtype=torch.int64)
         numbers = torch.arange(rows.low, rows.low + len(local), device=local.device) * 2 + 1
         sums.append((row_sums * (numbers * ODD)).sum())

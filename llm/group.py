@@ -5,10 +5,12 @@ Nothing here is reached by a gradient. One process alone passes through all of i
 
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -25,12 +27,51 @@ MAIN = 1000  # added to an exit status by the main process
 PATIENCE = timedelta(days=365)  # the preparation of a large text takes as long as it takes
 
 
+COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # as torchrun says them
+OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # as others say WORLD_SIZE
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all, and among those of its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def place() -> Place:
+    """This process's place by the launcher's variables, read nowhere else. GroupError where they contradict."""
+    said = {name: value for name in (*COUNTS, *OTHERS) if (value := os.environ.get(name, "").strip())}
+    mend = f"launch with torchrun or accelerate launch; for one process alone, unset {', '.join(COUNTS[:4])}"
+    if "WORLD_SIZE" not in said:
+        if stray := next((name for name in said if name in COUNTS[:4]), None):
+            raise GroupError(f"{stray} = {said[stray]} is in the environment without WORLD_SIZE: {mend}")
+        if other := next((name for name in OTHERS if said.get(name, "1") != "1"), None):
+            raise GroupError(
+                f"{other} = {said[other]} is in the environment without RANK and WORLD_SIZE: launch with torchrun "
+                "or by launch/slurm.sh; for processes that train alone, set WORLD_SIZE=1"
+            )
+        return Place()
+    for name in COUNTS:
+        if not re.fullmatch("[0-9]{1,9}", said.get(name, "0")):
+            raise GroupError(f"{name} = {said[name]} in the environment is no count: {mend}")
+    here = Place(*(int(said.get(name, default)) for name, default in zip(COUNTS[:4], "0101", strict=True)))
+    if here.world != 1 and (missing := [name for name in (*COUNTS, "MASTER_ADDR") if not os.environ.get(name)]):
+        raise GroupError(f"WORLD_SIZE = {here.world} is in the environment without {', '.join(missing)}: {mend}")
+    if not (here.rank < here.world and here.local_rank < here.local_world <= here.world):
+        values = ", ".join(f"{name} = {said.get(name, 'not set')}" for name in COUNTS[:4])
+        raise GroupError(f"{values} in the environment are of no group: {mend}")
+    return here
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return place().rank
 
 
 def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return place().world
 
 
 def say(text: str) -> None:
@@ -109,7 +150,7 @@ class Council:
             return
         token = self.largest(secrets.randbits(60) if rank() == 0 else 0)
         mine = folder / f".here-{token}-{rank()}"
-        leads = int(os.environ.get("LOCAL_RANK", "0")) == 0  # processes of one machine share its disk
+        leads = place().local_rank == 0  # processes of one machine share its disk
         if leads:
             folder.mkdir(parents=True, exist_ok=True)
             mine.touch()
@@ -178,11 +219,11 @@ class Council:
     def first(self, act: Callable[[], Any]) -> Any:
         """What `act()` returns: done by each node's first process while the others wait as long as it takes."""
         result = None
-        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        first = place().local_rank == 0
         with self.together(patient=True):
             if first:
                 result = act()
-            if int(os.environ.get("LOCAL_WORLD_SIZE", world())) < world():
+            if place().local_world < world():
                 say("waiting until every machine is as far")
         with self.together(patient=True):
             return result if first else act()

@@ -4,10 +4,14 @@ Precision, threads and micro-batch are part of what decides a run's bits, so wha
 """
 
 import ctypes
+import getpass
 import os
 import re
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +19,28 @@ from typing import Any
 import accelerate
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from llm import __version__, cost, group, store
-from llm.errors import GroupError, RecipeError
+from llm.errors import GroupError, RecipeError, RefusedError
 from llm.recipe import Recipe, flat
 
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
+# What an accelerate configuration may ask for, the value that asks for nothing, and what decides it here.
+DECIDED = {
+    "MIXED_PRECISION": ("no", "machine.precision"),
+    "DYNAMO_BACKEND": ("no", "machine.compile"),
+    "GRADIENT_ACCUMULATION_STEPS": ("1", "machine.micro_batch"),
+    "GRADIENT_CLIPPING": ("none", "train.clip"),
+    "TORCH_DEVICE": ("", "CUDA_VISIBLE_DEVICES"),
+    "USE_DEEPSPEED": ("false", "machine.shard"),
+    "USE_MEGATRON_LM": ("false", "machine.shard"),
+    "USE_PARALLELISM_CONFIG": ("false", "machine.shard"),
+}
+KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 
 def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
@@ -33,7 +50,7 @@ def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
     if recipe.machine.exact and "threads" in known:  # part of what decides the bits
         return int(known["threads"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // group.place().local_world)
 
 
 def parents_line() -> list[str]:
@@ -57,12 +74,12 @@ def asked_for() -> int | None:
     options = " ".join(line[: line.index(sys.argv[0])] if sys.argv[0] in line else line)
     if found := re.search(r"--num[_-]processes[ =]+(\d+)", options):
         return int(found[1])
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     named = re.search(r"--config[_-]file[ =]+(\S+)", options)
-    config = Path(named[1]) if named else home / "accelerate" / "default_config.yaml"
-    if not config.expanduser().is_file() or ("--cpu" in options and not named):  # then accelerate reads no default
+    config = Path(os.path.expanduser(named[1] if named else f"{home}/accelerate/default_config.yaml"))  # noqa: PTH111
+    if not config.is_file() or ("--cpu" in options and not named):  # then accelerate reads no default
         return None
-    found = re.search(r"(?m)^num_processes: *(\d+)", config.expanduser().read_text(errors="replace"))
+    found = re.search(r"(?m)^num_processes: *(\d+)", config.read_text(errors="replace"))
     return int(found[1]) if found else None
 
 
@@ -93,7 +110,13 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
     What the run settled before stays. The first process decides for all.
     """
     record = run / RECORD
-    known = store.read_sealed(record) if record.exists() else {}
+    try:
+        known = store.read_sealed(record) if record.exists() else {}
+    except RefusedError as error:
+        raise RefusedError(
+            f"{error}: remove it, and the precision, micro-batch and threads that are auto are chosen anew; "
+            "checkpoints/*/checkpoint.json hold those that decided the bits"
+        ) from error
     torch.set_num_threads(threads_of(recipe, known))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate chooses one
     names: tuple[Any, ...] = ("fp32", "bf16", "fp16")
@@ -120,31 +143,44 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
 
 def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     """The processes, met and counted. GroupError where they are not those that were asked for."""
-    on_cpu = not has_accelerator()
+    on_cpu, world = not has_accelerator(), group.world()  # refused before all else where the launch is half a one
     asked = asked_for()
-    if asked is not None and asked != group.world():
+    if asked is not None and asked != world:
         raise GroupError(
-            f"{asked} processes were asked for, but this launch line starts {group.world()}: say "
+            f"{asked} processes were asked for, but this launch line starts {world}: say "
             f"`accelerate launch --multi_gpu --num_processes {asked}`, without --cpu on a machine without GPUs too, or "
             f"`torchrun --nproc_per_node {asked}`"
         )
-    if os.environ.pop("ACCELERATE_USE_FSDP", "") == "true" and recipe.machine.shard == "none":
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and recipe.machine.shard == "none":
         group.say("the accelerate configuration asks for FSDP: machine.shard = full")
         recipe = replace(recipe, machine=replace(recipe.machine, shard="full"))
-    if on_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # read by torchrun's processes before the first Accelerator
+    _leave_to_recipe(on_cpu)
+    if recipe.machine.compile:
+        try:
+            getpass.getuser()  # the compiler names its cache after the user
+        except (OSError, KeyError):
+            os.environ["USER"] = str(os.getuid())
     if torch.cuda.is_available():
         repeat_bits()
     if group.world() > 1 and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group("gloo" if on_cpu else "nccl", timeout=group.HUNG)
+            torch.cuda.set_device(group.place().local_rank)
+        try:
+            torch.distributed.init_process_group("gloo" if on_cpu else "nccl", timeout=group.HUNG)
+        except (RuntimeError, ValueError) as error:
+            where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise GroupError(
+                f"the {group.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT): start all of them, "
+                f"with a free port of the first one's machine ({str(error).splitlines()[0][:160]})"
+            ) from None
     council = group.Council()
     run = Path("runs") / recipe.run
     with council.together():
         versions = {"torch": torch.__version__, "accelerate": accelerate.__version__, "onetext-llm": __version__}
         council.agree("versions", versions, "install the same version everywhere")
         same = {name: value for name, value in flat(recipe).items() if name != "text.cache"}  # may be a disk of its own
+        if recipe.machine.shard == "hybrid":
+            same["LOCAL_WORLD_SIZE"] = group.place().local_world
         council.agree("recipe", same, "start every process with the same recipe and overrides")
         recipe = settled(recipe, run, council)
     accelerator = Accelerator(
@@ -160,6 +196,57 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
     with council.together():
         _refuse_uneven(recipe)
     return accelerator, council, recipe
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Leave the process as it was found: variables, signal handlers, threads, modes of torch, Accelerate's state."""
+    states = (PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state)
+    environment, theirs = dict(os.environ), [dict(state) for state in states]
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    threads, strict = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    for state in states:  # of another precision, maybe, which Accelerate would not change
+        state.clear()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for state, kept in zip(states, theirs, strict=True):
+            state.clear()
+            state.update(kept)
+        for name in os.environ.keys() | environment.keys():
+            if name not in environment:
+                del os.environ[name]
+            elif os.environ.get(name) != environment[name]:
+                os.environ[name] = environment[name]
+        torch.set_num_threads(threads)
+        torch.set_deterministic_debug_mode(strict)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+def _leave_to_recipe(on_cpu: bool) -> None:
+    """Let Accelerate hear from its environment no more than the place of this process: the recipe decides the rest.
+
+    Says which of a configuration's wishes are not taken.
+    """
+    for name, (nothing, key) in DECIDED.items():
+        if (value := os.environ.get(f"ACCELERATE_{name}", nothing).lower()) != nothing:
+            group.say(f"the accelerate configuration says {name.lower()} = {value}: not taken, {key} decides")
+    if not on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        raise GroupError("the accelerate configuration says use_cpu: set CUDA_VISIBLE_DEVICES= to train on the CPU")
+    foreign = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "PMI_", "OMPI_", "MV2_")
+    for name in [name for name in os.environ if name.startswith(foreign) and name not in KEPT]:
+        del os.environ[name]
+    if group.world() == 1:  # accelerate would make a group of LOCAL_RANK alone
+        for name in group.COUNTS:
+            os.environ.pop(name, None)
+        os.environ["WORLD_SIZE"] = "1"
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def repeat_bits() -> None:
@@ -178,6 +265,10 @@ def _refuse_uneven(recipe: Recipe) -> None:
         raise RecipeError(
             f"{windows} windows a step (train.tokens_per_step / model.context) cannot be shared by {world} processes: "
             f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
+        )
+    if recipe.machine.shard == "hybrid" and world % (local := group.place().local_world):
+        raise RecipeError(
+            f"machine.shard = hybrid needs as many processes on each machine: {world} in all, {local} on this one"
         )
     micro_batch, share = recipe.machine.micro_batch, windows // world
     if recipe.machine.exact and isinstance(micro_batch, int):

@@ -63,7 +63,7 @@ def gradient_norm(gradients: list[Rows], layout: Layout) -> Tensor:
     So it is the same to the bit however the rows are dealt.
     """
     dtype = wide(gradients[0].local.device)
-    rows = [torch.linalg.vector_norm(g.local.reshape(len(g.local), -1), dim=1, dtype=dtype) for g in gradients]
+    rows = [torch.linalg.vector_norm(g.flat, dim=1, dtype=dtype) for g in gradients]
     if layout.sharded:
         spans = [bounds(g.shape[0], layout.parts, 0)[1] for g in gradients]
         padded = torch.cat([F.pad(row, (0, span - len(row))) for row, span in zip(rows, spans, strict=True)])

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import heapq
 import math
+import os
 import shutil
 import sys
 import time
@@ -98,9 +99,9 @@ def prepare(recipe: Recipe, say: Say = print, progress: bool = True, verify: boo
     if recipe.model.from_:
         from llm.pretrained import tokenizer_of  # with torch, which others need not wait for
 
-        tokenizer = tokenizer_of(Path(recipe.model.from_).expanduser())
+        tokenizer = tokenizer_of(store.expanded(recipe.model.from_))
     elif recipe.tokenizer.path:
-        tokenizer = Tokenizer.load(Path(recipe.tokenizer.path).expanduser())
+        tokenizer = Tokenizer.load(store.expanded(recipe.tokenizer.path))
     else:
         tokenizer = _trained(recipe, survey, cache, say, lambda: sample or _survey(corpus, survey.share, show)[1])
     lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
@@ -137,7 +138,7 @@ def ready(recipe: Recipe, say: Say = print) -> tuple[Recipe, Tokenizer, Shards]:
 
 
 def _cache(name: str) -> Path:
-    cache = Path(name).expanduser()
+    cache = store.expanded(name)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -155,8 +156,14 @@ def _sides(train: int, validation: int) -> str:
 
 @contextmanager
 def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
-    """Hold the lock of what will lie at `path`; whoever waits for another process says so."""
+    """Hold the lock of what will lie at `path`; whoever waits for another process says so.
+
+    In a cache that cannot be written to there is nothing to lock.
+    """
     lock = path.parent.parent / "locks" / f"{path.parent.name}-{path.stem}.lock"
+    if _read_only(lock.parent):
+        yield
+        return
     with store.lock(lock) as alone:
         if alone:
             store.sweep(path.parent, of=path.name)
@@ -166,6 +173,11 @@ def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
     with store.lock(lock, wait=True):
         store.sweep(path.parent, of=path.name)
         yield
+
+
+def _read_only(path: Path) -> bool:
+    """Whether nothing can be written at `path`, which need not be there yet."""
+    return not os.access(next(each for each in (path, *path.absolute().parents) if each.exists()), os.W_OK)
 
 
 def _surveyed(
@@ -183,7 +195,8 @@ def _surveyed(
             survey = Survey(**store.read_sealed(path))
         else:
             survey, sample = _survey(corpus, text.validation, show)
-            store.write_sealed(path, asdict(survey))
+            if not _read_only(path):
+                store.write_sealed(path, asdict(survey))
     whole = sum(survey.text_bytes)
     fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
     if not fits and most == LONGEST:
@@ -291,9 +304,10 @@ def _sharded(
     folder = cache / "shards" / fingerprint
     with _alone(folder, "these token shards", show.say):
         if (folder / "manifest.json").is_file():
-            store.sweep(folder)
-            if (folder / "journal.json").exists():  # a kill came between the manifest and its removal
-                store.remove(folder / "journal.json")
+            if not _read_only(folder):
+                store.sweep(folder)
+                if (folder / "journal.json").exists():  # a kill came between the manifest and its removal
+                    store.remove(folder / "journal.json")
             small = sum(path.stat().st_size for path in folder.glob("*.arrow")) <= SMALL
             shards = Shards.open(folder, verify or small)
             show.say(f"shards: {folder.parent}/{fingerprint[:12]}... (made before)")

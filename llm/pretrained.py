@@ -111,13 +111,13 @@ def family(folder: Path) -> Family:
 
 
 def family_of(recipe: Recipe) -> Family:
-    return family(Path(recipe.model.from_).expanduser()) if recipe.model.from_ else Family()
+    return family(store.expanded(recipe.model.from_)) if recipe.model.from_ else Family()
 
 
 def shaped(recipe: Recipe) -> Recipe:
     """The recipe with the shape of the folder model.from. RecipeError where it says another."""
     assert recipe.model.from_ is not None
-    config = read_config(Path(recipe.model.from_).expanduser())
+    config = read_config(store.expanded(recipe.model.from_))
     shape, plain = recipe.model, Model(context=recipe.model.context)
     theirs = {name: config[field] for name, field in FIELDS.items()}
     resolved = resolve(replace(recipe, model=plain)).model
@@ -129,7 +129,7 @@ def shaped(recipe: Recipe) -> Recipe:
     if shape.context > most:
         raise RecipeError(f"model.context = {shape.context} is more than the {most} tokens of {shape.from_}")
     recipe = resolve(replace(recipe, model=replace(shape, **theirs)))
-    there = sum(path.stat().st_size for path in Path(str(shape.from_)).expanduser().glob("*.safetensors"))
+    there = sum(path.stat().st_size for path in store.expanded(str(shape.from_)).glob("*.safetensors"))
     if (numbers := parameters(recipe.model, config["vocab_size"])) > there:  # before room is made for them
         raise RefusedError(f"{shape.from_} lacks weights: {there:,} bytes of safetensors only for {numbers:,} numbers")
     return recipe

@@ -1,7 +1,9 @@
 """The life of a run in this process: meet the others, prepare, hold the folder, begin or go on, say how it ended."""
 
+import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -11,12 +13,12 @@ from accelerate import Accelerator
 
 from llm import checkpoint, cost, group, store
 from llm.errors import GroupError, LLMError, RefusedError, as_disk_error, reason
-from llm.machine import die_with_parent, remember, start_group
+from llm.machine import as_it_was, die_with_parent, has_accelerator, remember, start_group
 from llm.recipe import Machine, Recipe, dump, signed
-from llm.shards import Shards
+from llm.shards import Shards, keep_place
 from llm.tokenizer import Tokenizer
 from llm.tracking import readable
-from llm.trainer import Trainer, is_short_of_memory
+from llm.trainer import Trainer, is_short_of_memory, let_go
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # each asks to finish the step, save and stop
 
@@ -24,8 +26,20 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # each asks to finish the 
 def train(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]], until: int = -1) -> Path:
     """The folder of the finished run. `prepare` gives the recipe with its length, the tokenizer and the shards.
 
-    With `until` it stops after that step as a signal would stop it.
+    With `until` it stops after that step as a signal would stop it. The process is left as it was found.
     """
+    try:
+        with as_it_was():
+            return _session(recipe, prepare, until)
+    except (LLMError, KeyboardInterrupt) as error:
+        let_go(error)  # a notebook keeps the last one, and with it the model
+        raise
+    finally:
+        if hasattr(sys, "ps1") or has_accelerator():  # else the process ends, or has no model to share its memory with
+            gc.collect()
+
+
+def _session(recipe: Recipe, prepare: Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]], until: int) -> Path:
     asked, run = recipe.machine, Path("runs") / recipe.run
     die_with_parent()
     accelerator, council, recipe = start_group(recipe)
@@ -130,7 +144,7 @@ def _begin(trainer: Trainer, asked: Recipe) -> None:
         if trainer.council.writes:
             store.write_sealed(run / checkpoint.IDENTITY, {"run": trainer.identity})
             store.write_bytes(run / "recipe.yaml", signed(dump(asked)).encode())
-            store.write_sealed(run / "shards.json", {"folder": str(trainer.shards.folder), **trainer.shards.manifest})
+            keep_place(trainer.shards, run)
             remember(recipe, run)
             trainer.tokenizer.save(run / "tokenizer")
     left, per_step = steps - trainer.state.step, recipe.train.tokens_per_step

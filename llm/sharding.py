@@ -6,7 +6,7 @@ each block and the root, called by us: accelerate's own gate opens on accelerato
 fully_shard and its tensors take a second to import: whoever deals no rows does without.
 """
 
-import os
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llm.group import place
 
 Module = TypeVar("Module", bound=nn.Module)
 Group = dist.ProcessGroup | None  # None: all processes, or the only one
@@ -101,6 +103,11 @@ class Rows:
     shape: tuple[int, ...]
     low: int
 
+    @property
+    def flat(self) -> Tensor:
+        """`local` with each row in one piece: (rows, numbers of a row); a process may hold none."""
+        return self.local.reshape(len(self.local), math.prod(self.shape[1:]))
+
     def like(self, local: Tensor) -> "Rows":
         """The same rows of another tensor of that shape."""
         return Rows(local, self.shape, self.low)
@@ -137,7 +144,7 @@ class Layout:
         self.parts, self.copies, self.index = 1, size(), 0
         self.dtype, self.sharded = dtype, False
         if mode != "none" and size() >= self.FEWEST:
-            self.parts = size() if mode == "full" else int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+            self.parts = size() if mode == "full" else place().local_world
             self.copies = size() // self.parts
             assert device is not None
             from torch.distributed.device_mesh import init_device_mesh

@@ -25,6 +25,7 @@ FORMAT = 1
 FILE = 16 << 20  # bytes of text in a file: what is held in memory before it is written
 BLOCK = 1 << 20  # bytes of text in a row of the pipeline: small next to memory, large next to what a row costs
 SIDES = ("train", "validation")
+PLACE = "shards.json"  # in a run
 
 Files = dict[str, list[dict[str, Any]]]  # by side, what the manifest says of each file
 
@@ -95,6 +96,27 @@ class Shards:
             if verify and not _is_whole(folder, file):
                 raise RefusedError(f"{folder / file['name']} is missing or damaged (sha256): {_mend(folder)}")
         return cls(folder, manifest)
+
+
+def keep_place(shards: Shards, run: Path) -> None:
+    """Write into a run where its shards lie, and of what they are."""
+    place = {"folder": str(shards.folder), "absolute": str(shards.folder.resolve())}
+    store.write_sealed(run / PLACE, {**place, **shards.manifest})
+
+
+def of_run(run: Path, verify: bool = False) -> Shards:
+    """The shards of a run, also from another working folder, or where both were moved. RefusedError where they are not.
+
+    A relative place is one in the project, whose runs/ holds the run.
+    """
+    kept = store.read_sealed(run / PLACE)
+    tops = (run.absolute().parent.parent, run.resolve().parent.parent, Path())
+    places = [*(top / kept["folder"] for top in tops), Path(kept.get("absolute", kept["folder"]))]
+    found = next((place for place in places if (place / "manifest.json").is_file()), places[0])
+    shards = Shards.open(found, verify)
+    if shards.fingerprint != kept["fingerprint"]:
+        raise RefusedError(f"{found} holds another text than {run.name} was trained on: {_mend(found)}")
+    return shards
 
 
 def _mend(folder: Path) -> str:

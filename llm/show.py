@@ -47,7 +47,7 @@ def show_step(folder: Path, step: int, world: int, characters: int) -> None:
     from llm.budget import RECORD as PLAN
     from llm.order import Order
     from llm.recipe import load, skipped
-    from llm.shards import Shards
+    from llm.shards import of_run
     from llm.store import read_sealed
     from llm.stream import Stream
 
@@ -57,7 +57,7 @@ def show_step(folder: Path, step: int, world: int, characters: int) -> None:
         raise RecipeError(f"--step = {step}: the run has {steps} steps")
     machine = read_sealed(folder / "machine.json")
     world = world or int(machine["world"])
-    shards = Shards.open(Path(read_sealed(folder / "shards.json")["folder"]))
+    shards = of_run(folder)
     tokenizer = borrowed.load(folder / "tokenizer")
     order = Order(recipe.seed, shards.train.tokens, recipe.model.context)
     micro_batch = int(machine["micro_batch"])

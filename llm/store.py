@@ -4,6 +4,7 @@ Every durable operation goes through `_write`, `_write_at`, `_flush`, `_rename` 
 each single one of them fail.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -15,10 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from llm.errors import RefusedError
+from llm.errors import RecipeError, RefusedError
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # as a file system says it cannot do that
 DRAFT = ".draft-"  # what begins with this is unfinished work, to be ignored and swept away
 
 
@@ -55,13 +57,24 @@ def _remove(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; a no-op where folders cannot be opened (Windows)."""
+    """Make the names in `folder` durable, where folders can be opened and flushed (not everywhere)."""
     if os.name != "nt":
         handle = os.open(folder, os.O_RDONLY)
         try:
             _flush(handle)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         finally:
             os.close(handle)
+
+
+def expanded(name: str | Path) -> Path:
+    """`name` as a path, with `~` as the user's home. RecipeError where the user has none."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"{name}: there is no home here for ~ (HOME is not set): write the whole path") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -203,11 +216,20 @@ def digest_of(value: Any) -> str:
 
 @contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock file `path`, which the kernel frees when its holder dies. Yields False where it is another's."""
+    """Hold the lock file `path`, which the kernel frees when its holder dies. Yields False where it is another's.
+
+    Where the file system knows no locks, a file beside it names the holder; one of a dead process does not count.
+    """
     make_folder(path.parent)
-    file_lock = FileLock(path)
+    file_lock: BaseFileLock = FileLock(path)
     try:
-        file_lock.acquire(timeout=-1 if wait else 0)
+        try:
+            file_lock.acquire(timeout=-1 if wait else 0)
+        except OSError as error:
+            if isinstance(error, Timeout) or error.errno not in (errno.ENOLCK, *UNSUPPORTED):
+                raise
+            file_lock = SoftFileLock(path.with_name(f"{path.name}-holder"))
+            file_lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         yield False
         return

@@ -4,13 +4,17 @@ metrics.jsonl is the record: one object a line, its steps only ever rising, also
 for the eye, and none of them can end the run.
 """
 
+import importlib
 import math
 import os
 import statistics
+import struct
 import sys
 import uuid
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llm import store
-from llm.errors import tell
+from llm.errors import RefusedError, tell
 from llm.recipe import Recipe, flat
 
 EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
@@ -52,8 +56,9 @@ class Tracker:
 
         path = run / "metrics.jsonl"
         lines = list(store.read_lines(path)) if path.exists() else []
-        # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is sent once.
-        self.told = max((line.get("step", 0) for line in lines), default=0)
+        # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is sent once,
+        # from this step on. W&B, which may have lost the last ones, says itself.
+        self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
         self.record = store.Lines(path, keep=keep)
         lines = list(filter(keep, lines))
         self.steps = recipe.train.steps
@@ -70,7 +75,7 @@ class Tracker:
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
         if recipe.tracking.wandb != "off":
-            self._guard("wandb", lambda: self._start_wandb(run, recipe, config))
+            self._guard("wandb", lambda: self._start_wandb(run, recipe, config, lines))
 
     def plan(self, steps: int) -> None:
         """The run is to have `steps` in all."""
@@ -111,11 +116,12 @@ class Tracker:
             self.bar.set_postfix_str(
                 f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s", refresh=False
             )
-        if step < self.told:
-            return
-        plain = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
-        for name, tracker in list(self.trackers.items()):
-            self._guard(name, partial(tracker.log, {"step": step, **plain}, step=step))
+        for name in [name for name in self.trackers if step >= self.told[name]]:
+            self._guard(name, partial(self._tell, name, {"step": step, **numbers}))
+
+    def _tell(self, name: str, line: dict[str, Any]) -> None:
+        plain = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        self.trackers[name].log(plain, step=line["step"])
 
     def _look_for_spike(self, step: int, loss: float) -> None:
         losses = [each for _, each in self.losses]
@@ -179,18 +185,22 @@ class Tracker:
         )
         self.trackers["tensorboard"] = tracker
 
-    def _start_wandb(self, run: Path, recipe: Recipe, config: dict[str, Any]) -> None:
+    def _start_wandb(self, run: Path, recipe: Recipe, config: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        """Of W&B's own variables, WANDB_MODE can make it quieter than the recipe says; WANDB_PROJECT and _NAME hold."""
         import wandb
         from accelerate.tracking import WandBTracker
 
-        id_file = run / "wandb.json"
-        if not id_file.exists():
-            store.write_json(id_file, {"id": uuid.uuid4().hex[:8]})
+        wanted = os.environ.get("WANDB_MODE", "").lower()
+        if wanted == "disabled":
+            return
+        id = _wandb_id(run)
         for kind in ("CACHE", "DATA"):  # else it leaves files in the home folder
             os.environ.setdefault(f"WANDB_{kind}_DIR", str((run / "wandb").resolve()))
+        if os.path.expanduser("~") == "~":  # noqa: PTH111  # a user without a home: it would look for one
+            os.environ["HOME"] = str((run / "wandb").resolve())
         quiet = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off")
         wandb.setup(settings=quiet)
-        mode = recipe.tracking.wandb
+        mode = "offline" if wanted in ("offline", "dryrun") else recipe.tracking.wandb
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False)):
             self.say(
                 "wandb has no key (`wandb login` stores one): the run is kept offline, `wandb sync` sends it later"
@@ -199,9 +209,9 @@ class Tracker:
 
         def start(mode: str) -> None:
             tracker = WandBTracker(
-                "onetext-llm",  # the project
-                name=recipe.run,
-                id=store.read_json(id_file)["id"],
+                os.environ.get("WANDB_PROJECT") or "onetext-llm",
+                name=os.environ.get("WANDB_NAME") or recipe.run,
+                id=id,
                 resume="allow",
                 mode=mode,
                 config=config,
@@ -213,6 +223,11 @@ class Tracker:
             tracker.run.define_metric("step")
             tracker.run.define_metric("*", step_metric="step")
             self.trackers["wandb"] = tracker
+            # A kill takes along what was neither uploaded nor written: it is sent again out of the record.
+            self.told["wandb"] = 1 + (_kept_offline(run) if mode == "offline" else tracker.run.step - 1)
+            for line in lines:
+                if line["step"] >= self.told["wandb"] and line.keys() & {"loss", "val_loss"}:
+                    self._tell("wandb", line)
 
         try:
             start(mode)
@@ -222,3 +237,45 @@ class Tracker:
             self.say(f"wandb cannot be reached ({' '.join(str(error).split())[:120]}): the run is kept offline")
             wandb.teardown()  # its service would refuse the id, which the attempt still holds
             start("offline")
+
+
+def _wandb_id(run: Path) -> str:
+    """W&B's name of this run; where wandb.json is damaged, the one of the last folder that W&B made."""
+    path = run / "wandb.json"
+    with suppress(OSError, RefusedError, LookupError, TypeError):
+        return str(store.read_json(path)["id"])
+    made = sorted(folder.name.split("run-")[1] for folder in (run / "wandb").glob("*run-*-*"))
+    id = made[-1].rpartition("-")[2] if made else uuid.uuid4().hex[:8]
+    store.write_json(path, {"id": id})
+    return id
+
+
+def _kept_offline(run: Path) -> int:
+    """The last step in W&B's own files of a run, 0 where there is none; a killed process leaves them unfinished."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the version that it was made with
+        messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+
+    last = 0
+    for path in (run / "wandb").glob("*run-*/*.wandb"):
+        for data in _records(path.read_bytes()):
+            for item in messages.Record.FromString(data).history.item:
+                if "step" in (item.key, *item.nested_key):
+                    last = max(last, int(float(item.value_json)))
+    return last
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """The whole records of a log as LevelDB writes it: a head of 7 bytes, then blocks of 32 KiB with parts of them."""
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])  # after a checksum
+        at += 7 + length
+        if at > len(data) or kind not in (1, 2, 3, 4):  # never whole: its writer was killed
+            return
+        parts = data[at - length : at] if kind in (1, 2) else parts + data[at - length : at]
+        if kind in (1, 4):  # whole, or the last part
+            yield parts

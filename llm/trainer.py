@@ -609,7 +609,7 @@ class Trainer:
                 "data": source.manifest["data"],
             }
         elif self.recipe.model.from_:
-            folder = Path(self.recipe.model.from_).expanduser()
+            folder = store.expanded(self.recipe.model.from_)
             self.parent = {"model": folder.name, "digest": pretrained.load(folder, self.weights())}
         begin, step = (self.plan[0][0], self.state.step) if self.plan else (0, 0)
         if step < begin or (found is None and self.plan and step >= self.steps):

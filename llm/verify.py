@@ -221,7 +221,7 @@ def verify_run(name: str) -> list[Verdict]:
     """Read every file of a run again, against what was recorded of it."""
     from llm import borrowed, budget, checkpoint, fingerprints, store
     from llm.runs import find
-    from llm.shards import Shards
+    from llm.shards import of_run
 
     folder, _ = find(name)
     verdicts, tokenizers = [], set()
@@ -241,17 +241,11 @@ def verify_run(name: str) -> list[Verdict]:
         if tokenizers - {found}:
             raise RefusedError("it is not the one that the checkpoints were trained with")
 
-    def shards() -> None:
-        kept = store.read_sealed(folder / "shards.json")
-        opened = Shards.open(Path(kept["folder"]), verify=True)
-        if opened.fingerprint != kept["fingerprint"]:
-            raise RefusedError(f"{kept['folder']} holds another text")
-
     for path in checkpoint.folders(folder):
         look(f"{path.name}: every file has its sha256; to be resumed from", lambda path=path: opened(path))
     look("identity: it matches its own digest", lambda: checkpoint.identity(folder))
     look("tokenizer: the checkpoints' own", tokenizer)
-    look("shards: every file has its sha256", shards)
+    look("shards: every file has its sha256", lambda: of_run(folder, verify=True))
     look("fingerprints: an unbroken chain", lambda: fingerprints.verify_chain(folder))
     if (folder / budget.RECORD).exists():
         look("plan: it matches its own digest", lambda: store.read_sealed(folder / budget.RECORD))

@@ -1,16 +1,26 @@
 """The main command: what it leaves, what it says, and one clear line with the right status for whatever is wrong."""
 
+import gc
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
+import warnings
+import weakref
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from accelerate.state import is_initialized
 from safetensors import safe_open
 
-from llm import checkpoint, store
+from llm import checkpoint, session, store
+from llm.errors import StoppedError
+from llm.prepare import ready
 from llm.recipe import load
 from llm.trainer import Trainer
 from tests.forks import Ended, digest, ended, run, script, start, train, write_recipe, write_text
@@ -330,3 +340,72 @@ def test_compiled_blocks_are_said_with_their_cost_or_done_without(
     done = ended(start(act, tmp_path, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}), tmp_path)
     assert done.status == 0, done.err
     assert ("going on without" if compiler == "missing" else "the blocks were compiled in") in done.out
+
+
+def test_a_run_in_a_process_of_ones_own_leaves_it_as_it_was(tmp_path: Path, text: Path) -> None:
+    """Two of other precisions in turn, and one that is stopped."""
+    path = write_recipe(tmp_path, text, **{"machine.threads": 2, "train.steps": 3, "train.warmup": 1})
+
+    def found() -> list[object]:
+        handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+        modes = [torch.get_num_threads(), torch.get_deterministic_debug_mode(), len(warnings.filters)]
+        return [dict(os.environ), handlers, modes, is_initialized(), torch.distributed.is_initialized()]
+
+    def act() -> None:
+        models, init = [], Trainer.__init__
+
+        def kept(self: Trainer, *given: Any) -> None:
+            init(self, *given)
+            models.append(weakref.ref(self.model))
+
+        Trainer.__init__ = kept  # type: ignore[method-assign]
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
+        import_module("llm.corpus").lean_datasets()
+        before, last = found(), None
+        for precision, until in (("fp32", -1), ("bf16", -1), ("fp32", 1)):
+            try:
+                recipe = load(path, [f"machine.precision={precision}", f"run={precision}{until + 1}"])
+                session.train(recipe, lambda recipe: ready(recipe, lambda line: None), until)
+            except StoppedError as error:
+                last = error
+            assert found() == before
+        gc.collect()
+        assert last is not None and [model() for model in models] == [None] * 3
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
+
+
+def test_a_run_is_read_from_anywhere_and_after_a_move(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    recipe = write_recipe(
+        project, write_text(project / "text.txt"), **{"text.cache": "data", "text.files": "[text.txt]"}
+    )
+    assert run(train(recipe), project).status == 0
+    (tmp_path / "elsewhere").mkdir()
+
+    def read(folder: Path) -> None:
+        for words in (("verify", folder), ("evaluate", folder), ("show", folder, "--step", "0")):
+            done = run(script(f"module:llm.{words[0]}", *words[1:]), tmp_path / "elsewhere")
+            assert done.status == 0, (words, done.out, done.err)
+
+    read(project / "runs/tiny")
+    project = project.rename(tmp_path / "moved")
+    read(project / "runs/tiny")
+    (project / "runs/tiny").rename(tmp_path / "alone")
+    done = run(script("module:llm.evaluate", tmp_path / "alone"), tmp_path / "elsewhere")
+    refused(done, 4, "data/shards", "prepare the text again")
+    run_folder = tmp_path / "alone"
+    known = store.read_sealed(run_folder / "shards.json")
+    store.write_sealed(run_folder / "shards.json", {**known, "absolute": str(project / known["folder"])})
+    read(run_folder)
+
+
+def test_a_damaged_record_of_the_machine_says_what_to_remove(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    record = tmp_path / "runs/tiny/machine.json"
+    record.write_text("")
+    refused(run(train(tmp_path / "recipe.yaml"), tmp_path), 4, "runs/tiny/machine.json", "remove it")
+    record.unlink()
+    assert run(train(tmp_path / "recipe.yaml"), tmp_path).status == 0

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -169,3 +170,38 @@ def test_a_failure_inside_a_library_is_a_failure_of_the_disk(tmp_path: Path, tex
 
     ended = run(failing, tmp_path)
     assert ended.status == 5 and ended.err.count("\n") == 1 and os.strerror(code) in ended.err, ended.err
+
+
+def test_a_prepared_cache_that_cannot_be_written_to_is_used(disk: Path, tmp_path: Path, text: Path) -> None:
+    recipe = write_recipe(tmp_path, text, **{"text.cache": disk / "cache"})
+    assert run(train(recipe, "run=first"), tmp_path).status == 0
+    draft = disk / "cache/tokenizers/.draft-left"
+    draft.mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    done = run(train(recipe), tmp_path)
+    assert done.status == 0 and "made before" in done.out, done.err
+    other = run(train(recipe, "run=other", "tokenizer.vocabulary=330"), tmp_path)
+    assert other.status == 5 and len(other.err.splitlines()) == 1 and "Read-only file system" in other.err, other.err
+
+
+@pytest.mark.parametrize("home", [None, "/proc"])
+def test_without_a_home_all_is_done_and_nothing_left_behind(tmp_path: Path, text: Path, home: str | None) -> None:
+    """As for a user whom the system has no name for; /proc is a place where nobody may write."""
+    recipe = write_recipe(tmp_path, text, **{"text.cache": "data", "tracking.wandb": "online"})
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    def act() -> None:
+        pwd.getpwuid = unknown  # type: ignore[assignment]
+        for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "HF_HOME", *(n for n in os.environ if "WANDB" in n)):
+            os.environ.pop(name, None)
+        os.environ.update({"HOME": home} if home else {})
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = Path(f"{home or '~'}/.cache/huggingface/datasets")  # as when imported then
+        train(recipe)()
+
+    done = run(act, tmp_path)
+    assert done.status == 0 and done.err == "" and "left out" not in done.out, (done.out, done.err)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "runs", "recipe.yaml", "out.txt", "err.txt"}

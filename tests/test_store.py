@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -516,3 +518,63 @@ def test_a_reader_that_leaves_is_no_failure_and_a_full_disk_is_one(command: str,
     ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == status, ended.stderr
     assert said in ended.stderr and ended.stderr.count("\n") == (1 if said else 0)
+
+
+# ---------------------------------------------------------------------------------------------- network file systems
+
+
+def refuses(code: int, real: Callable[..., Any], when: Callable[[int], bool]) -> Callable[..., Any]:
+    """A call of the system that fails so on the handles for which `when` holds."""
+
+    def call(handle: int, *given: Any) -> Any:
+        if when(handle):
+            raise OSError(code, os.strerror(code))
+        return real(handle, *given)
+
+    return call
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_folder_that_cannot_be_flushed_is_no_fault_unless_the_disk_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuses(code, os.fsync, lambda handle: stat.S_ISDIR(os.fstat(handle).st_mode)))
+    with pytest.raises(OSError) if code == errno.EIO else contextlib.nullcontext():
+        store.write_bytes(tmp_path / "file", NEW)
+    assert (tmp_path / "file").read_bytes() == NEW
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_without_locks_in_the_file_system_a_file_names_the_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr("fcntl.flock", refuses(code, fcntl.flock, lambda handle: True))
+    path = tmp_path / "lock"
+    child = os.fork()
+    if not child:
+        with store.lock(path) as mine:
+            (tmp_path / f"held-{mine}").touch()
+            time.sleep(60)
+        os._exit(0)
+    while not list(tmp_path.glob("held-*")):
+        time.sleep(0.01)
+    with store.lock(path) as mine:
+        assert not mine and (tmp_path / "held-True").exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with store.lock(path, wait=True) as mine:
+        assert mine
+    with store.lock(path) as mine:
+        assert mine
+
+
+def test_a_place_without_what_is_needed_is_one_line_with_status_5() -> None:
+    for code in (errno.ENOTSUP, errno.ENOLCK, errno.ESTALE):
+        error = errors.as_disk_error(OSError(code, os.strerror(code), "file"))
+        assert error is not None and error.status == 5 and "another disk" in str(error)
+
+
+def test_a_home_that_is_not_there_is_refused_by_the_name_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(errors.RecipeError, match="there is no home"):
+        store.expanded("~/text.txt")

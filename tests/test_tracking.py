@@ -8,12 +8,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import llm.tracking
 from llm import checkpoint
+from llm.recipe import load
 from llm.trainer import Trainer
 from tests.forks import Ended, ended, run, start, train, write_recipe, write_text
 
@@ -143,6 +145,8 @@ def test_killed_between_checkpoints_no_tracker_is_told_a_step_twice(tmp_path: Pa
     ids, rows = told_wandb(tmp_path)
     assert len(ids) == 1
     no_step_goes_back(rows)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))  # also those that the kill took along
+    assert [row["step"] for row in rows if "bits_per_byte" in row] == [5, 10, 12]
     assert sorted(told_tensorboard(tmp_path)["bits_per_byte"]) == [5, 10, 12]
     assert set(told_tensorboard(tmp_path)["loss"]) == set(range(1, 13))
 
@@ -170,6 +174,59 @@ def test_without_a_network_it_is_kept_offline_and_the_key_is_in_no_file(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("wandb" in str(path) for path in files)
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_wandbs_own_variables_hold_and_its_name_of_a_run_is_found_again(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = recipe(tmp_path, text, "online")
+    for name, value in {"MODE": "offline", "PROJECT": "ours", "NAME": "first", "API_KEY": KEY}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert run(train(started, stop_after=7), tmp_path).status == 75
+    kept = tmp_path / "runs/tiny/wandb.json"
+    id = json.loads(kept.read_text())["id"]
+    kept.write_text("")
+    done = run(train(started), tmp_path)
+    assert done.status == 0 and "left out" not in done.out and "cannot be reached" not in done.out, done.out
+    assert json.loads(kept.read_text())["id"] == id
+    records = [each for path in (tmp_path / "runs/tiny/wandb").glob("*/*.wandb") for each in wandb_records(path)]
+    runs = [record.run for record in records if record.HasField("run")]
+    assert {(each.run_id, each.project, each.display_name) for each in runs} == {(id, "ours", "first")}
+    no_step_goes_back(told_wandb(tmp_path)[1])
+
+
+def test_wandb_disabled_by_its_own_variable_is_off(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    done = run(train(recipe(tmp_path, text, "online")), tmp_path)
+    assert done.status == 0 and "wandb" not in done.out
+    assert not (tmp_path / "runs/tiny/wandb").exists()
+
+
+def test_online_it_is_sent_what_its_server_lacks(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 9, of which W&B's server saw 5, and gone on with from step 8."""
+    sent = []
+
+    class Server:
+        def __init__(self, *given: Any, **named: Any) -> None:
+            self.run = SimpleNamespace(step=6, define_metric=lambda *given, **named: None)  # the next that it takes
+
+        def start(self) -> None:
+            pass
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            sent.append((step, values["loss"]))
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setattr("accelerate.tracking.WandBTracker", Server)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    folder = tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": step / 2}) for step in range(1, 10)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    llm.tracking.Tracker(folder, load(recipe(tmp_path, text, "online")), 8, {}).close()
+    assert sent == [(6, 3.0), (7, 3.5), (8, 4.0)]
 
 
 class OddError(Exception):

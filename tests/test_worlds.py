@@ -75,6 +75,16 @@ def test_the_curve_is_the_same_on_1_and_2_processes(tmp_path: Path, text: Path, 
     one_curve(tmp_path, text, optimizer, tied, 30, FAST)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_more_processes_than_rows_are_one_curve(tmp_path: Path, text: Path, optimizer: str) -> None:
+    """Norms of six numbers, dealt to four in pairs: one process holds none of them."""
+    changes = {"model.dim": 12, "train.optimizer": optimizer, "machine.micro_batch": 1, "train.steps": 6}
+    recipe = write_recipe(tmp_path, text, **changes)
+    for world, shard in ((1, "none"), (4, "full")):
+        go(tmp_path / shard, recipe, world, shard)
+    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "none"), rel=TOLERANCES[optimizer])
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_one_process_that_deals_rows_to_itself_ends_in_the_bits_of_one_that_does_not(
     tmp_path: Path, text: Path, optimizer: str
