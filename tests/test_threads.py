@@ -14,7 +14,10 @@ from llm import machine, threads
 from tests.forks import ROOT
 
 V2 = "0::{path}\n", "30 23 0:26 {root} {top} rw - cgroup2 cgroup2 rw\n"
-V1 = "4:memory:/other\n2:cpu,cpuacct:{path}\n0::/\n", "32 31 0:29 {root} {top} rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
+V1 = (
+    "4:memory:/other\n2:cpu,cpuacct:{path}\n0::/\n",
+    "32 31 0:29 {root} {top} rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n",
+)
 
 
 def process(folder: Path, kind: tuple[str, str], path: str = "/a/b", root: str = "/") -> Path:
@@ -156,7 +159,9 @@ def spun(**environment: str) -> list[float]:
 
 
 @pytest.mark.skipif(
-    not list((Path(torch.__file__).parent / "lib").glob("libgomp*")) or threads.cores() < 2 or threads._waited() is None,
+    not list((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    or threads.cores() < 2
+    or threads._waited() is None,
     reason="needs Linux, two cores and libgomp",
 )
 def test_threads_spin_only_while_nobody_waits_for_the_cores() -> None:

@@ -104,9 +104,7 @@ def main() -> None:
     for (work, where, name), values in figures.items():
         middle = statistics.median(values)
         best = statistics.median(figures[work, "quiet", "always spin"])
-        print(
-            f"{f'{work}, {where}, {name}':46}{min(values):8.0f}{middle:8.0f}{max(values):8.0f}{middle / best:20.0%}"
-        )
+        print(f"{f'{work}, {where}, {name}':46}{min(values):8.0f}{middle:8.0f}{max(values):8.0f}{middle / best:20.0%}")
 
 
 if __name__ == "__main__":
