@@ -14,7 +14,8 @@ from threading import Event, Thread
 
 LAUNCHERS = re.compile(r"/(accelerate|accelerate-launch|torchrun)\0|\0(accelerate\.commands|torch\.distributed)\.")
 LOOK = 0.2  # seconds between two looks at how long threads wait for a core
-CROWDED = 0.1  # of that time: programs that use a few percent of a core leave less
+CROWDED = 0.1  # of that time, all threads together: a program that uses a few percent of a core causes less
+IDLE = 64  # threads at most that may be made only to be counted
 
 
 def cores(process: Path = Path("/proc/self")) -> int:
@@ -58,12 +59,12 @@ def _quota(process: Path) -> float:
         return math.inf
     paths = {controller: path for _, controllers, path in groups for controller in controllers.split(",")}
     least = math.inf
-    for place, (kind, *_, options) in ((place.split(), rest.split()) for place, rest in mounts):
-        controller = "" if kind == "cgroup2" else "cpu"
-        if kind not in ("cgroup", "cgroup2") or controller not in (*options.split(","), "") or controller not in paths:
+    for mount, (kind, *_, options) in ((mount.split(), rest.split()) for mount, rest in mounts):
+        controller = "cpu" if kind == "cgroup" and "cpu" in options.split(",") else "" if kind == "cgroup2" else None
+        if controller not in paths:
             continue
         # A container may see its own group as the root of the mount, and still read the path that the host gave it.
-        root, top, path = Path(place[3]), Path(place[4]), Path(paths[controller])
+        root, top, path = Path(mount[3]), Path(mount[4]), Path(paths[controller])
         below = path.relative_to(root) if path.is_relative_to(root) else Path()
         levels = [top / below, *(top / below).parents][: len(below.parts) + 1]
         least = min(least, *map(_limit, levels))
@@ -91,9 +92,13 @@ def yield_to_neighbours() -> None:
     import torch
 
     library = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
-    if library is not None and torch.get_num_threads() > 1:
+    if library is None or torch.get_num_threads() == 1:
+        return
+    openmp = ctypes.CDLL(str(library))
+    team = max(2, openmp.omp_get_num_procs() - torch.get_num_threads() + 2)  # makes one more than there are cores
+    if team <= IDLE:
         Watch.started = True
-        Watch(ctypes.CDLL(str(library)), torch.get_num_threads()).start()
+        Watch(openmp, team).start()
 
 
 class Watch(Thread):
@@ -101,10 +106,9 @@ class Watch(Thread):
 
     started = False
 
-    def __init__(self, openmp: ctypes.CDLL, threads: int) -> None:
+    def __init__(self, openmp: ctypes.CDLL, team: int) -> None:
         super().__init__(daemon=True)
-        self.openmp = openmp
-        self.team = max(2, openmp.omp_get_num_procs() - threads + 2)  # makes one thread more than there are cores
+        self.openmp, self.team = openmp, team
 
     def run(self) -> None:
         idle: Event | None = None
@@ -113,7 +117,8 @@ class Watch(Thread):
             time.sleep(LOOK)
             before, since = waited, when
             waited, when = _waited() or 0, time.monotonic_ns()
-            crowded = waited - before > CROWDED * (when - since)
+            limit = CROWDED if idle is None else CROWDED / 3  # threads that sleep wait less than those that spin
+            crowded = waited - before > limit * (when - since)
             if crowded and idle is None:
                 idle = Event()
                 Thread(target=self.keep_team, args=[idle], daemon=True).start()
