@@ -19,11 +19,6 @@ from llm.errors import GroupError
 from llm.tokenizer import Tokenizer
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Here:
     """Encodes in the thread that asks."""
 

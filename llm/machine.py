@@ -20,9 +20,9 @@ import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 
-from llm import __version__, cost, group, store
+from llm import __version__, cost, group, store, threads
 from llm.errors import GroupError, RecipeError, RefusedError
 from llm.recipe import Recipe, flat
 
@@ -44,13 +44,12 @@ KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 
 def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
-    """CPU threads of this process: the cores that it may use, shared among the processes of this machine."""
+    """CPU threads of this process: as the recipe says, else its share of the machine's cores."""
     if recipe.machine.threads != "auto":
         return recipe.machine.threads
     if recipe.machine.exact and "threads" in known:  # part of what decides the bits
         return int(known["threads"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // group.place().local_world)
+    return threads.share()
 
 
 def parents_line() -> list[str]:
@@ -118,7 +117,7 @@ def settled(recipe: Recipe, run: Path, council: group.Council) -> Recipe:
             "checkpoints/*/checkpoint.json hold those that decided the bits"
         ) from error
     torch.set_num_threads(threads_of(recipe, known))
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate chooses one
+    threads.yield_to_neighbours()
     names: tuple[Any, ...] = ("fp32", "bf16", "fp16")
     precision = known.get("precision") if recipe.machine.precision == "auto" else None
     precision = names[council.largest(names.index(precision or precision_of(recipe)) if group.rank() == 0 else 0)]
@@ -183,11 +182,12 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, group.Council, Recipe]:
             same["LOCAL_WORLD_SIZE"] = group.place().local_world
         council.agree("recipe", same, "start every process with the same recipe and overrides")
         recipe = settled(recipe, run, council)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision={"fp32": "no"}.get(recipe.machine.precision, recipe.machine.precision),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    with patch_environment(omp_num_threads=recipe.machine.threads):  # else accelerate chooses the number
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision={"fp32": "no"}.get(recipe.machine.precision, recipe.machine.precision),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
     if accelerator.num_processes != group.world():
         raise GroupError(
             f"{group.world()} processes were asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}: "

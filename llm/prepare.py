@@ -25,10 +25,10 @@ from typing import TypeVar
 from llm import prompts, store
 from llm import shards as sharding
 from llm.corpus import BLOCK, LONGEST, Corpus, fraction, wiki_documents
-from llm.encoders import cores
 from llm.errors import DiskError, RecipeError, RefusedError, TextError, run
 from llm.recipe import Recipe, Text, load, with_steps
 from llm.shards import Shards
+from llm.threads import cores
 from llm.tokenizer import MANIFEST, SETTINGS, Tokenizer
 
 SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llm import borrowed, checkpoint, pretrained
+from llm import borrowed, checkpoint, pretrained, threads
 from llm.checkpoint import Checkpoint
 from llm.errors import RecipeError, RefusedError
 from llm.group import warn
@@ -63,6 +63,8 @@ def find(name: str | None) -> tuple[Path, str]:
 def open_run(name: str | None, device: torch.device | None = None) -> Opened:
     """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names what is damaged."""
     folder, which = find(name)
+    torch.set_num_threads(min(torch.get_num_threads(), threads.share()))  # torch heeds no quota
+    threads.yield_to_neighbours()
     while True:
         there = set(checkpoint.folders(folder))
         try:

@@ -4,7 +4,6 @@ The only module that imports transformers and llama_cpp. RefusedError names the 
 """
 
 import logging
-import os
 import random
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 from llm.errors import RecipeError, RefusedError
 from llm.generation import Sampling, generate
 from llm.model import Transformer
+from llm.threads import cores
 from llm.tokenizer import SPACE, Tokenizer
 
 TEXTS = 1000  # tough ones, whose ids are compared
@@ -188,7 +188,7 @@ def _silence(llama_cpp: Any) -> Any:
 def _same_llama_ids(theirs: Any, tokenizer: Tokenizer) -> str:
     """RefusedError unless they agree, on texts without a literal U+2581, which llama.cpp takes for a space."""
     texts = [text.replace(SPACE, "x") for text in tough_texts(tokenizer)]
-    for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=os.cpu_count() or 1), strict=True):
+    for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=cores()), strict=True):
         found = theirs.tokenize(text.encode(), add_bos=True, special=False)
         if found != [tokenizer.bos, *ids.tolist()]:
             raise RefusedError(f"llama.cpp's ids of {text[:40]!r} are {found[:8]}, the run has {ids[:7].tolist()}")
@@ -216,7 +216,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _same_ids(theirs: Any, tokenizer: Tokenizer) -> str:
     texts, ours = tough_texts(tokenizer), tokenizer.is_exact_bpe
-    encoded = tokenizer.encode_batch(texts, threads=os.cpu_count() or 1)
+    encoded = tokenizer.encode_batch(texts, threads=cores())
     begin = [tokenizer.bos] if ours else []  # whether a borrowed tokenizer adds it is its own affair
     for text, ids, found in zip(texts, encoded, theirs(texts, add_special_tokens=ours)["input_ids"], strict=True):
         if found != [*begin, *ids.tolist()]:

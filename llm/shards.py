@@ -17,8 +17,9 @@ import numpy as np
 
 from llm import store
 from llm.corpus import is_validation, lean_datasets
-from llm.encoders import Here, Process, cores
+from llm.encoders import Here, Process
 from llm.errors import RefusedError
+from llm.threads import cores
 from llm.tokenizer import Tokenizer
 
 FORMAT = 1

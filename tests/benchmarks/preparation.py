@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from llm.corpus import Corpus, wiki_documents
-from llm.encoders import cores
 from llm.prepare import LARGE
 from llm.recipe import load
 from llm.shards import Shards, write
+from llm.threads import cores
 from llm.tokenizer import Tokenizer
 
 REPEATS = 5
