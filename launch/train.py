@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from llm.errors import run
-    from llm.recipe import dump, load
+    from llm.base.errors import run
+    from llm.config.recipe import dump, load
 except ImportError as missing:
     print(
         f"error: {missing}. Another package is called `llm` too: in a fresh environment run `pip install -e .`",
@@ -32,10 +32,10 @@ def main() -> None:
         print(dump(recipe), end="")
         return
 
-    from llm.group import say
-    from llm.prepare import ready
-    from llm.prompts import example, quoted
-    from llm.session import train
+    from llm.data.prompts import example, quoted
+    from llm.distributed.process import say
+    from llm.interop.pretrained import ready
+    from llm.training.session import train
 
     made: list[Any] = []
 

@@ -10,14 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.errors import RecipeError, RefusedError, TextError, run
+from llm.base.errors import RecipeError, RefusedError, TextError, run
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from llm.runs import Opened
-    from llm.shards import Shards, Side
-    from llm.stream import Tokens
+    from llm.data.batches import Tokens
+    from llm.data.shards import Shards, Split
+    from llm.run_folder.loaded_run import LoadedRun
 
 KEYS = (("good", "bad"), ("sentence_good", "sentence_bad"))  # of a pair in .jsonl; the latter are those of BLiMP
 
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    from llm.runs import open_run
+    from llm.run_folder.loaded_run import open_run
 
     opened = open_run(given.run)
     print(f"run                   {opened.name}")
@@ -68,13 +68,13 @@ class Read:
     """A text as this run reads it: its tokens joined, where its documents begin, and its own bytes."""
 
     name: str
-    tokens: "Side | Tokens"
+    tokens: "Split | Tokens"
     starts: list[int]
     size: int  # bytes
     documents: list[bytes]
 
 
-def measure(opened: "Opened", text: Read, given: argparse.Namespace) -> None:
+def measure(opened: "LoadedRun", text: Read, given: argparse.Namespace) -> None:
     """Print what the text costs; with --alone no document is told what stood before it, and no BOS is predicted."""
     # As lm-eval counts them: what stands between runs of Unicode's whitespace, nothing at an end included.
     size, words = text.size, sum(len(re.split(r"\s+", document.decode())) for document in text.documents)
@@ -96,7 +96,7 @@ def measure(opened: "Opened", text: Read, given: argparse.Namespace) -> None:
         f"perplexity a word     {_exp(nats / words):,.2f}"
     )
     if given.yardsticks:
-        from llm.yardsticks import MOST, yardsticks
+        from llm.insight.baselines import MOST, yardsticks
 
         train = _shards(opened).train
         table = [opened.tokenizer.bytes_of(id) for id in range(opened.tokenizer.vocabulary)]
@@ -106,25 +106,25 @@ def measure(opened: "Opened", text: Read, given: argparse.Namespace) -> None:
             print(f"  {name:<19} {value:.4f}")
 
 
-def _nats(opened: "Opened", tokens: "Side | Tokens", rows: int) -> float:
+def _nats(opened: "LoadedRun", tokens: "Split | Tokens", rows: int) -> float:
     import torch
 
-    from llm.stream import whole
+    from llm.data.batches import eval_batches
 
     nats, device = 0.0, opened.model.lm_head.weight.device
     with torch.no_grad():
-        for batch in whole(tokens, opened.recipe.model.context, rows):
+        for batch in eval_batches(tokens, opened.recipe.model.context, rows):
             batch = batch.to(device)
             nats += opened.model(batch.tokens, batch.targets).item()
     return nats
 
 
-def _nats_alone(opened: "Opened", document: "np.ndarray", rows: int) -> float:
+def _nats_alone(opened: "LoadedRun", document: "np.ndarray", rows: int) -> float:
     """The same of one document; as in lm-eval, its last window reaches back so that it too reads a whole context."""
     import torch
 
-    from llm.loss import IGNORED
-    from llm.stream import Tokens
+    from llm.base.constants import IGNORED
+    from llm.data.batches import Tokens
 
     context = opened.recipe.model.context
     rest = (len(document) - 1) % context
@@ -138,13 +138,13 @@ def _nats_alone(opened: "Opened", document: "np.ndarray", rows: int) -> float:
     return nats
 
 
-def _own_text(opened: "Opened", files: list[str]) -> Read:
+def _own_text(opened: "LoadedRun", files: list[str]) -> Read:
     """Texts split into documents as the run's own were."""
     import numpy as np
 
-    from llm.corpus import Corpus
-    from llm.group import warn
-    from llm.stream import Tokens
+    from llm.data.batches import Tokens
+    from llm.data.documents import Corpus
+    from llm.distributed.process import warn
 
     corpus = Corpus(replace(opened.recipe.text, files=tuple(files)))
     for line in corpus.repeated:
@@ -156,7 +156,7 @@ def _own_text(opened: "Opened", files: list[str]) -> Read:
     return Read(", ".join(files), tokens, starts, sum(map(len, documents)), documents)
 
 
-def _validation(opened: "Opened") -> Read:
+def _validation(opened: "LoadedRun") -> Read:
     """The validation side that the run was evaluated on."""
     side = _shards(opened).validation.verified()
     if not side.tokens:
@@ -169,13 +169,13 @@ def _validation(opened: "Opened") -> Read:
     return Read("validation side", side, starts, side.text_bytes, documents)
 
 
-def _shards(opened: "Opened") -> "Shards":
-    from llm.shards import of_run
+def _shards(opened: "LoadedRun") -> "Shards":
+    from llm.data.shards import of_run
 
     return of_run(opened.folder)
 
 
-def _ids(opened: "Opened", text: str) -> "np.ndarray":
+def _ids(opened: "LoadedRun", text: str) -> "np.ndarray":
     """BOS and the ids of a text."""
     import numpy as np
 
@@ -185,7 +185,7 @@ def _ids(opened: "Opened", text: str) -> "np.ndarray":
 # ------------------------------------------------------------------------------------------------- sentence pairs
 
 
-def judge_pairs(opened: "Opened", path: Path, rows: int) -> str:
+def judge_pairs(opened: "LoadedRun", path: Path, rows: int) -> str:
     """In how many pairs of the file the good sentence is the likelier one, as a line; equal ones do not count."""
     pairs = read_pairs(path)
     likely = likelihoods(opened, [sentence for pair in pairs for sentence in pair], rows)
@@ -196,7 +196,7 @@ def judge_pairs(opened: "Opened", path: Path, rows: int) -> str:
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
     """Good and bad sentence of each line. TextError names the line that is none."""
-    from llm.corpus import holds_rows
+    from llm.data.documents import holds_rows
 
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -225,7 +225,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def likelihoods(opened: "Opened", sentences: list[str], rows: int) -> list[float]:
+def likelihoods(opened: "LoadedRun", sentences: list[str], rows: int) -> list[float]:
     """Log-probability (nats) of each sentence as a whole document."""
     import torch
 
@@ -248,7 +248,7 @@ def likelihoods(opened: "Opened", sentences: list[str], rows: int) -> list[float
 # ------------------------------------------------------------------------------------------------- lm-eval
 
 
-def harness(opened: "Opened", tasks: list[str], folder: Path | None, rows: int) -> Iterator[str]:
+def harness(opened: "LoadedRun", tasks: list[str], folder: Path | None, rows: int) -> Iterator[str]:
     """Lines with the results of lm-eval's tasks, run on the checkpoint's folder as it lies, in fp32."""
     try:
         from lm_eval import simple_evaluate

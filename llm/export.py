@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm import store
-from llm.errors import RecipeError, RefusedError, run
+from llm.base import atomic_io
+from llm.base.errors import RecipeError, RefusedError, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llm.runs import Opened
+    from llm.run_folder.loaded_run import LoadedRun
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 GGUF = ("f32", "f16", "bf16", "q8_0")
@@ -52,7 +52,7 @@ def main() -> None:
     given = arguments()
     import torch
 
-    from llm.runs import find, open_run
+    from llm.run_folder.loaded_run import find, open_run
 
     kind = given.gguf or given.dtype
     suffix = f"-gguf-{kind}" if given.gguf else "" if kind == "fp32" else f"-{kind}"
@@ -61,14 +61,14 @@ def main() -> None:
         raise RecipeError(f"{target} is there already: remove it, or name another folder by --to")
     opened = open_run(given.run, torch.device("cpu"))
     try:
-        with store.draft_folder(target) as draft:
+        with atomic_io.draft_folder(target) as draft:
             if given.gguf:
-                from llm.gguf_file import check, write
+                from llm.interop.gguf import check, write
 
                 write(draft, opened, kind)
                 lines = check(draft, opened, kind)
             else:
-                from llm.selfcheck import check_folder
+                from llm.interop.parity import check_folder
 
                 write_folder(draft, opened, kind, given.shard)
                 lines = check_folder(draft, opened.model, opened.tokenizer, kind)
@@ -85,12 +85,12 @@ def main() -> None:
         print(push(target, given.push, private=not given.public))
 
 
-def write_folder(folder: Path, opened: "Opened", kind: str, shard: int) -> None:
+def write_folder(folder: Path, opened: "LoadedRun", kind: str, shard: int) -> None:
     """A clean model folder: weights in files of at most `shard` bytes, and what lies beside them in a checkpoint."""
-    from llm.checkpoint import write_tensors
+    from llm.run_folder.checkpoint import write_tensors
 
     for name, data in files_beside(opened, kind).items():
-        store.write_bytes(folder / name, data)
+        atomic_io.write_bytes(folder / name, data)
     parts = _parts(tensors(opened, kind), shard)
     if len(parts) == 1:
         write_tensors(folder / "model.safetensors", parts[0])
@@ -102,10 +102,10 @@ def write_folder(folder: Path, opened: "Opened", kind: str, shard: int) -> None:
         places |= dict.fromkeys(part, name)
     total = sum(each.numel() * each.element_size() for part in parts for each in part.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    store.write_json(folder / "model.safetensors.index.json", index)
+    atomic_io.write_json(folder / "model.safetensors.index.json", index)
 
 
-def tensors(opened: "Opened", kind: str) -> "dict[str, Tensor]":
+def tensors(opened: "LoadedRun", kind: str) -> "dict[str, Tensor]":
     """The weights by name, as `kind`; tied ones once."""
     import torch
 
@@ -113,13 +113,13 @@ def tensors(opened: "Opened", kind: str) -> "dict[str, Tensor]":
     return {name: p.detach().to(dtype) for name, p in opened.model.named_parameters()}
 
 
-def files_beside(opened: "Opened", kind: str) -> dict[str, bytes]:
+def files_beside(opened: "LoadedRun", kind: str) -> dict[str, bytes]:
     """The small files of the checkpoint: card, configuration, tokenizer."""
     source = opened.checkpoint.folder
     names = [name for name in opened.checkpoint.manifest["files"] if not name.endswith(".safetensors")]
     files = {name: (source / name).read_bytes() for name in names}
     config: dict[str, Any] = json.loads(files["config.json"]) | {"torch_dtype": DTYPES[kind]}
-    return files | {"config.json": store.as_json(config)}
+    return files | {"config.json": atomic_io.as_json(config)}
 
 
 def _parts(tensors: "dict[str, Tensor]", most: int) -> "list[dict[str, Tensor]]":
@@ -142,7 +142,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise RecipeError("--push needs huggingface_hub: pip install huggingface_hub") from None
-    from llm.corpus import network_errors
+    from llm.data.documents import network_errors
 
     disable_progress_bars()
     api = HfApi()

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
 
-from llm.errors import RecipeError, run
-from llm.sampling import Sampling, flag
+from llm.base.errors import RecipeError, run
+from llm.inference.sampling import Sampling, flag
 
 PASTE_SECONDS = 0.05  # what reaches a terminal sooner than this after the last line belongs to the same prompt
 
@@ -108,9 +108,9 @@ def main() -> None:
     given = arguments()
     import torch
 
-    from llm.generation import generate
-    from llm.runs import open_run
-    from llm.tokenizer import TextStream
+    from llm.data.tokenizer import TextStream
+    from llm.inference.generation import generate
+    from llm.run_folder.loaded_run import open_run
 
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     opened = open_run(given.run)

@@ -2,9 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from llm.errors import RecipeError, run
+from llm.base.errors import RecipeError, run
 
 
 def arguments() -> argparse.Namespace:
@@ -31,7 +30,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    from llm.runs import find
+    from llm.run_folder.loaded_run import find
+    from llm.run_folder.trace import differences
 
     folders = [find(name)[0] for name in given.runs]
     if given.step is not None:
@@ -43,23 +43,23 @@ def main() -> None:
 
 def show_step(folder: Path, step: int, world: int, characters: int) -> None:
     """Print every window of the batch that this step reads, by process and micro-batch."""
-    from llm import borrowed
-    from llm.budget import RECORD as PLAN
-    from llm.order import Order
-    from llm.recipe import load, skipped
-    from llm.shards import of_run
-    from llm.store import read_sealed
-    from llm.stream import Stream
+    from llm.base.atomic_io import read_checksummed
+    from llm.config.recipe import load, skipped
+    from llm.data import hf_tokenizer
+    from llm.data.batches import BatchLoader
+    from llm.data.shards import of_run
+    from llm.data.shuffle import WindowShuffle
+    from llm.optim.time_budget import RECORD as PLAN
 
     recipe = load(folder / "recipe.yaml")
-    steps = read_sealed(folder / PLAN)["plan"][-1][1] if recipe.train.hours else recipe.train.steps
+    steps = read_checksummed(folder / PLAN)["plan"][-1][1] if recipe.train.hours else recipe.train.steps
     if step > steps:
         raise RecipeError(f"--step = {step}: the run has {steps} steps")
-    machine = read_sealed(folder / "machine.json")
+    machine = read_checksummed(folder / "machine.json")
     world = world or int(machine["world"])
     shards = of_run(folder)
-    tokenizer = borrowed.load(folder / "tokenizer")
-    order = Order(recipe.seed, shards.train.tokens, recipe.model.context)
+    tokenizer = hf_tokenizer.load(folder / "tokenizer")
+    order = WindowShuffle(recipe.seed, shards.train.tokens, recipe.model.context)
     micro_batch = int(machine["micro_batch"])
     if recipe.windows_per_step % (world * micro_batch):
         raise RecipeError(
@@ -67,7 +67,7 @@ def show_step(folder: Path, step: int, world: int, characters: int) -> None:
         )
     print(f"step {step} of {folder.name} reads:")
     for rank in range(world):
-        stream = Stream(shards.train, order, recipe.windows_per_step, micro_batch, rank, world, skipped(recipe))
+        stream = BatchLoader(shards.train, order, recipe.windows_per_step, micro_batch, rank, world, skipped(recipe))
         for number, positions in enumerate(stream.positions(step - 1)):
             starts = order.starts(positions).tolist()
             for position, start in zip(positions.tolist(), starts, strict=True):
@@ -76,43 +76,6 @@ def show_step(folder: Path, step: int, world: int, characters: int) -> None:
                 epoch = position // order.windows
                 print(f"\n--- process {rank}, micro-batch {number}, position {position}, epoch {epoch}, token {start}")
                 print(text if not characters or len(text) <= characters else f"{text[:characters]} ...")
-
-
-def differences(a: Path, b: Path) -> list[str]:
-    """Lines that say which keys of two runs' recipes differ, and from which step on the runs do."""
-    from llm.fingerprints import read
-    from llm.recipe import flat, load
-
-    recipes = [flat(load(folder / "recipe.yaml")) for folder in (a, b)]
-    lines = [
-        f"{name}: {recipes[0].get(name)} | {recipes[1].get(name)}"
-        for name in recipes[0]
-        if recipes[0].get(name) != recipes[1].get(name)
-    ]
-    records = [{line["step"]: line for line in read(folder)} for folder in (a, b)]
-    common = sorted(records[0].keys() & records[1].keys())
-    if not common:
-        return [*lines, f"{a.name} and {b.name} have no step in common in their records"]
-    for before, step in zip([None, *common], common, strict=False):
-        what = parted(records[0][step], records[1][step])
-        if what:
-            since = f"they agree up to step {before}" if before is not None else "they never agreed"
-            return [*lines, f"{a.name} and {b.name} part at step {step}: {what}; {since}"]
-    last = f"all {len(common)} common steps of their records, up to step {common[-1]}"
-    return [*lines, f"{a.name} and {b.name} agree to the bit in {last}"]
-
-
-def parted(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """What differs first between two lines of the record: windows, loss or weights; empty where nothing does."""
-    if a["windows"] != b["windows"]:
-        return "they read other windows"
-    if a["loss"] != b["loss"]:
-        losses = [float.fromhex(line["loss"]) for line in (a, b)]
-        losses = [float.fromhex(line["loss"]) for line in (a, b)]
-        return f"their losses are {losses[0]:.6f} and {losses[1]:.6f} on the same windows"
-    if a["weights"] != b["weights"]:
-        return "same windows, same loss, other weights"
-    return ""
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.errors import LLMError, RecipeError, RefusedError, run
-from llm.recipe import Recipe, load
+from llm.base.errors import LLMError, RecipeError, RefusedError, run
+from llm.config.recipe import Recipe, load
 
 STEPS = 8
 # Of losses that need not be equal to the bit: another order of sums, which Muon amplifies, and bf16 rounds coarsely.
@@ -65,8 +65,8 @@ def child() -> None:
     """What a process of `verify_recipe` runs: sys.argv is ["-c", recipe, last step, *overrides]."""
 
     def act() -> None:
-        from llm.prepare import ready
-        from llm.session import train
+        from llm.interop.pretrained import ready
+        from llm.training.session import train
 
         train(
             load(Path(sys.argv[1]), sys.argv[3:]),
@@ -163,7 +163,8 @@ def _expected(recipe: Recipe, steps: int) -> int:
     """Seconds: a start for each of six processes, and the steps at a third of this machine's matrix product."""
     import torch
 
-    from llm.cost import flops_per_token, measured_flops
+    from llm.distributed.environment import measured_flops
+    from llm.model.cost import flops_per_token
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = flops_per_token(recipe.model, recipe.tokenizer.vocabulary) * recipe.train.tokens_per_step * steps * 5
@@ -172,8 +173,7 @@ def _expected(recipe: Recipe, steps: int) -> int:
 
 def same_bits(a: Path, b: Path) -> str:
     """The first step and tensor in which two runs differ; empty where they are equal to the bit."""
-    from llm.fingerprints import read
-    from llm.show import parted
+    from llm.run_folder.trace import parted, read
 
     records = [{line["step"]: line for line in read(folder)} for folder in (a, b)]
     for step in sorted(records[0].keys() | records[1].keys()):
@@ -186,7 +186,7 @@ def same_bits(a: Path, b: Path) -> str:
 
 def one_curve(a: Path, b: Path, tolerance: float) -> str:
     """The first step in which two runs read other windows, or their losses differ by more than `tolerance` of it."""
-    from llm.fingerprints import read
+    from llm.run_folder.trace import read
 
     for first, second in zip(read(a), read(b), strict=True):
         losses = [float.fromhex(line["loss"]) for line in (first, second)]
@@ -203,7 +203,7 @@ def _first_tensor(a: Path, b: Path) -> str:
     import torch
     from safetensors import safe_open
 
-    from llm import checkpoint
+    from llm.run_folder import checkpoint
 
     newest = [checkpoint.folders(folder)[0] for folder in (a, b)]
     for file in (checkpoint.WEIGHTS, checkpoint.MOMENTS):
@@ -219,9 +219,12 @@ def _first_tensor(a: Path, b: Path) -> str:
 
 def verify_run(name: str) -> list[Verdict]:
     """Read every file of a run again, against what was recorded of it."""
-    from llm import borrowed, budget, checkpoint, fingerprints, store
-    from llm.runs import find
-    from llm.shards import of_run
+    from llm.base import atomic_io
+    from llm.data import hf_tokenizer
+    from llm.data.shards import of_run
+    from llm.optim import time_budget
+    from llm.run_folder import checkpoint, trace
+    from llm.run_folder.loaded_run import find
 
     folder, _ = find(name)
     verdicts, tokenizers = [], set()
@@ -237,7 +240,7 @@ def verify_run(name: str) -> list[Verdict]:
         tokenizers.add(checkpoint.open_checkpoint(path).manifest["tokenizer"])
 
     def tokenizer() -> None:
-        found = borrowed.load(folder / "tokenizer").fingerprint
+        found = hf_tokenizer.load(folder / "tokenizer").fingerprint
         if tokenizers - {found}:
             raise RefusedError("it is not the one that the checkpoints were trained with")
 
@@ -246,9 +249,9 @@ def verify_run(name: str) -> list[Verdict]:
     look("identity: it matches its own digest", lambda: checkpoint.identity(folder))
     look("tokenizer: the checkpoints' own", tokenizer)
     look("shards: every file has its sha256", lambda: of_run(folder, verify=True))
-    look("fingerprints: an unbroken chain", lambda: fingerprints.verify_chain(folder))
-    if (folder / budget.RECORD).exists():
-        look("plan: it matches its own digest", lambda: store.read_sealed(folder / budget.RECORD))
+    look("fingerprints: an unbroken chain", lambda: trace.verify_chain(folder))
+    if (folder / time_budget.RECORD).exists():
+        look("plan: it matches its own digest", lambda: atomic_io.read_checksummed(folder / time_budget.RECORD))
     look("recipe: reads and resolves", lambda: load(folder / "recipe.yaml"))
     return verdicts
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-import llm.prepare
-import llm.trainer
-from llm import checkpoint
+import llm.data.pipeline
+import llm.training.trainer
+from llm.run_folder import checkpoint
 
 ROOT = Path(__file__).parent.parent
 SENTENCES = ("The river rises in the north and flows to the sea.", "It was founded in 1897 by a society of engineers.",
@@ -159,15 +159,15 @@ def train(recipe: Path, *overrides: object, stop_after: int | None = None) -> Ca
 
     def act() -> None:
         if stop_after is not None:
-            update = llm.trainer.Trainer.update
+            update = llm.training.trainer.Trainer.update
 
-            def interrupted(self: llm.trainer.Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            def interrupted(self: llm.training.trainer.Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
                 result = update(self, step)
                 if step + 1 == stop_after:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return result
 
-            llm.trainer.Trainer.update = interrupted  # type: ignore[method-assign]
+            llm.training.trainer.Trainer.update = interrupted  # type: ignore[method-assign]
         launch()
 
     return act

@@ -9,10 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm import checkpoint, model, optimizer, sharding, stream, trainer
-from llm.sharding import Rows
-from llm.shards import Side
-from llm.trainer import Trainer
+from llm.data import batches
+from llm.data.shards import Split
+from llm.distributed import sharding
+from llm.distributed.sharding import LocalShard
+from llm.model import transformer
+from llm.optim import optimizer
+from llm.run_folder import checkpoint
+from llm.training import trainer
+from llm.training.trainer import Trainer
 
 STARTED = {"steps": 0}  # updates of this process: state that no checkpoint knows of
 
@@ -23,48 +28,48 @@ def _resumed() -> bool:
 
 def unseeded_generator() -> None:
     torch.manual_seed(int.from_bytes(os.urandom(4), "big"))
-    model.dropout = lambda x, windows, *, seed, site, rate: F.dropout(x, rate)
+    transformer.dropout = lambda x, windows, *, seed, site, rate: F.dropout(x, rate)
 
 
 def mask_by_row() -> None:
-    real = model.dropout
-    model.dropout = lambda x, windows, **site: real(x, torch.arange(len(windows)), **site)
+    real = transformer.dropout
+    transformer.dropout = lambda x, windows, **site: real(x, torch.arange(len(windows)), **site)
 
 
 def order_by_worker() -> None:
-    real = stream.Stream.positions
-    stream.Stream.positions = lambda self, step: [each + 3 * self.rank for each in real(self, step)]
+    real = batches.BatchLoader.positions
+    batches.BatchLoader.positions = lambda self, step: [each + 3 * self.rank for each in real(self, step)]
 
 
 def order_begins_anew() -> None:
-    real = stream.Stream.positions
+    real = batches.BatchLoader.positions
 
-    def positions(self: stream.Stream, step: int) -> list[np.ndarray]:
+    def positions(self: batches.BatchLoader, step: int) -> list[np.ndarray]:
         STARTED["steps"] += 1
         return real(self, STARTED["steps"])
 
-    stream.Stream.positions = positions
+    batches.BatchLoader.positions = positions
 
 
 def rate_by_counter() -> None:
-    real = trainer.rate_share
+    real = trainer.lr_factor
 
-    def rate_share(step: int, **of_run: Any) -> float:
+    def lr_factor(step: int, **of_run: Any) -> float:
         STARTED["steps"] += 1
         return real(STARTED["steps"], **of_run)
 
-    trainer.rate_share = rate_share
+    trainer.lr_factor = lr_factor
 
 
 def rate_one_step_off_after_resume() -> None:
-    real, off = trainer.rate_share, int(_resumed())
-    trainer.rate_share = lambda step, **of_run: real(step + off, **of_run)
+    real, off = trainer.lr_factor, int(_resumed())
+    trainer.lr_factor = lambda step, **of_run: real(step + off, **of_run)
 
 
 def lost_moments() -> None:
     real = checkpoint.load_tensors
 
-    def load_tensors(path: Path, into: dict[str, Rows]) -> None:
+    def load_tensors(path: Path, into: dict[str, LocalShard]) -> None:
         if path.name != checkpoint.MOMENTS:
             real(path, into)
 
@@ -74,7 +79,7 @@ def lost_moments() -> None:
 def rounded_moments() -> None:
     real = checkpoint.load_tensors
 
-    def load_tensors(path: Path, into: dict[str, Rows]) -> None:
+    def load_tensors(path: Path, into: dict[str, LocalShard]) -> None:
         real(path, into)
         for rows in into.values():
             if path.name == checkpoint.MOMENTS:
@@ -96,7 +101,7 @@ def bias_correction_by_counter() -> None:
 def local_token_count() -> None:
     real = Trainer.accumulate
 
-    def accumulate(self: Trainer, batches: list[stream.Batch]) -> Tensor:
+    def accumulate(self: Trainer, batches: list[batches.Batch]) -> Tensor:
         loss, tokens = real(self, batches)
         return torch.stack([loss, tokens / max(1, sharding.size())])
 
@@ -104,7 +109,7 @@ def local_token_count() -> None:
 
 
 def gradients_never_cleared() -> None:
-    model.Transformer.zero_grad = lambda self, set_to_none=True: None
+    transformer.Transformer.zero_grad = lambda self, set_to_none=True: None
 
 
 def gradients_not_exchanged() -> None:
@@ -112,9 +117,9 @@ def gradients_not_exchanged() -> None:
 
 
 def stale_shard() -> None:
-    real = Side.read
+    real = Split.read
     if _resumed():
-        Side.read = lambda self, start, stop: np.roll(real(self, start, stop), 1)
+        Split.read = lambda self, start, stop: np.roll(real(self, start, stop), 1)
 
 
 def last_micro_batch_only() -> None:

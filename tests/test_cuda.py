@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm import checkpoint
+from llm.run_folder import checkpoint
 from llm.verify import LOOSE
 from tests import tiny
 from tests.forks import digest, ended, start, train, write_recipe, write_text
@@ -96,9 +96,9 @@ def test_fp16_overflows_are_answered_by_its_scale_which_is_part_of_the_state(tmp
 
     def high(act: Callable[[], None]) -> Callable[[], None]:
         def starting_high() -> None:
-            import llm.trainer
+            import llm.training.trainer
 
-            llm.trainer.FP16_SCALE = 2.0**40
+            llm.training.trainer.FP16_SCALE = 2.0**40
             act()
 
         return starting_high
@@ -121,7 +121,7 @@ def test_fp16_overflows_are_answered_by_its_scale_which_is_part_of_the_state(tmp
 
 def test_what_is_not_finite_reaches_neither_weights_nor_moments(tmp_path: Path, text: Path) -> None:
     def act() -> None:
-        from llm.trainer import Trainer
+        from llm.training.trainer import Trainer
 
         update = Trainer.update
 
@@ -157,7 +157,7 @@ def capped(act: Callable[[], None], headroom: int, at: int) -> Callable[[], None
         torch.cuda.set_per_process_memory_fraction(share)
 
     def short() -> None:
-        from llm.trainer import Trainer
+        from llm.training.trainer import Trainer
 
         update, rehearse = Trainer.update, Trainer.rehearse
 
@@ -198,15 +198,15 @@ def test_a_replayed_graph_says_what_reading_all_again_would(tmp_path: Path) -> N
     """Greedy tokens in fp32, rows of any lengths, the context filled twice, over several lengths of graphs."""
 
     def act() -> None:
-        from llm.decoding import Replay
-        from llm.generation import Sampling, generate
-        from llm.machine import repeat_bits
-        from llm.model import Transformer
+        from llm.distributed.environment import use_deterministic_kernels
+        from llm.inference.fast_decode import Replay
+        from llm.inference.generation import Sampling, generate
+        from llm.model.transformer import Transformer
 
         Replay.LEAST = 16
         for strict in (False, True):
             if strict:
-                repeat_bits()
+                use_deterministic_kernels()
             for keys in ({}, {"kv_heads": 2}, {"tied": False}):
                 shape = tiny.shape(dim=64, context=64, **keys)
                 model = tiny.stirred(Transformer(shape, 128), seed=3).cuda()
@@ -229,7 +229,7 @@ def test_a_replayed_graph_says_what_reading_all_again_would(tmp_path: Path) -> N
 
 def test_dropout_is_the_same_function_on_the_card_and_compiled(tmp_path: Path) -> None:
     def act() -> None:
-        from llm.dropout import dropout, hashed_mask
+        from llm.model.dropout import dropout, hashed_mask
 
         positions, site = torch.arange(2**33, 2**33 + 16), torch.tensor(5)
         there = hashed_mask(positions, 7, site, 31, 33, 0.1)
@@ -244,7 +244,8 @@ def test_dropout_is_the_same_function_on_the_card_and_compiled(tmp_path: Path) -
 
 def test_a_compiled_loss_is_the_loss(tmp_path: Path) -> None:
     def act() -> None:
-        from llm.loss import IGNORED, compile_loss, cross_entropy_sum
+        from llm.base.constants import IGNORED
+        from llm.model.loss import compile_loss, cross_entropy_sum
 
         hidden = torch.randn(5000, 64, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(4096, 64, device="cuda", requires_grad=True)

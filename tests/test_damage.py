@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from llm import checkpoint, recipe, runs, store
-from llm.errors import LLMError, RecipeError, RefusedError
-from llm.prepare import prepare
-from llm.tokenizer import Tokenizer
+from llm.base import atomic_io
+from llm.base.errors import LLMError, RecipeError, RefusedError
+from llm.config import recipe
+from llm.data.pipeline import prepare
+from llm.data.tokenizer import Tokenizer
+from llm.run_folder import checkpoint, loaded_run
 from tests.forks import digest, run, run_group, script, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
@@ -59,7 +61,7 @@ def places(folder: Path) -> dict[str, tuple[list[Path], Callable[[Path], None]]]
         checkpoint.open_checkpoint(path.parent)
 
     def sampled(path: Path) -> None:
-        runs.open_run("tiny")
+        loaded_run.open_run("tiny")
 
     def prepared(path: Path) -> None:
         prepare(text, lambda line: None)
@@ -76,9 +78,9 @@ def places(folder: Path) -> dict[str, tuple[list[Path], Callable[[Path], None]]]
         "the cache's tokenizer": (list(cache.glob("tokenizers/*/*.model")), prepared),
         "the tokenizer's manifest": (list(cache.glob("tokenizers/*/manifest.json")), prepared),
         "survey": (list(cache.glob("surveys/*.json")), prepared),
-        "machine.json": ([folder / "runs/tiny/machine.json"], lambda path: dict(store.read_sealed(path)) and None),
+        "machine.json": ([folder / "runs/tiny/machine.json"], lambda path: dict(atomic_io.read_checksummed(path)) and None),
         "identity.json": ([folder / "runs/tiny/identity.json"], lambda path: checkpoint.identity(path.parent) and None),
-        "shards.json": ([folder / "runs/tiny/shards.json"], lambda path: dict(store.read_sealed(path)) and None),
+        "shards.json": ([folder / "runs/tiny/shards.json"], lambda path: dict(atomic_io.read_checksummed(path)) and None),
     }
 
 
@@ -202,12 +204,12 @@ def test_all_checkpoints_damaged_is_one_error_and_nothing_is_overwritten(here: P
 
 def sealed(folder: Path, **changes: Any) -> None:
     """The manifest of a stranger, who knows how to make one that passes its own digest."""
-    manifest = store.read_sealed(folder / checkpoint.MANIFEST)
+    manifest = atomic_io.read_checksummed(folder / checkpoint.MANIFEST)
     for path in folder.glob("*.safetensors"):
-        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
+        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": atomic_io.sha256(path)}
     manifest |= changes
     manifest = {name: value for name, value in manifest.items() if value != "left out"}
-    store.write_sealed(folder / checkpoint.MANIFEST, manifest)
+    atomic_io.write_checksummed(folder / checkpoint.MANIFEST, manifest)
 
 
 def weights(folder: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
@@ -270,7 +272,7 @@ MANIFESTS: dict[str, Callable[[Path], None]] = {
 
 
 def files(folder: Path) -> dict[str, Any]:
-    return dict(store.read_sealed(folder / checkpoint.MANIFEST)["files"])
+    return dict(atomic_io.read_checksummed(folder / checkpoint.MANIFEST)["files"])
 
 
 def in_bounds(act: Callable[[], None], folder: Path) -> int:
@@ -339,18 +341,18 @@ def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_a_newer_one(
     def overtaken(path: Path, into: Any) -> None:
         if len(taken) < 2:
             taken.append(path.parent.name)
-            store.remove(path.parent)
+            atomic_io.remove(path.parent)
         load_tensors(path, into)
 
     monkeypatch.setattr(checkpoint, "load_tensors", overtaken)
-    assert runs.open_run("tiny").checkpoint.folder.name == "step-000005", "the best that is left"
+    assert loaded_run.open_run("tiny").checkpoint.folder.name == "step-000005", "the best that is left"
     assert taken == ["step-000012", "step-000010"]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "tiny/step-²", "tiny/step-", "tiny/step-99", "n" * 300])
 def test_what_is_no_run_is_told_by_name(here: Path, name: str) -> None:
     with pytest.raises(RecipeError, match=r"there is no run|has no checkpoint"):
-        runs.open_run(name)
+        loaded_run.open_run(name)
 
 
 # -------------------------------------------------------------------------------- checkpoints that others have made
@@ -379,7 +381,7 @@ def passed_over(here: Path, folder: Path, before: str) -> None:
         ended = run(script("module:llm.sample", name, "--prompt", "My", "--tokens", "2"), Path.cwd())
         assert ended.status == (4 if name == "tiny/step-12" else 0), ended.err
         assert f"{folder} is a checkpoint of another run (other)" in ended.err
-    assert runs.open_run("tiny").checkpoint.step < 10
+    assert loaded_run.open_run("tiny").checkpoint.step < 10
     ended = run(train(Path("recipe.yaml")), Path.cwd())
     assert ended.status == 0 and "from step 8" in ended.out and "step-000012 is passed over" in ended.err
     assert digest(here) == before, "the run's own bits"
@@ -396,7 +398,7 @@ def test_a_checkpoint_of_another_seed_is_noticed_in_runs_of_an_earlier_version(h
     folder = moved_in(here, "seed=2")
     of_an_earlier_version(here / "runs/tiny")
     passed_over(here, folder, before)
-    assert runs.open_run("tiny/newest").checkpoint.manifest["run"] == checkpoint.identity(here / "runs/tiny")
+    assert loaded_run.open_run("tiny/newest").checkpoint.manifest["run"] == checkpoint.identity(here / "runs/tiny")
 
 
 def test_a_run_may_be_moved_and_another_machine_half_is_still_its_own(here: Path) -> None:
@@ -405,7 +407,7 @@ def test_a_run_may_be_moved_and_another_machine_half_is_still_its_own(here: Path
     ended = run(train(Path("recipe.yaml"), "run=moved", "machine.micro_batch=4"), Path.cwd())
     assert ended.status == 0 and "from step 10" in ended.out and not ended.err
     (here / "runs/moved" / checkpoint.IDENTITY).unlink()  # as where only the checkpoints were carried along
-    made = runs.open_run("moved/step-12").checkpoint.manifest["run"]
+    made = loaded_run.open_run("moved/step-12").checkpoint.manifest["run"]
     shutil.rmtree(checkpoint.folder_of(here / "runs/moved", 12))
     assert run(train(Path("recipe.yaml"), "run=moved"), Path.cwd()).status == 0
     assert checkpoint.identity(here / "runs/moved") == made
@@ -423,7 +425,7 @@ def test_machines_with_disks_of_their_own_share_one_identity(here: Path) -> None
     assert [each.status for each in run_group(act, Path.cwd(), 2, node=1)] == [75, 75]
     ours, theirs = (checkpoint.identity(folder / "runs/tiny") for folder in folders)
     assert ours and ours == theirs
-    store.write_sealed(folders[1] / "runs/tiny" / checkpoint.IDENTITY, {"run": "another"})
+    atomic_io.write_checksummed(folders[1] / "runs/tiny" / checkpoint.IDENTITY, {"run": "another"})
     sealed(checkpoint.folder_of(folders[1] / "runs/tiny", 2), run="another")
     ended = run_group(act, Path.cwd(), 2, node=1)
     assert {each.status for each in ended} == {4} and "another run than that of process 0" in ended[1].err
@@ -442,7 +444,7 @@ def test_a_folder_that_only_looks_like_a_checkpoint_is_none(here: Path) -> None:
     for name in ("step-²", "step-٣", "step-", "step-1x", "step--1"):
         (here / "runs/tiny/checkpoints" / name).mkdir()
     assert checkpoint.folders(here / "runs/tiny")[0].name == "step-000012"
-    assert runs.open_run("tiny/newest").checkpoint.step == 12
+    assert loaded_run.open_run("tiny/newest").checkpoint.step == 12
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_the_steps_that_it_skipped(here: Path) -> None:
@@ -451,10 +453,10 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_steps_that_it_skipped(here
     assert run(train(Path("recipe.yaml"), "run=old", "train.skip=[4-5]"), Path.cwd()).status == 0
     before = digest(here, "old")
     for folder in checkpoint.folders(here / "runs/old"):
-        science = store.read_sealed(folder / checkpoint.MANIFEST)["science"]
+        science = atomic_io.read_checksummed(folder / checkpoint.MANIFEST)["science"]
         sealed(folder, science=science | {"train.skip": ["3-4"]})
     text = path.read_text().rpartition("# sha256")[0].replace("format: 2\n", "").replace("- 4-5", "- 3-4")
-    path.write_text(recipe.signed(text))
+    path.write_text(recipe.with_checksum(text))
     of_an_earlier_version(here / "runs/old")
     shutil.rmtree(checkpoint.folder_of(here / "runs/old", 12))
     shutil.rmtree(checkpoint.folder_of(here / "runs/old", 10))

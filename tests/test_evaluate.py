@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.errors import TextError
+from llm.base.errors import TextError
 from llm.evaluate import likelihoods, read_pairs
-from llm.runs import open_run
-from llm.yardsticks import ngram_bits, yardsticks
+from llm.insight.baselines import ngram_bits, yardsticks
+from llm.run_folder.loaded_run import open_run
 from tests.forks import SENTENCES, Ended, run, script, train, write_recipe, write_text
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.gradients import Counter
-from llm.sharding import tree_sum
+from llm.distributed.pairwise_sum import PairwiseSum
+from llm.distributed.sharding import tree_sum
 from tests.forks import digest, run_group, train, write_recipe, write_text
 from tests.test_worlds import go
 
@@ -27,7 +27,7 @@ def exact_recipe(folder: Path, text: Path, optimizer: str) -> Path:
 
 def test_the_counter_sums_a_balanced_tree() -> None:
     parts = [torch.randn(1000) * 10**exponent for exponent in range(-4, 4)]
-    counter = Counter()
+    counter = PairwiseSum()
     for part in parts:
         counter.add([part])
     assert torch.equal(counter.total()[0], tree_sum(parts))

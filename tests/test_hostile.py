@@ -14,12 +14,12 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from llm.corpus import Corpus
-from llm.errors import LLMError
-from llm.prepare import Prepared, prepare
-from llm.recipe import Recipe, load
-from llm.shards import Side
-from llm.tokenizer import Tokenizer
+from llm.base.errors import LLMError
+from llm.config.recipe import Recipe, load
+from llm.data.documents import Corpus
+from llm.data.pipeline import Prepared, prepare
+from llm.data.shards import Split
+from llm.data.tokenizer import Tokenizer
 
 SECONDS = 20  # for a small text: more is a hang
 
@@ -45,7 +45,7 @@ NAMES = st.sampled_from(
 )
 
 
-def texts_of(side: Side, tokenizer: Tokenizer) -> list[bytes]:
+def texts_of(side: Split, tokenizer: Tokenizer) -> list[bytes]:
     ends = [*side.document_starts().tolist(), side.tokens]
     return [tokenizer.decode(side.read(begin + 1, end).tolist()).encode() for begin, end in pairwise(ends)]
 

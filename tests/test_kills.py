@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-import llm.session
-import llm.trainer
-from llm import checkpoint, errors, store
-from llm.prepare import prepare
-from llm.recipe import load
+import llm.training.session
+import llm.training.trainer
+from llm.base import atomic_io, errors
+from llm.config.recipe import load
+from llm.data.pipeline import prepare
+from llm.run_folder import checkpoint
 from tests.forks import digest, ended, run, run_group, start, start_group, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
@@ -52,12 +53,12 @@ def digests(folder: Path) -> dict[int, str]:
 
 def tells_of_saves(pipe: int) -> None:
     """This process writes a dot to `pipe` before each durable operation of its saves, and an e after each save."""
-    save = llm.trainer.Trainer.save
+    save = llm.training.trainer.Trainer.save
 
-    def told(self: llm.trainer.Trainer) -> None:
+    def told(self: llm.training.trainer.Trainer) -> None:
         with pytest.MonkeyPatch.context() as patch:
             for name in OPERATIONS:
-                patch.setattr(store, name, telling(getattr(store, name)))
+                patch.setattr(atomic_io, name, telling(getattr(atomic_io, name)))
             save(self)
         os.write(pipe, b"e")
 
@@ -69,7 +70,7 @@ def tells_of_saves(pipe: int) -> None:
 
         return operation
 
-    llm.trainer.Trainer.save = told  # type: ignore[method-assign]
+    llm.training.trainer.Trainer.save = told  # type: ignore[method-assign]
 
 
 def kill_at_random(folder: Path, recipe: Path, world: int, chance: random.Random) -> tuple[str, bool]:
@@ -78,7 +79,7 @@ def kill_at_random(folder: Path, recipe: Path, world: int, chance: random.Random
     victim, act = chance.randrange(world), train(recipe)
 
     def watched() -> None:
-        if llm.group.rank() == victim:
+        if llm.distributed.process.rank() == victim:
             tells_of_saves(write)
         act()
 
@@ -108,7 +109,7 @@ def kill_at_random(folder: Path, recipe: Path, world: int, chance: random.Random
 def steps_done(folder: Path) -> int:
     """How far the killed run had come, by its record."""
     path = folder / "runs/tiny/metrics.jsonl"
-    return max((line["step"] for line in store.read_lines(path)), default=0) if path.exists() else 0
+    return max((line["step"] for line in atomic_io.read_lines(path)), default=0) if path.exists() else 0
 
 
 def one_kill(folder: Path, text: Path, whole: Path, number: int, world: int) -> None:
@@ -125,7 +126,7 @@ def one_kill(folder: Path, text: Path, whole: Path, number: int, world: int) -> 
     else:
         assert 0 <= done - begun <= EVERY, (moment, "steps redone", done, begun)
     assert digest(folder) == digest(whole), moment
-    assert not list((folder / "runs").rglob(f"{store.DRAFT}*")), "swept"
+    assert not list((folder / "runs").rglob(f"{atomic_io.DRAFT}*")), "swept"
     print(
         f"kill {number} on {world}: {moment}, {'inside a save' if inside else 'between'}; redone {done - begun} steps"
     )
@@ -180,7 +181,7 @@ def faulty(at: int, kind: str, when: str) -> list[str]:
         return operation
 
     for name in OPERATIONS:
-        setattr(store, name, guarded(name, getattr(store, name)))
+        setattr(atomic_io, name, guarded(name, getattr(atomic_io, name)))
     os.truncate = guarded("truncate", os.truncate)
     Path.mkdir = guarded("mkdir", Path.mkdir)  # type: ignore[method-assign]
     return begun
@@ -192,9 +193,9 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
     It is a process that has trained that is forked, so that a fault costs a copy and a save. `plans` is asked with the
     number of durable operations of the save.
     """
-    save = llm.trainer.Trainer.save
+    save = llm.training.trainer.Trainer.save
 
-    def split(self: llm.trainer.Trainer) -> None:
+    def split(self: llm.training.trainer.Trainer) -> None:
         if self.state.step != 2 * EVERY:
             return save(self)
 
@@ -206,7 +207,7 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
                 os.chdir(copy)
 
                 def status() -> None:
-                    with llm.session._status(self.run):
+                    with llm.training.session._status(self.run):
                         begun = faulty(*plan)
                         save(self)
                         (copy / "begun.json").write_text(json.dumps(begun))
@@ -222,7 +223,7 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
         os._exit(0)
 
     def act() -> None:
-        llm.trainer.Trainer.save = split  # type: ignore[method-assign]
+        llm.training.trainer.Trainer.save = split  # type: ignore[method-assign]
         train(recipe)()
 
     assert run(act, folder).status == 0, (folder / "err.txt").read_text()
@@ -258,7 +259,7 @@ def every_fault(folder: Path, text: Path, whole: Path, moments: tuple[str, ...],
             assert again.status == 0, (copy.name, again.err)
             assert digest(copy) == digest(whole), copy.name
             assert digests(copy).keys() == {12}, copy.name
-            assert not list((copy / "runs").rglob(f"{store.DRAFT}*")), copy.name
+            assert not list((copy / "runs").rglob(f"{atomic_io.DRAFT}*")), copy.name
     print(f"{len(copies)} faults in {len(operations)} operations; {len(copies) // restart_each} started again")
 
 
@@ -299,7 +300,7 @@ def prepares(folder: Path, text: Path) -> Callable[[], None]:
 def cache_files(folder: Path) -> dict[str, str]:
     """Of the cache by name and digest, but for locks; a draft would be among them."""
     files = [path for path in (folder / "cache").rglob("*") if path.is_file() and path.parent.name != "locks"]
-    return {str(path.relative_to(folder)): store.sha256(path) for path in files}
+    return {str(path.relative_to(folder)): atomic_io.sha256(path) for path in files}
 
 
 @pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])

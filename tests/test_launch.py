@@ -18,11 +18,13 @@ import torch
 from accelerate.state import is_initialized
 from safetensors import safe_open
 
-from llm import checkpoint, session, store
-from llm.errors import StoppedError
-from llm.prepare import ready
-from llm.recipe import load
-from llm.trainer import Trainer
+from llm.base import atomic_io
+from llm.base.errors import StoppedError
+from llm.config.recipe import load
+from llm.interop.pretrained import ready
+from llm.run_folder import checkpoint
+from llm.training import session
+from llm.training.trainer import Trainer
 from tests.forks import Ended, digest, ended, run, script, start, train, write_recipe, write_text
 
 
@@ -166,8 +168,8 @@ def test_step_12_and_step_000012_are_one_checkpoint(trained: Path) -> None:
     again = started("step-000012")
     assert again.status == 0 and "nothing to do" in again.out, again.err
     manifest = trained / "runs/same/checkpoints/step-000014/checkpoint.json"
-    kept = {name: value for name, value in store.read_sealed(manifest).items() if name != "sha256"}
-    store.write_sealed(manifest, kept | {"science": kept["science"] | {"from": "tiny/step-12"}})  # as it was once kept
+    kept = {name: value for name, value in atomic_io.read_checksummed(manifest).items() if name != "sha256"}
+    atomic_io.write_checksummed(manifest, kept | {"science": kept["science"] | {"from": "tiny/step-12"}})  # as it was once kept
     again = started("step-000012")
     assert again.status == 0 and "nothing to do" in again.out, again.err
 
@@ -224,7 +226,7 @@ def test_a_length_that_ends_where_from_begins_is_refused_with_one_that_does_not(
 def test_a_plan_that_does_not_go_on_from_where_the_run_begins_is_refused(
     tmp_path: Path, trained: Path, plan: list[list[int]]
 ) -> None:
-    store.write_sealed(
+    atomic_io.write_checksummed(
         trained / "runs/planned/plan.json", {"hours": 0.01, "plan": plan, "seconds": 1.0, "finished": True}
     )
     ended = run(train(trained / "recipe.yaml", "run=planned", "from=tiny/step-000012", "train.hours=0.01"), trained)
@@ -232,7 +234,7 @@ def test_a_plan_that_does_not_go_on_from_where_the_run_begins_is_refused(
 
 
 def test_a_second_run_in_the_same_folder_is_refused(trained: Path) -> None:
-    with store.lock(trained / "runs/tiny/lock") as mine:
+    with atomic_io.lock(trained / "runs/tiny/lock") as mine:
         assert mine
         refused(run(train(trained / "recipe.yaml"), trained), 4, "tiny", "held")
 
@@ -397,8 +399,8 @@ def test_a_run_is_read_from_anywhere_and_after_a_move(tmp_path: Path) -> None:
     done = run(script("module:llm.evaluate", tmp_path / "alone"), tmp_path / "elsewhere")
     refused(done, 4, "data/shards", "prepare the text again")
     run_folder = tmp_path / "alone"
-    known = store.read_sealed(run_folder / "shards.json")
-    store.write_sealed(run_folder / "shards.json", {**known, "absolute": str(project / known["folder"])})
+    known = atomic_io.read_checksummed(run_folder / "shards.json")
+    atomic_io.write_checksummed(run_folder / "shards.json", {**known, "absolute": str(project / known["folder"])})
     read(run_folder)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llm import checkpoint
-from llm.errors import GroupError
-from llm.group import place
+from llm.base.errors import GroupError
+from llm.distributed.process import place
+from llm.run_folder import checkpoint
 from tests.forks import ROOT, digest, ended, run, start, train, write_recipe, write_text
 
 BIN = Path(sys.executable).parent

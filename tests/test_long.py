@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import llm.trainer
+import llm.training.trainer
 from tests.forks import ended, start, train, write_recipe, write_text
 
 BLOCK = 100  # steps between two looks
@@ -30,9 +30,9 @@ def looks(folder: Path, steps: int) -> list[dict[str, float]]:
     seen = folder / "looks.jsonl"
 
     def watched() -> None:
-        asked_to_stop = llm.trainer.Trainer.asked_to_stop
+        asked_to_stop = llm.training.trainer.Trainer.asked_to_stop
 
-        def looked(self: llm.trainer.Trainer) -> bool:
+        def looked(self: llm.training.trainer.Trainer) -> bool:
             if self.state.step % BLOCK == 0:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 look = {
@@ -45,7 +45,7 @@ def looks(folder: Path, steps: int) -> list[dict[str, float]]:
                     file.write(json.dumps(look) + "\n")
             return asked_to_stop(self)
 
-        llm.trainer.Trainer.asked_to_stop = looked  # type: ignore[method-assign]
+        llm.training.trainer.Trainer.asked_to_stop = looked  # type: ignore[method-assign]
         train(recipe)()
 
     child = ended(start(watched, folder), folder, seconds=3000)

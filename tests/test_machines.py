@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llm import checkpoint
+from llm.run_folder import checkpoint
 from tests.forks import ROOT, digest, write_recipe, write_text
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,10 @@ from typing import Literal
 import pytest
 import torch
 
-from llm import cost
-from llm.recipe import load
-from llm.sharding import Layout
-from llm.trainer import Trainer
+from llm.config.recipe import load
+from llm.distributed.sharding import Sharding
+from llm.model import cost
+from llm.training.trainer import Trainer
 from tests.forks import run_group, train, write_recipe, write_text
 
 M_MMAP_THRESHOLD = -3  # glibc's
@@ -46,7 +46,7 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
             # Before counting: what a first backward pass makes, and the engine's code (90 MB), imported at its first use.
             layer: torch.nn.Module = torch.nn.Linear(8, 8)
             if shard != "none":
-                layer = Layout(shard, torch.device("cpu")).deal(layer)
+                layer = Sharding(shard, torch.device("cpu")).deal(layer)
             layer(torch.ones(1, 8)).sum().backward()
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
             self.before = _status("VmRSS")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.test_documents import needs_wiki
 from tests.forks import ROOT
-from tests.test_corpus import needs_wiki
 
 nbformat = pytest.importorskip("nbformat", reason="install the extra `notebook`")
 nbclient = pytest.importorskip("nbclient", reason="install the extra `notebook`")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import llm.group
-from llm import checkpoint
-from llm.errors import DivergedError
-from llm.fingerprints import read
-from llm.stream import Batch
-from llm.trainer import FP16_GROWTH_STEPS, FP16_MOST, FP16_SCALE, Trainer, TrainState
+import llm.distributed.coordinator
+from llm.base.errors import DivergedError
+from llm.data.batches import Batch
+from llm.run_folder import checkpoint
+from llm.run_folder.trace import read
+from llm.training.trainer import FP16_GROWTH_STEPS, FP16_MOST, FP16_SCALE, Trainer, TrainState
 from tests.forks import ROOT, digest, run, run_group, script, train, write_recipe, write_text
 
 BAD = 5  # the update whose numbers are spoilt: its batch has this number less one
@@ -33,7 +33,7 @@ def spoilt(recipe: Path, where: str, rank: int = 0) -> Callable[[], None]:
 
         def spoiling(self: Trainer, batches: list[Batch]) -> Tensor:
             bad = self.state.step + 1 == BAD
-            if bad and where == "loss" and llm.group.rank() == rank:
+            if bad and where == "loss" and llm.distributed.process.rank() == rank:
                 forward = self.model.forward
                 self.model.forward = lambda *batch: forward(*batch) * float("inf")  # type: ignore[method-assign]
                 result = accumulate(self, batches)
@@ -140,8 +140,8 @@ def test_an_fp16_gradient_that_is_finite_at_no_scale_ends_the_run_as_diverged() 
 
 
 def test_a_spike_is_recorded_with_its_step(tmp_path: Path, text: Path) -> None:
-    from llm.recipe import load
-    from llm.tracking import SPIKE_WINDOW, Tracker
+    from llm.config.recipe import load
+    from llm.run_folder.metrics import SPIKE_WINDOW, Tracker
 
     tracker = Tracker(tmp_path, load(write_recipe(tmp_path, text)), 0, {})
     quiet = {"learning_rate": 0.0, "gradient_norm": 0.0, "tokens_per_second": 1.0, "epoch": 0.0, "seconds_left": 0.0}

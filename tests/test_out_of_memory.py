@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.trainer import Trainer
+from llm.training.trainer import Trainer
 from tests.forks import run, run_group, train, write_recipe, write_text
 from tests.test_memory import M_MMAP_THRESHOLD
 

@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from llm.recipe import flat, load
+from llm.config.recipe import flat, load
 from tests.forks import ROOT
 
 READMES = sorted(ROOT.glob("**/README.md"))

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.errors import RecipeError
-from llm.sampling import Sampling
-from llm.trainer import SAMPLE_TOKENS
+from llm.base.errors import RecipeError
+from llm.inference.sampling import Sampling
+from llm.training.trainer import SAMPLE_TOKENS
 from tests.forks import run, script, train, write_recipe, write_text
 
 PASTED = "The river rises.\n\nIt flows to the sea,\n\n  and on."

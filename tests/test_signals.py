@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-import llm.group
-from llm.trainer import Trainer
+import llm.distributed.coordinator
+from llm.training.trainer import Trainer
 from tests.forks import ROOT, Ended, digest, ended, run, run_group, script, start, train, write_recipe, write_text
 
 
@@ -41,7 +41,7 @@ def acting(recipe: Path, step: int, act: Callable[[Trainer], Any], rank: int = 0
 
         def disturbed(self: Trainer, at: int) -> tuple[torch.Tensor, torch.Tensor]:
             result = update(self, at)
-            if at + 1 == step and llm.group.rank() == rank:
+            if at + 1 == step and llm.distributed.process.rank() == rank:
                 act(self)
             return result
 
@@ -151,7 +151,7 @@ def _survivor(folder: Path, act: Callable[[], None], rank: int) -> Ended:
         port = str(free.getsockname()[1])
 
     def hasty() -> None:
-        llm.group.HUNG = timedelta(seconds=5)
+        llm.distributed.coordinator.HUNG = timedelta(seconds=5)
         act()
 
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

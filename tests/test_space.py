@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llm import checkpoint
+from llm.run_folder import checkpoint
 from tests.forks import Ended, digest, run, run_group, train, write_recipe, write_text
 
 MB = 1 << 20
@@ -115,11 +115,11 @@ def test_a_disk_that_fills_in_the_record_loses_none(disk: Path, tmp_path: Path, 
     recipe = write_recipe(tmp_path, text, **{"checkpoint.every": 3, "evaluate.every": 99})
 
     def greedy() -> None:
-        import llm.tracking
+        import llm.run_folder.metrics
 
-        log = llm.tracking.Tracker.log
+        log = llm.run_folder.metrics.Tracker.log
 
-        def logged(self: llm.tracking.Tracker, step: int, **values: object) -> None:
+        def logged(self: llm.run_folder.metrics.Tracker, step: int, **values: object) -> None:
             if step == 5:
                 print(file=sys.stderr, flush=True)  # room for the line that is to come
                 fill(disk, 0)
@@ -128,7 +128,7 @@ def test_a_disk_that_fills_in_the_record_loses_none(disk: Path, tmp_path: Path, 
                     self.record.file.flush()
             log(self, step, **values)
 
-        llm.tracking.Tracker.log = logged  # type: ignore[method-assign]
+        llm.run_folder.metrics.Tracker.log = logged  # type: ignore[method-assign]
         train(recipe)()
 
     full(run(greedy, disk), disk, "metrics.jsonl", "No space left on device, 0.0 MB are free", "make room")

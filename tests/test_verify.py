@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llm import checkpoint, verify
-from llm.show import differences
+from llm import verify
+from llm.run_folder import checkpoint
+from llm.run_folder.trace import differences
 from tests import plants
 from tests.forks import run, run_group, script, train, write_recipe, write_text
 
@@ -64,28 +65,28 @@ def test_a_planted_fault_is_caught(
 
 def test_show_prints_what_the_trainer_read(tmp_path: Path, text: Path) -> None:
     """On two processes, across an epoch's end, after a resume: the texts that the trainer saw, each in its place."""
-    from llm import stream
+    from llm.data import batches
 
     recipe = write_recipe(tmp_path, text, **{"train.tokens_per_step": 256, "machine.micro_batch": 4})
-    real = stream.Stream.at
+    real = batches.BatchLoader.at
 
     def spying(stop: int | None) -> Callable[[], None]:
         def act() -> None:
-            def at(self: stream.Stream, step: int):  # type: ignore[no-untyped-def]
+            def at(self: batches.BatchLoader, step: int):  # type: ignore[no-untyped-def]
                 for number, batch in enumerate(real(self, step)):
                     for row, position in zip(batch.tokens.tolist(), batch.windows.tolist(), strict=True):
                         with Path(f"read-{self.rank}.jsonl").open("a") as file:
                             file.write(json.dumps([step, self.rank, number, position, row]) + "\n")
                     yield batch
 
-            stream.Stream.at = at  # type: ignore[method-assign]
+            batches.BatchLoader.at = at  # type: ignore[method-assign]
             train(recipe, stop_after=stop)()
 
         return act
 
     run_group(spying(5), tmp_path, 2)
     run_group(spying(None), tmp_path, 2)
-    from llm.tokenizer import Tokenizer
+    from llm.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(tmp_path / "runs/tiny/tokenizer/tokenizer.model")
     lines = [json.loads(line) for rank in (0, 1) for line in (tmp_path / f"read-{rank}.jsonl").read_text().splitlines()]

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import llm.group
-import llm.session
-import llm.trainer
-from llm import checkpoint, errors, machine, store
-from llm.trainer import Trainer
+import llm.distributed.coordinator
+import llm.training.session
+import llm.training.trainer
+from llm.base import atomic_io, errors
+from llm.distributed import environment
+from llm.run_folder import checkpoint
+from llm.training.trainer import Trainer
 from tests.forks import ROOT, digest, ended, run, run_group, script, start, train, write_recipe, write_text
 from tests.test_kills import FAULTS, faulty
 
@@ -61,7 +63,7 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    return dict(store.read_json(folder / "runs/tiny/status.json"))
+    return dict(atomic_io.read_json(folder / "runs/tiny/status.json"))
 
 
 # ---------------------------------------------------------------------------------------------- evaluations
@@ -94,7 +96,7 @@ def during(recipe: Path, step: int, act: Callable[[], Any], rank: int = 0) -> Ca
 
         def disturbed(self: Trainer, at: int) -> tuple[Tensor, Tensor]:
             result = update(self, at)
-            if at + 1 == step and llm.group.rank() == rank:
+            if at + 1 == step and llm.distributed.process.rank() == rank:
                 act()
             return result
 
@@ -136,13 +138,13 @@ def test_a_validation_shard_damaged_in_mid_run_is_named_and_the_training_goes_on
 
 def spoiling_evaluation(recipe: Path, value: float, rank: int = 0) -> Callable[[], None]:
     def act() -> None:
-        forward = llm.trainer.Transformer.forward
+        forward = llm.training.trainer.Transformer.forward
 
         def spoilt(self: Any, tokens: Tensor, targets: Tensor, windows: Tensor | None = None) -> Tensor:
             return forward(self, tokens, targets, windows) * (value if windows is None else 1.0)
 
-        if llm.group.rank() == rank:
-            llm.trainer.Transformer.forward = spoilt  # type: ignore[method-assign]
+        if llm.distributed.process.rank() == rank:
+            llm.training.trainer.Transformer.forward = spoilt  # type: ignore[method-assign]
         train(recipe)()
 
     return act
@@ -177,9 +179,9 @@ def test_what_fails_in_an_evaluation_or_a_sample_is_an_event(
             raise IndexError("the moon is full")
             yield
 
-        llm.trainer.continuations = fails
-        if llm.group.rank() == world - 1:
-            llm.trainer.whole = no_windows
+        llm.training.trainer.continuations = fails
+        if llm.distributed.process.rank() == world - 1:
+            llm.training.trainer.whole = no_windows
         train(recipe)()
 
     for each in run_group(act, tmp_path, world):
@@ -212,7 +214,7 @@ def killed_at(recipe: Path, step: int, method: str, rank: int = 0) -> Callable[[
         real = getattr(Trainer, method)
 
         def dies(self: Trainer, *given: Any) -> Any:
-            if self.state.step == step and llm.group.rank() == rank:
+            if self.state.step == step and llm.distributed.process.rank() == rank:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(self, *given)
 
@@ -284,7 +286,7 @@ def test_a_fault_at_any_operation_of_adding_an_evaluation_leaves_the_checkpoint_
                 os.chdir(copy)
 
                 def status() -> None:
-                    with llm.session._status(self.run):
+                    with llm.training.session._status(self.run):
                         begun = faulty(at, kind, when)
                         complete(self)
                         (copy / "begun.json").write_text(json.dumps(begun))
@@ -314,33 +316,33 @@ def test_a_fault_at_any_operation_of_adding_an_evaluation_leaves_the_checkpoint_
         if number % 8 == 0:
             assert run(train(recipe), copy).status == 0
             same_run(copy, whole)
-            assert not list((copy / "runs").rglob(f"{store.DRAFT}*")), copy.name
+            assert not list((copy / "runs").rglob(f"{atomic_io.DRAFT}*")), copy.name
 
 
 def test_an_evaluation_that_was_told_is_changed_without_a_moment_of_damage(whole: Path, tmp_path: Path) -> None:
     """The card is named by the manifest, so that it must not change under it."""
     folder = tmp_path / "step-000012"
     shutil.copytree(checkpoint.folder_of(whole / "runs/tiny", 12), folder)
-    write_sealed, seen = store.write_sealed, []
+    write_checksummed, seen = atomic_io.write_checksummed, []
 
     def watched(path: Path, value: dict[str, Any]) -> None:
         checkpoint.open_checkpoint(folder)
-        write_sealed(path, value)
+        write_checksummed(path, value)
         seen.append(checkpoint.open_checkpoint(folder).manifest["metrics"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "write_sealed", watched)
+        patch.setattr(atomic_io, "write_checksummed", watched)
         checkpoint.amend(folder, {"README.md": b"another"}, metrics={"bits_per_byte": 1.0})
     assert seen[-1] == {"bits_per_byte": 1.0} and len(seen) == 2
 
 
 def test_no_number_that_is_not_finite_is_written_as_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.write_json(tmp_path / "value.json", {"loss": float("nan")})
+        atomic_io.write_json(tmp_path / "value.json", {"loss": float("nan")})
     (tmp_path / "theirs.json").write_text('{"loss": NaN}')
     with pytest.raises(errors.RefusedError, match="not JSON"):
-        store.read_json(tmp_path / "theirs.json")
-    lines = store.Lines(tmp_path / "lines.jsonl")
+        atomic_io.read_json(tmp_path / "theirs.json")
+    lines = atomic_io.Lines(tmp_path / "lines.jsonl")
     lines.append({"step": 3, "loss": float("-inf")})
     lines.close()
     assert (tmp_path / "lines.jsonl").read_text() == '{"step": 3, "loss": null}\n'
@@ -489,7 +491,7 @@ def test_a_run_survives_the_shell_it_was_started_from_whatever_that_exports(tmp_
 def test_the_parents_end_is_heard_of_where_it_is_a_launcher(
     monkeypatch: pytest.MonkeyPatch, line: list[str], launcher: bool
 ) -> None:
-    monkeypatch.setattr(machine, "parents_line", lambda: line)
+    monkeypatch.setattr(environment, "parents_line", lambda: line)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     asked: list[Any] = []
 
@@ -498,5 +500,5 @@ def test_the_parents_end_is_heard_of_where_it_is_a_launcher(
             asked.append(given)
 
     monkeypatch.setattr("ctypes.CDLL", lambda *given, **named: Libc())
-    machine.die_with_parent()
+    environment.die_with_parent()
     assert asked == ([(1, signal.SIGTERM)] if launcher and sys.platform == "linux" else [])

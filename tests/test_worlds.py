@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm import checkpoint
-from llm.sharding import Layout
+from llm.distributed.sharding import Sharding
+from llm.run_folder import checkpoint
 from tests.forks import digest, run, run_group, train, write_recipe, write_text
 
 NODE = 2  # processes of a node, for hybrid
@@ -46,7 +46,7 @@ def dealt_to_itself(act: Callable[[], None]) -> Callable[[], None]:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(0)
-        Layout.FEWEST = 1
+        Sharding.FEWEST = 1
         torch.distributed.init_process_group(
             "nccl" if on_gpu else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
         )

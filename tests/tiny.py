@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from llm.model import Transformer
-from llm.recipe import Model, Recipe, Text, Train, resolve
+from llm.config.recipe import Model, Recipe, Text, Train, resolve
+from llm.model.transformer import Transformer
 
 VOCABULARY = 32
 

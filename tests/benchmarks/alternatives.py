@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm import optimizer, trainer
-from llm.model import Transformer
-from llm.optimizer import Optimizer, Stack
-from llm.sharding import held
-from llm.stream import whole
-from llm.trainer import Trainer
+from llm.data.batches import eval_batches
+from llm.distributed.sharding import local_shard
+from llm.model.transformer import Transformer
+from llm.optim import optimizer
+from llm.optim.optimizer import Optimizer, Stack
+from llm.training import trainer
+from llm.training.trainer import Trainer
 
 
 def plant(text: str) -> None:
@@ -85,7 +86,7 @@ def cautious() -> None:
 
     def decayed(self: Optimizer, stack: Stack, update: Tensor) -> Tensor:
         for p, part in zip(stack.weights, update, strict=True):
-            held(p).local.mul_(1 - now["rate"] * (part * held(p).local > 0))
+            local_shard(p).local.mul_(1 - now["rate"] * (part * local_shard(p).local > 0))
         return update
 
     Optimizer._muon = muon  # type: ignore[method-assign]
@@ -137,13 +138,13 @@ def momentum_warmup() -> None:
 
 def _shape(shape: Callable[[float], float]) -> None:
     """The fall of the rate, from 1 to 0, in another shape."""
-    real = trainer.rate_share
+    real = trainer.lr_factor
 
-    def rate_share(step: int, *, warmup: int, **others: Any) -> float:
+    def lr_factor(step: int, *, warmup: int, **others: Any) -> float:
         share = real(step, warmup=warmup, **others)
         return share if step < warmup else shape(share)
 
-    trainer.rate_share = rate_share
+    trainer.lr_factor = lr_factor
 
 
 def sqrt_decay() -> None:
@@ -185,7 +186,7 @@ def averaged() -> None:
         kept = [p.clone() for p in weights]
         for share, average in averages.items():
             torch._foreach_copy_(weights, average)
-            batches = whole(self.shards.validation, self.recipe.model.context, self.recipe.machine.micro_batch)
+            batches = eval_batches(self.shards.validation, self.recipe.model.context, self.recipe.machine.micro_batch)
             with self.accelerator.autocast():
                 nats = sum(self.model(batch.tokens, batch.targets).item() for batch in batches)
             bits = nats / self.shards.validation.text_bytes / math.log(2)

@@ -21,11 +21,11 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from llm.generation import Sampling, generate
-from llm.model import Transformer
-from llm.recipe import load
+from llm.config.recipe import load
+from llm.inference.generation import Sampling, generate
+from llm.model.transformer import Transformer
 from tests import tiny
-from tests.test_huggingface import saved
+from tests.interop.test_hf_files import saved
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 16, 100, 5
 

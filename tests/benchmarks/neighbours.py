@@ -26,17 +26,17 @@ def serve() -> None:
     """Tokens a second, for each line of stdin that names something to do."""
     import torch
 
-    from llm import threads
-    from llm.generation import Sampling, generate
-    from llm.model import Transformer
-    from llm.optimizer import Optimizer, gradient_norm
-    from llm.recipe import load, with_steps
-    from llm.sharding import Layout, held
+    from llm.config.recipe import load, with_steps
+    from llm.distributed import threads
+    from llm.distributed.sharding import Sharding, local_shard
+    from llm.inference.generation import Sampling, generate
+    from llm.model.transformer import Transformer
+    from llm.optim.optimizer import Optimizer, gradient_norm
 
     torch.set_num_threads(threads.share())
     threads.yield_to_neighbours()
     recipe = with_steps(load(Path("recipes/quickstart.yaml"), ["train.learning_rate=0"]), 1_400_000)
-    vocabulary, layout = recipe.tokenizer.vocabulary, Layout()
+    vocabulary, layout = recipe.tokenizer.vocabulary, Sharding()
     model = Transformer(recipe.model, vocabulary, 1)
     optimizer = Optimizer(model, recipe.train, torch.float32)
     tokens = torch.randint(vocabulary, (recipe.windows_per_step, recipe.model.context + 1))
@@ -44,7 +44,7 @@ def serve() -> None:
     def train() -> int:
         model.train()
         (model(tokens[:, :-1], tokens[:, 1:]) / recipe.train.tokens_per_step).backward()
-        gradient_norm([held(p.grad) for p in model.parameters() if p.grad is not None], layout)
+        gradient_norm([local_shard(p.grad) for p in model.parameters() if p.grad is not None], layout)
         optimizer.step(1, 1.0, torch.ones(()), torch.tensor(True))
         return recipe.train.tokens_per_step
 

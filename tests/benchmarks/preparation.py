@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.corpus import Corpus, wiki_documents
-from llm.prepare import LARGE
-from llm.recipe import load
-from llm.shards import Shards, write
-from llm.threads import cores
-from llm.tokenizer import Tokenizer
+from llm.config.recipe import load
+from llm.data.documents import Corpus, wiki_documents
+from llm.data.pipeline import LARGE
+from llm.data.shards import Shards, write
+from llm.data.tokenizer import Tokenizer
+from llm.distributed.threads import cores
 
 REPEATS = 5
 MARKER = b"<|endoftext|>\n"
@@ -129,12 +129,12 @@ def memory(folder: Path, text: str) -> None:
         began = time.perf_counter()
         most, high = 0, 0  # KiB: of all processes at one moment (pages that they share counted once), and of one alone
         while process.poll() is None:
-            together = 0
+            error_barrier = 0
             for pid in [str(process.pid), *children(process.pid)]:
                 with suppress(OSError, IndexError):
                     high = max(high, int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]))
-                    together += int(Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0])
-            most = max(most, together)
+                    error_barrier += int(Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0])
+            most = max(most, error_barrier)
             time.sleep(0.02)
         print(
             f"{file.stat().st_size / 1e6:.0f} MB: peak {most / 1024:.0f} MiB, of one process {high / 1024:.0f}, "

@@ -23,9 +23,9 @@ def steps(recipe: str, count: int, overrides: list[str], recompute: bool) -> dic
     """Losses, seconds and peak bytes of `count` updates, in this process."""
     import torch
 
-    from llm.model import Transformer
-    from llm.optimizer import Optimizer
-    from llm.recipe import load, with_steps
+    from llm.config.recipe import load, with_steps
+    from llm.model.transformer import Transformer
+    from llm.optim.optimizer import Optimizer
 
     loaded = with_steps(load(Path(recipe), overrides), 1_400_000)  # tokens of a text, by which `auto` is settled
     context, vocabulary = loaded.model.context, loaded.tokenizer.vocabulary

@@ -16,33 +16,33 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import llm.trainer
-from llm import fingerprints
-from llm.machine import start_group
-from llm.prepare import ready
-from llm.recipe import load
-from llm.sharding import Layout, Rows
-from llm.trainer import Trainer
+import llm.training.trainer
+from llm.config.recipe import load
+from llm.distributed.environment import start_group
+from llm.distributed.sharding import LocalShard, Sharding
+from llm.interop.pretrained import ready
+from llm.run_folder import trace
+from llm.training.trainer import Trainer
 
 ROUNDS, BLOCK = 12, 10
 
 
-def plain_norm(gradients: list[Rows], layout: Layout) -> torch.Tensor:
+def plain_norm(gradients: list[LocalShard], layout: Sharding) -> torch.Tensor:
     return torch.nn.utils.get_total_norm([each.local for each in gradients]).double()
 
 
 @contextmanager
 def without(trainer: Trainer) -> Iterator[None]:
     """None of the promises: neither masks nor records."""
-    kept = torch.where, llm.trainer.gradient_norm
+    kept = torch.where, llm.training.trainer.gradient_norm
     torch.where = lambda condition, this, other: this  # type: ignore[assignment]
-    llm.trainer.gradient_norm = plain_norm
+    llm.training.trainer.gradient_norm = plain_norm
     for name, nothing in {"check": lambda: None, "sign": lambda loss: None, "asked_to_stop": lambda: False}.items():
         setattr(trainer, name, nothing)
     try:
         yield
     finally:
-        torch.where, llm.trainer.gradient_norm = kept
+        torch.where, llm.training.trainer.gradient_norm = kept
         for name in ("check", "sign", "asked_to_stop"):
             delattr(trainer, name)
         trainer.sound.clear()
@@ -75,7 +75,7 @@ def main() -> None:
         recipe, tokenizer, shards = ready(recipe, print)
         run = Path("runs/safety")
         trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
-        trainer.record = fingerprints.Record(run, 0)
+        trainer.record = trace.Trace(run, 0)
         found: dict[str, list[float]] = {"without": [], "with": []}
         for round in range(-1, ROUNDS):
             for name in sorted(found, reverse=round % 2 == 0):  # each goes first every other time

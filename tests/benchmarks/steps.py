@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm import fingerprints
-from llm.gradients import Counter
-from llm.model import Transformer
-from llm.optimizer import Optimizer, gradient_norm
-from llm.recipe import load, with_steps
-from llm.sharding import Layout, held
-from llm.stream import Batch
+from llm.config.recipe import load, with_steps
+from llm.data.batches import Batch
+from llm.distributed.pairwise_sum import PairwiseSum
+from llm.distributed.sharding import Sharding, local_shard
+from llm.model.transformer import Transformer
+from llm.optim.optimizer import Optimizer, gradient_norm
+from llm.run_folder import trace
 
 ROUNDS = 9
 
@@ -34,7 +34,7 @@ def main() -> None:
     tokens = torch.randint(vocabulary, (rows, recipe.model.context + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(rows))
     lean = torch.bfloat16 if recipe.machine.precision == "bf16" else torch.float32
-    layout = Layout()
+    layout = Sharding()
 
     def model_of(dropout: float) -> Transformer:
         return Transformer(replace(recipe.model, dropout=dropout), vocabulary, 1)
@@ -46,7 +46,7 @@ def main() -> None:
     one, yes = torch.ones(()), torch.tensor(True)
 
     def passes(model: Transformer, micro_batches: int = 1, exact: bool = False) -> None:
-        counter = Counter()
+        counter = PairwiseSum()
         model.zero_grad(set_to_none=True)
         for part in range(micro_batches):
             if exact:
@@ -56,7 +56,7 @@ def main() -> None:
                 loss = model(batch.tokens[cut], batch.targets[cut], batch.windows[cut])
             (loss / recipe.train.tokens_per_step).backward()
             if exact:
-                counter.add([held(p.grad).local.clone() for p in model.parameters() if p.grad is not None])
+                counter.add([local_shard(p.grad).local.clone() for p in model.parameters() if p.grad is not None])
         if exact:
             counter.total()
 
@@ -66,7 +66,7 @@ def main() -> None:
     def update(optimizer: Optimizer) -> None:
         for p, gradient in zip(plain.parameters(), gradients, strict=True):
             p.grad = gradient  # an update lets go of it
-        gradient_norm([held(gradient) for gradient in gradients if gradient is not None], layout)
+        gradient_norm([local_shard(gradient) for gradient in gradients if gradient is not None], layout)
         optimizer.step(1, 1.0, one, yes)
 
     variants: dict[str, Callable[[], object]] = {
@@ -76,8 +76,8 @@ def main() -> None:
         "the same in 4, exact": lambda: passes(plain, 4, exact=True),
         "norm and Muon": lambda: update(muon),
         "norm and AdamW": lambda: update(adamw),
-        "fingerprint of all weights": lambda: fingerprints.checksum(
-            {n: held(p) for n, p in plain.named_parameters()}, layout
+        "fingerprint of all weights": lambda: trace.checksum(
+            {n: local_shard(p) for n, p in plain.named_parameters()}, layout
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}

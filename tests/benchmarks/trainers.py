@@ -76,11 +76,11 @@ def theirs(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
     from torch.utils.data import Dataset
     from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from llm.huggingface import model_files
-    from llm.model import Family
-    from llm.order import Order
-    from llm.prepare import prepare
-    from llm.recipe import load
+    from llm.config.recipe import load
+    from llm.data.pipeline import prepare
+    from llm.data.shuffle import WindowShuffle
+    from llm.interop.hf_files import model_files
+    from llm.model.transformer import Family
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if gigabytes:
@@ -88,7 +88,7 @@ def theirs(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
     recipe = load(Path(recipe_path), overrides)
     prepared = prepare(recipe, lambda line: None)
     side, context = prepared.shards.train, recipe.model.context
-    order = Order(recipe.seed, side.tokens, context)
+    order = WindowShuffle(recipe.seed, side.tokens, context)
 
     class Windows(Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:

@@ -1,0 +1,1 @@
+"""Errors, durable files, hashing and constants: what every room stands on."""

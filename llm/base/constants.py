@@ -1,0 +1,3 @@
+"""Values that several rooms share."""
+
+IGNORED = -100  # a target that does not count

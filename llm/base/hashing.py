@@ -1,0 +1,14 @@
+"""Integer hashing: the numbers from which order, initial weights and dropout are drawn."""
+
+MASK = (1 << 64) - 1
+
+
+def mix(*words: int) -> int:
+    """A 64-bit hash of whole numbers (the finaliser of SplitMix64, chained)."""
+    state = 0
+    for word in words:
+        state = (state + (word & MASK) + 0x9E3779B97F4A7C15) & MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
+        state ^= state >> 31
+    return state

@@ -1,0 +1,1 @@
+"""Recipes: their keys and how they are read."""

@@ -1,0 +1,103 @@
+"""The batches that this process reads at a step, from the recipe and the step alone: nothing to save or to skip."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.base.constants import IGNORED
+from llm.data.shards import Split
+from llm.data.shuffle import WindowShuffle
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: Tensor  # (B, T) of int64
+    targets: Tensor  # (B, T) of int64: the token after each, or IGNORED
+    windows: Tensor  # (B,) of int64: positions in the order
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (
+            x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+            for x in (self.tokens, self.targets, self.windows)
+        )
+        return Batch(*moved)
+
+
+@dataclass(frozen=True)
+class BatchLoader:
+    """The training side in the order of `order`, `windows_per_step` a step, dealt to `world` processes by micro-batch.
+
+    Micro-batch m of a step holds the same windows on any world; process `rank` runs those with m = rank modulo `world`.
+    The windows of `skipped` steps (first, last; counted from 1, as people count) are left out: those steps read what
+    follows. Elsewhere here `step` is how many updates are done before, as in the trainer.
+    """
+
+    side: Split
+    order: WindowShuffle
+    windows_per_step: int
+    micro_batch: int
+    rank: int = 0
+    world: int = 1
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    def first(self, step: int) -> int:
+        """Position of the first window that the group reads at `step`."""
+        for low, high in sorted(self.skipped):
+            if step + 1 >= low:
+                step += high - low + 1
+        return step * self.windows_per_step
+
+    def positions(self, step: int) -> list[np.ndarray]:
+        """Positions of this process's windows at `step`, an int64 array for each micro-batch."""
+        first = self.first(step)
+        stride = self.micro_batch * self.world
+        return [
+            np.arange(low, low + self.micro_batch)
+            for low in range(first + self.rank * self.micro_batch, first + self.windows_per_step, stride)
+        ]
+
+    def at(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of `step`."""
+        for positions in self.positions(step):
+            starts = self.order.starts(positions)
+            rows = np.stack(
+                [self.side.read(start, start + self.order.context + 1) for start in starts.tolist()]
+            ).astype(np.int64)
+            yield Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]), torch.from_numpy(positions))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens in memory, read as a side of the shards is."""
+
+    ids: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.ids[start:stop]
+
+
+def eval_batches(side: Split | Tokens, context: int, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """Every token of `side` but its first as a target once, in windows that do not overlap, `rows` at a time.
+
+    Dealt to `world` processes, each of which gets as many batches; what is missing at the end are IGNORED targets.
+    """
+    stride = rows * context
+    rounds = -(-(side.tokens - 1) // (world * stride))
+    for low in range(rank * stride, rounds * world * stride, world * stride):
+        tokens = side.read(min(low, side.tokens), min(low + stride + 1, side.tokens)).astype(np.int64)
+        count = max(len(tokens) - 1, 0)
+        size = max(1, -(-count // context)) * context
+        inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
+        inputs[:count], targets[:count] = tokens[:count], tokens[1:]
+        yield Batch(
+            torch.from_numpy(inputs.reshape(-1, context)),
+            torch.from_numpy(targets.reshape(-1, context)),
+            torch.zeros(size // context, dtype=torch.int64),
+        )

@@ -1,0 +1,100 @@
+"""Encode blocks of documents, here or in processes of their own.
+
+sentencepiece lets other threads run meanwhile; looking up remembered words does not, so that only processes use every
+core. They are plain children that read blocks from their stdin and end with it: none outlives its parent, however that
+dies, and a Ctrl-C is the parent's alone.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from llm.base.errors import GroupError
+from llm.data.tokenizer import Tokenizer
+
+
+class Here:
+    """Encodes in the thread that asks."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+        self._tokenizer, self._dtype = tokenizer, dtype
+
+    def encode(self, text: bytes, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the documents that lie end to end in `text`, each after a BOS, and where each begins: (documents,)."""
+        bounds = [0, *np.cumsum(lengths).tolist()]
+        encoded = self._tokenizer.encode_batch([text[a:b].decode() for a, b in itertools.pairwise(bounds)], threads=1)
+        starts = np.cumsum([0, *(len(ids) + 1 for ids in encoded)])
+        tokens = np.full(starts[-1], self._tokenizer.bos, self._dtype)
+        of_text = np.ones(len(tokens), bool)
+        of_text[starts[:-1]] = False
+        tokens[of_text] = np.concatenate(encoded)
+        return tokens, starts[:-1]
+
+    def close(self) -> None:
+        pass
+
+
+class Process:
+    """Encodes in a process of its own, which remembers words of its own."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+        code = "import sys; sys.path.insert(0, sys.argv[1]); from llm.encoders import serve; serve(sys.argv[2])"
+        command = [sys.executable, "-c", code, str(Path(__file__).parent.parent), dtype.name]
+        self._dtype = dtype
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        assert self._child.stdin and self._child.stdout
+        self._to, self._from = self._child.stdin, self._child.stdout
+        self._model: bytes | None = tokenizer.model  # is sent with the first block, when the child is up
+
+    def encode(self, text: bytes, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Here.encode`. GroupError where the process was killed."""
+        try:
+            if self._model is not None:
+                _send(self._to, self._model)
+                self._model = None
+            _send(self._to, text, lengths.astype(np.int64).tobytes())
+            return np.frombuffer(_receive(self._from), self._dtype), np.frombuffer(_receive(self._from), np.int64)
+        except (BrokenPipeError, EOFError) as error:
+            raise GroupError(
+                f"a process that encodes text ended with status {self._child.wait()}; where memory ran out give more, "
+                f"and run the same command again"
+            ) from error
+
+    def close(self) -> None:
+        with suppress(BrokenPipeError):
+            self._to.close()
+        self._from.close()
+        self._child.wait()
+
+
+def serve(dtype: str) -> None:
+    """What such a process does: blocks in, ids out, until its parent is gone."""
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    with suppress(EOFError, BrokenPipeError):
+        here = Here(Tokenizer(_receive(source), "the vocabulary"), np.dtype(dtype))
+        while True:
+            tokens, starts = here.encode(_receive(source), np.frombuffer(_receive(source), np.int64))
+            _send(sink, tokens.tobytes(), starts.astype(np.int64).tobytes())
+    os._exit(0)  # without a word about the half of an answer that nobody reads
+
+
+def _send(pipe: IO[bytes], *parts: bytes) -> None:
+    for part in parts:
+        pipe.write(len(part).to_bytes(8, "little"))
+        pipe.write(part)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> bytes:
+    """The next part. EOFError where the other side is gone."""
+    head = pipe.read(8)
+    part = pipe.read(int.from_bytes(head, "little"))
+    if len(head) < 8 or len(part) < int.from_bytes(head, "little"):
+        raise EOFError
+    return part

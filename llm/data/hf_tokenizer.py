@@ -1,0 +1,186 @@
+"""The tokenizer of somebody else's model, through the library `tokenizers`, its files kept as they are.
+
+The only module that imports tokenizers. Ids are theirs to the last: what their tokenizer takes for a special piece in a
+text is one here too, unless their settings say otherwise as ours do.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm.base import atomic_io
+from llm.base.errors import RecipeError, RefusedError
+from llm.data.tokenizer import MANIFEST, PROBES, SPACE, Tokenizer
+
+FILE = "tokenizer.json"
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+class HFTokenizer(Tokenizer):
+    """Documents begin with `bos`, which is their piece for a beginning, or else for an end; ids 0..vocabulary-1.
+
+    A vocabulary may be larger than the tokenizer's pieces: the ids that are left over mean nothing.
+    """
+
+    def __init__(self, files: dict[str, bytes], *, bos: int, ends: Iterable[int], vocabulary: int, name: str) -> None:
+        self._library = _opened(files, name)
+        self._library.no_padding()
+        self._library.no_truncation()
+        self._library.encode_special_tokens = _settings(files).get("split_special_tokens") is True
+        named = [bos, *ends, self._library.get_vocab_size() - 1]
+        if not all(isinstance(id, int) and 0 <= id < vocabulary for id in named):
+            raise RefusedError(f"{name} has ids that the model of {vocabulary} pieces has no place for")
+        self.files, self.bos, self.vocabulary = files, bos, vocabulary
+        self.ends = tuple(sorted({bos, *ends}))
+        self.banned = tuple(id for id in range(vocabulary) if self._library.id_to_token(id) is None)
+        self.symbols: list[int] = []
+        self.by_words = False
+        self._adds_space = False
+        self._bytes = self._bytes_of_all()
+        self._adds_space = b"".join(self._bytes[id] for id in self.encode("a")) == b" a"
+        self.lossless = all(self.decode(self.encode(probe)) == probe for probe in PROBES)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest over the tokenizer's file and what else decides the ids of a document."""
+        return atomic_io.digest_of([self.files[FILE].decode(), self.bos, self.vocabulary])
+
+    @cached_property
+    def is_exact_bpe(self) -> bool:
+        return False
+
+    @property
+    def is_portable(self) -> bool:
+        return True
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        found = self._library.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.int32) for each in found]
+
+    def piece(self, id: int) -> str:
+        return str(self._library.id_to_token(int(id)) or "")
+
+    def save(self, folder: Path, **about: Any) -> None:
+        """Write their files as they are, and a manifest with their digests and what they do not say."""
+        digests = {name: atomic_io.digest_of(data.decode()) for name, data in self.files.items()}
+        for name, data in self.files.items():
+            atomic_io.write_bytes(folder / name, data)
+        says = {"bos": self.bos, "ends": self.ends, "vocabulary": self.vocabulary}
+        atomic_io.write_checksummed(folder / MANIFEST, {**about, **says, "files": digests})
+
+    def _bytes_of_all(self) -> list[bytes]:
+        """By id: byte-level pieces write each byte as a letter, others a byte as <0x..> and most a space as U+2581."""
+        added = self._library.get_added_tokens_decoder()
+        decoder = json.dumps(json.loads(self.files[FILE]).get("decoder"), ensure_ascii=False)
+        byte_level, space = '"ByteLevel"' in decoder, SPACE if SPACE in decoder else " "
+        letters = _byte_letters()
+        table = []
+        for id in range(self.vocabulary):
+            piece = self.piece(id)
+            if id in added:
+                table.append(b"" if added[id].special else added[id].content.encode())
+            elif byte_level:
+                table.append(b"".join(letters.get(each, each.encode()) for each in piece))
+            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                table.append(bytes([int(piece[3:5], 16)]))
+            else:
+                table.append(piece.replace(space, " ").encode())
+        return table
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer that a run keeps in `folder`, trained here or borrowed. RefusedError where it is damaged."""
+    if not (folder / FILE).is_file():
+        return Tokenizer.load(folder / "tokenizer.model")
+    manifest = atomic_io.read_checksummed(folder / MANIFEST)
+    files = {name: folder / name for name in manifest["files"] if name in (FILE, *BESIDE)}
+    for name, path in files.items():
+        if not path.is_file() or atomic_io.digest_of(path.read_text(errors="replace")) != manifest["files"][name]:
+            raise RefusedError(f"{path} is missing or damaged: its digest is not the recorded one")
+    data = {name: path.read_bytes() for name, path in files.items()}
+    says = {name: manifest[name] for name in ("bos", "ends", "vocabulary")}
+    return HFTokenizer(data, **says, name=str(folder))
+
+
+def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of the model folder whose config.json is `config`; RefusedError where it cannot be had."""
+    vocabulary = config["vocab_size"]
+    files = {name: (folder / name).read_bytes() for name in (FILE, *BESIDE) if (folder / name).is_file()}
+    about = _settings(files, BESIDE[1]) | _settings(files, BESIDE[0])
+    if "auto_map" in about:
+        raise RefusedError(f"{folder / BESIDE[0]} asks for code of its own (auto_map), which is not run here")
+    generation = folder / "generation_config.json"
+    stated = [config, atomic_io.read_json(generation) if generation.is_file() else {}]
+    if not isinstance(stated[1], dict):
+        raise RefusedError(f"{generation} is damaged: no settings of generation")
+
+    def piece(name: str, id_of: Callable[[str], int | None]) -> list[int]:
+        """The id of the tokenizer's piece for bos or eos, in a list, which is empty where it has none."""
+        content = about.get(f"{name}_token")
+        content = content.get("content") if isinstance(content, dict) else content
+        id = id_of(content) if isinstance(content, str) else None
+        return [] if id is None else [id]
+
+    def stated_ids(name: str) -> list[int]:
+        """Those of bos or eos that the model's configurations give."""
+        values = [each.get(f"{name}_token_id") for each in stated]
+        ids = [id for value in values if value is not None for id in (value if isinstance(value, list) else [value])]
+        for id in ids:
+            if type(id) is not int or not 0 <= id < vocabulary:
+                raise RefusedError(f"{folder}: {name}_token_id = {id!r:.40} is no id of {vocabulary} pieces")
+        return ids
+
+    if FILE not in files:
+        path = folder / "tokenizer.model"
+        plain = Tokenizer.load(path)
+        mend = f"put its {FILE} there too"
+        if plain.vocabulary != vocabulary:
+            raise RefusedError(f"{path} has {plain.vocabulary} pieces, the model {vocabulary}: {mend}")
+        ids = {plain.piece(id): id for id in range(vocabulary)}
+        starts = [*piece("bos", ids.get), *stated_ids("bos"), plain.bos]
+        if starts[0] != plain.bos:
+            raise RefusedError(f"{path} begins a text with piece {plain.bos}, the model with {starts[0]}: {mend}")
+        return Tokenizer(plain.model, str(path), [*piece("eos", ids.get), *stated_ids("eos")] or plain.own_ends)
+    library = _opened(files, str(folder / FILE))
+    added = library.get_added_tokens_decoder()
+    ends = [*piece("eos", library.token_to_id), *stated_ids("eos")]
+    # A configuration may keep its family's ids, which are ordinary pieces of this tokenizer.
+    special = [id for id in stated_ids("bos") if id in added and added[id].special]
+    starts = [*piece("bos", library.token_to_id), *special, *ends]
+    if not starts:
+        raise RefusedError(f"{folder} names no piece for where a text begins or ends (bos_token, eos_token)")
+    return HFTokenizer(files, bos=starts[0], ends=ends, vocabulary=vocabulary, name=str(folder / FILE))
+
+
+def _settings(files: dict[str, bytes], name: str = BESIDE[0]) -> dict[str, Any]:
+    """tokenizer_config.json, or another of such files. RefusedError where it is none."""
+    try:
+        settings = json.loads(files.get(name, b"{}"))
+        if isinstance(settings, dict):
+            return settings
+    except (ValueError, RecursionError):
+        pass
+    raise RefusedError(f"{name} is damaged: not JSON, or no settings of a tokenizer")
+
+
+def _opened(files: dict[str, bytes], name: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise RecipeError(f"{name} is read with the package tokenizers: pip install -e '.[export]'") from None
+    try:
+        return tokenizers.Tokenizer.from_buffer(files[FILE])
+    except Exception as error:  # the library raises nothing narrower
+        raise RefusedError(f"{name} is damaged or of a kind that is not known here: {str(error)[:200]}") from error
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """What each letter of a byte-level piece stands for: printable bytes themselves, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): bytes([byte]) for byte in plain} | {chr(256 + n): bytes([b]) for n, b in enumerate(others)}

@@ -1,0 +1,347 @@
+"""Prepare a text: survey it, train its tokenizer, write its token shards; each once, by content, kept in the cache.
+
+The text is read once to be surveyed (twice where it is small) and once to be encoded, and not at all where its files
+have the size, times and inode that they had then.
+"""
+
+import hashlib
+import heapq
+import math
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from llm.base import atomic_io
+from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
+from llm.config.recipe import Recipe, Text
+from llm.data import shards as sharding
+from llm.data.documents import BLOCK, LONGEST, Corpus, fraction
+from llm.data.shards import Shards
+from llm.data.tokenizer import MANIFEST, SETTINGS, Tokenizer
+from llm.distributed.threads import cores
+
+SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory
+SMALL = 128 << 20  # bytes of shards that are checked against their sha256 at every start: a blink
+MEASURABLE = 1 << 10  # bytes of the validation side at least, some 300 tokens: its loss is then known to 0.15 nats
+LEAST = 256  # bytes of the validation side of the smallest text
+LEAST_PIECE = 512  # bytes: a document is not cut smaller than this so that a part of it can be held out
+LARGE = 16 << 20  # bytes of text that are worth the start of processes that encode it
+Item = TypeVar("Item")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A text made ready: what encodes it and where its tokens lie."""
+
+    tokenizer: Tokenizer
+    shards: Shards
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one reading of the text finds out: its digest, and its documents and bytes on the two sides."""
+
+    sha256: str
+    rule: str
+    share: float  # that is held out: text.validation, or more where that leaves too little to measure by
+    documents: list[int]  # train, validation
+    text_bytes: list[int]
+    notes: dict[str, int]  # what was cut or left out, and how often
+
+    @property
+    def enough(self) -> float:
+        """Bytes that the validation side needs: MEASURABLE, or of a smaller text a twentieth, but LEAST."""
+        return min(MEASURABLE, max(LEAST, sum(self.text_bytes) / 20))
+
+    @property
+    def is_split(self) -> bool:
+        """Whether both sides can be used, or no validation side is asked for."""
+        return self.documents[0] > 0 and (not self.share or self.text_bytes[1] >= self.enough)
+
+
+def prepare(
+    recipe: Recipe,
+    say: Say = print,
+    progress: bool = True,
+    verify: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> Prepared:
+    """The recipe's text as tokens, from the cache where it is there; `say` gets lines on what was found and done.
+
+    `tokenizer` is used instead of the one that the recipe names.
+
+    With `verify` the text is read again although its files look the same, and the shards are checked byte by byte.
+    """
+    cache = _cache(recipe.text.cache or "data")
+    show = _Show(say, progress)
+
+    corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify)
+    if corpus.repeated:
+        more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
+        say(f"text: {corpus.repeated[0]}{more}")
+    _check(survey, recipe.text)
+    left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
+    say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
+    say(f"bytes: {_sides(*survey.text_bytes)}")
+    if survey.share != recipe.text.validation:
+        part = survey.text_bytes[1] / sum(survey.text_bytes)
+        asked = f"text.validation = {recipe.text.validation:g} would leave too little to measure by"
+        say(f"validation: {part:.1%} of the bytes, as {asked}")
+
+    if tokenizer is None and recipe.tokenizer.path:
+        tokenizer = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path))
+    if tokenizer is None:
+        tokenizer = _trained(recipe, survey, cache, say, lambda: sample or _survey(corpus, survey.share, show)[1])
+    lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
+    say(f"tokenizer: {tokenizer.vocabulary:,} pieces{lossy}")
+
+    shards = _sharded(corpus, survey, tokenizer, cache, show, verify=verify)
+    train, validation = shards.train, shards.validation
+    tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
+    say(f"tokens: {_sides(train.tokens, validation.tokens)}, {text_bytes / tokens:.2f} bytes a token")
+    if train.tokens <= recipe.model.context:
+        mend = f", or at most model.context={train.tokens - 1}" if train.tokens > 2 else ""  # 2 is the least context
+        raise TextError(
+            f"{_names(recipe)}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
+            f"{recipe.model.context + 1:,}: use more text{mend}"
+        )
+    return Prepared(tokenizer, shards)
+
+
+def _cache(name: str) -> Path:
+    cache = atomic_io.expanded(name)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise RecipeError(f"text.cache = {name} cannot be a folder ({error.strerror}): name another place") from error
+    return cache
+
+
+def _names(recipe: Recipe) -> str:
+    return ", ".join(recipe.text.files)
+
+
+def _sides(train: int, validation: int) -> str:
+    return f"{train:,} train + {validation:,} validation"
+
+
+@contextmanager
+def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
+    """Hold the lock of what will lie at `path`; whoever waits for another process says so.
+
+    In a cache that cannot be written to there is nothing to lock.
+    """
+    lock = path.parent.parent / "locks" / f"{path.parent.name}-{path.stem}.lock"
+    if _read_only(lock.parent):
+        yield
+        return
+    with atomic_io.lock(lock) as alone:
+        if alone:
+            atomic_io.sweep(path.parent, of=path.name)
+            yield
+            return
+    say(f"another process prepares {what}: waiting for it")
+    with atomic_io.lock(lock, wait=True):
+        atomic_io.sweep(path.parent, of=path.name)
+        yield
+
+
+def _read_only(path: Path) -> bool:
+    """Whether nothing can be written at `path`, which need not be there yet."""
+    return not os.access(next(each for each in (path, *path.absolute().parents) if each.exists()), os.W_OK)
+
+
+def _surveyed(
+    text: Text, cache: Path, show: "_Show", *, verify: bool, most: int = LONGEST
+) -> tuple[Corpus, Survey, list[bytes]]:
+    """The text's documents, of `most` bytes, and their survey, out of the cache or with a sample for the tokenizer.
+
+    Documents too few or too large to hold out about as much as is asked for are cut smaller.
+    """
+    corpus = Corpus(text, most)
+    path = cache / "surveys" / f"{atomic_io.digest_of([corpus.identity, text.validation])}.json"
+    sample: list[bytes] = []
+    with _alone(path, "this text", show.say):
+        if path.is_file() and not verify:
+            survey = Survey(**atomic_io.read_checksummed(path))
+        else:
+            survey, sample = _survey(corpus, text.validation, show)
+            if not _read_only(path):
+                atomic_io.write_checksummed(path, asdict(survey))
+    whole = sum(survey.text_bytes)
+    fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
+    if not fits and most == LONGEST:
+        most = max(LEAST_PIECE, min(BLOCK, whole // 10))
+        pieces = _surveyed(text, cache, show, verify=verify, most=most)
+        if pieces[1].is_split:
+            found = f"documents ({sum(survey.documents):,} by the rule {survey.rule})"
+            show.say(f"validation: {found} are too few or too large to hold some out: cut at {most:,} bytes")
+            return pieces
+    return corpus, survey, sample
+
+
+def _survey(corpus: Corpus, asked: float, show: "_Show") -> tuple[Survey, list[bytes]]:
+    """Read the text, and split it at the share `asked`, or at the least that holds enough out to measure by.
+
+    Also answers training documents of SAMPLE bytes at most, those of the smallest hashes.
+    """
+    survey, sample, sizes = _read(corpus, asked, show)
+    if not asked or survey.text_bytes[1] >= survey.enough:
+        return survey, sample
+    held = 0
+    for place, size in sorted(sizes.items()):
+        held += size
+        if held >= survey.enough:
+            if held <= max(0.5, asked) * sum(survey.text_bytes):  # else the validation side would be the larger one
+                return _read(corpus, math.nextafter(place, 1), show)[:2]
+            break
+    return survey, sample
+
+
+def _read(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[bytes], dict[float, int]]:
+    """Survey and sample of a text that is split at `share`, and the bytes at each of MEASURABLE lowest fractions."""
+    digest, notes = hashlib.sha256(), Counter[str]()
+    documents, text_bytes = [0, 0], [0, 0]
+    sample: list[tuple[float, int, bytes]] = []
+    sampled = 0
+    sizes: Counter[float] = Counter()
+    for number, document in enumerate(show.over(corpus.documents(notes), "reading", corpus.bytes_expected(), len)):
+        digest.update(len(document).to_bytes(8, "big"))
+        digest.update(document)
+        place = fraction(document)
+        side = int(place < share)
+        documents[side] += 1
+        text_bytes[side] += len(document)
+        sizes[place] += len(document)
+        if len(sizes) > 2 * MEASURABLE:
+            sizes = Counter(dict(sorted(sizes.items())[:MEASURABLE]))
+        if side == 0 and (sampled + len(document) <= SAMPLE or place < -sample[0][0]):
+            heapq.heappush(sample, (-place, number, document))
+            sampled += len(document)
+            while sampled > SAMPLE:
+                sampled -= len(heapq.heappop(sample)[2])
+    survey = Survey(digest.hexdigest(), corpus.rule, share, documents, text_bytes, dict(notes))
+    return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])], sizes
+
+
+def _check(survey: Survey, text: Text) -> None:
+    """TextError where the text, or one of its sides, holds nothing or too little; a share that is advised was tried."""
+    names, (train, validation) = ", ".join(text.files), survey.documents
+    if train + validation == 0:
+        raise TextError(f"{names}: there is nothing but whitespace: put your text there")
+    if survey.is_split:
+        return
+    usual = Text.validation if text.validation > Text.validation else 0.0
+    less, _ = _survey(Corpus(text), usual, _Show(lambda line: None, False))
+    if train + validation == 1:
+        fault = "one document cannot be on both sides"
+    elif not train:
+        fault = f"text.validation = {text.validation:g} holds all {validation} documents out"
+    else:
+        fault = f"{train + validation} documents are too small or too much alike to hold enough of them out"
+    mend = f"text.validation={usual if less.is_split else 0:g}"
+    raise TextError(f"{names}: {fault}: use more text, or {mend}")
+
+
+def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
+    """The tokenizer that the recipe asks for, trained on the training side of the text, or read from the cache."""
+    wanted = recipe.tokenizer
+    key = atomic_io.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, wanted.vocabulary, wanted.terms])
+    folder = cache / "tokenizers" / key
+    model = folder / "tokenizer.model"
+    with _alone(folder, "this tokenizer", say):
+        if not folder.is_dir():
+            documents = sample()
+            sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
+            part = f"a sample of {sampled / 1e6:,.1f} MB of " if sampled < whole else ""
+            say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
+            tokenizer = Tokenizer.train(documents, vocabulary=wanted.vocabulary, terms=wanted.terms)
+            with atomic_io.draft_folder(folder) as draft:
+                tokenizer.save(draft, **asdict(wanted), text=survey.sha256, sampled_bytes=sampled)
+        try:
+            atomic_io.read_checksummed(folder / MANIFEST)
+            return Tokenizer.load(model)
+        except (RefusedError, RecipeError) as error:
+            raise RefusedError(f"{error}: remove {folder} and prepare the text again") from error
+
+
+def _sharded(
+    corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: "_Show", *, verify: bool
+) -> Shards:
+    """The shards of this text, split and tokenizer, written or gone on with where they are not whole yet."""
+    share = survey.share
+    about = {"text": survey.sha256, "validation": share, "tokenizer": tokenizer.fingerprint}
+    fingerprint = atomic_io.digest_of([sharding.FORMAT, about])
+    folder = cache / "shards" / fingerprint
+    with _alone(folder, "these token shards", show.say):
+        if (folder / "manifest.json").is_file():
+            if not _read_only(folder):
+                atomic_io.sweep(folder)
+                if (folder / "journal.json").exists():  # a kill came between the manifest and its removal
+                    atomic_io.remove(folder / "journal.json")
+            small = sum(path.stat().st_size for path in folder.glob("*.arrow")) <= SMALL
+            shards = Shards.open(folder, verify or small)
+            show.say(f"shards: {folder.parent}/{fingerprint[:12]}... (made before)")
+            return shards
+        _check_space(folder, sum(survey.text_bytes), tokenizer.vocabulary)
+        about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocabulary}
+        processes = cores() if tokenizer.by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
+        written = sharding.write(corpus.documents(), folder, tokenizer, share=share, about=about, processes=processes)
+        for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
+            pass
+        shards = Shards.open(folder)
+    made = [shards.train, shards.validation]
+    assert [side.documents for side in made] == survey.documents, "a corpus gives the same documents or refuses"
+    show.say(f"shards: {folder.parent}/{fingerprint[:12]}...")
+    return shards
+
+
+def _check_space(folder: Path, text_bytes: int, vocabulary: int) -> None:
+    """DiskError where the shards would not fit: at two bytes of text a token, which ordinary text exceeds."""
+    there = sum(path.stat().st_size for path in folder.glob("*.arrow"))
+    needed = text_bytes // 2 * (2 if vocabulary <= 1 << 16 else 4) - there
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskError(
+            f"token shards in {folder} need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
+            f"make room, or name another place by text.cache=FOLDER, and run the same command again"
+        )
+
+
+@dataclass(frozen=True)
+class _Show:
+    """Shows how far a long work is: a bar on a terminal, else a line now and then, nothing where `progress` is off."""
+
+    say: Say
+    progress: bool
+
+    def over(self, items: Iterable[Item], what: str, total: int | None, size: Callable[[Item], int]) -> Iterator[Item]:
+        """The same items; `size` tells the bytes of text of one, of `total` in all."""
+        if self.progress and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            with tqdm(desc=what, total=total, unit="B", unit_scale=True) as bar:
+                for item in items:
+                    yield item
+                    bar.update(size(item))
+            return
+        began = told = time.monotonic()
+        done = 0
+        for item in items:
+            yield item
+            done += size(item)
+            now = time.monotonic()
+            if self.progress and now - told >= 10:
+                told, rate = now, done / (now - began)
+                seconds = max((total or 0) - done, 0) / max(rate, 1)
+                left = f" of {total / 1e6:,.0f} MB, {seconds:,.0f} s left" if total else " MB"
+                self.say(f"{what}: {done / 1e6:,.0f}{left}, {rate / 1e6:,.1f} MB/s")

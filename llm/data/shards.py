@@ -1,0 +1,296 @@
+"""Token shards: Arrow streams whose rows are documents, each BOS and its ids, mapped and read as one row of tokens.
+
+A file holds one record batch, so that its tokens lie in one piece and a window is a view; how long windows are is not
+baked in. A file is finished once the journal names it; the manifest comes last and makes the folder a whole.
+"""
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from llm.base import atomic_io
+from llm.base.errors import RefusedError
+from llm.data.documents import is_validation, lean_datasets
+from llm.data.encoding import Here, Process
+from llm.data.tokenizer import Tokenizer
+from llm.distributed.threads import cores
+
+FORMAT = 1
+FILE = 16 << 20  # bytes of text in a file: what is held in memory before it is written
+BLOCK = 1 << 20  # bytes of text in a row of the pipeline: small next to memory, large next to what a row costs
+SIDES = ("train", "validation")
+PLACE = "shards.json"  # in a run
+
+Files = dict[str, list[dict[str, Any]]]  # by side, what the manifest says of each file
+
+
+class Split:
+    """The training or the validation side: its documents end to end, `tokens` of them in all."""
+
+    def __init__(self, folder: Path, files: list[dict[str, Any]], dtype: str) -> None:
+        self.tokens: int = sum(file["tokens"] for file in files)
+        self.documents: int = sum(file["documents"] for file in files)
+        self.text_bytes: int = sum(file["text_bytes"] for file in files)
+        self.dtype = np.dtype(dtype)
+        self._files = [(folder / file["name"], file) for file in files]
+        self._columns = [_map(path, file, self.dtype) for path, file in self._files]
+        self._begins = np.cumsum([0] + [file["tokens"] for file in files])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1: (stop - start,) of the shards' integer type, a view where they lie in one file.
+
+        IndexError past the last token.
+        """
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start}..{stop} of {self.tokens}")
+        parts: list[np.ndarray] = []
+        while start < stop:
+            file = int(np.searchsorted(self._begins, start, side="right")) - 1
+            begin = int(self._begins[file])
+            parts.append(self._columns[file][0][start - begin : stop - begin])
+            start += len(parts[-1])
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def verified(self) -> "Split":
+        """This side; RefusedError names a file whose mapped bytes are no longer those that were written."""
+        for (path, file), (_, _, data) in zip(self._files, self._columns, strict=True):
+            cut = path.is_file() and path.stat().st_size != file["bytes"]  # to read past its end kills the process
+            if cut or hashlib.sha256(data).hexdigest() != file["sha256"]:
+                raise RefusedError(f"{path} was damaged while it was in use: {_mend(path.parent)}")
+        return self
+
+    def document_starts(self) -> np.ndarray:
+        """Where each document's BOS stands: (documents,) of int64."""
+        columns = zip(self._columns, self._begins[:-1], strict=True)
+        starts = (np.add(s[:-1], at, dtype=np.int64) for (_, s, _), at in columns)
+        return np.concatenate([np.empty(0, np.int64), *starts])
+
+
+class Shards:
+    """An opened folder of shards. `fingerprint` says which text, split and tokenizer they are of."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        self.train, self.validation = (Split(folder, manifest["files"][side], manifest["dtype"]) for side in SIDES)
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = False) -> "Shards":
+        """Map the files, sizes and counts checked; with `verify` every byte. RefusedError names the file at fault."""
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise RefusedError(f"{folder} holds no finished shards: prepare the text again")
+        try:
+            manifest = atomic_io.read_checksummed(path)
+        except RefusedError as error:
+            raise RefusedError(f"{error}: {_mend(folder)}") from error
+        if manifest["format"] != FORMAT:
+            raise RefusedError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: {_mend(folder)}")
+        for file in itertools.chain(*manifest["files"].values()):
+            if verify and not _is_whole(folder, file):
+                raise RefusedError(f"{folder / file['name']} is missing or damaged (sha256): {_mend(folder)}")
+        return cls(folder, manifest)
+
+
+def keep_place(shards: Shards, run: Path) -> None:
+    """Write into a run where its shards lie, and of what they are."""
+    place = {"folder": str(shards.folder), "absolute": str(shards.folder.resolve())}
+    atomic_io.write_checksummed(run / PLACE, {**place, **shards.manifest})
+
+
+def of_run(run: Path, verify: bool = False) -> Shards:
+    """The shards of a run, also from another working folder, or where both were moved. RefusedError where they are not.
+
+    A relative place is one in the project, whose runs/ holds the run.
+    """
+    kept = atomic_io.read_checksummed(run / PLACE)
+    tops = (run.absolute().parent.parent, run.resolve().parent.parent, Path())
+    places = [*(top / kept["folder"] for top in tops), Path(kept.get("absolute", kept["folder"]))]
+    found = next((place for place in places if (place / "manifest.json").is_file()), places[0])
+    shards = Shards.open(found, verify)
+    if shards.fingerprint != kept["fingerprint"]:
+        raise RefusedError(f"{found} holds another text than {run.name} was trained on: {_mend(found)}")
+    return shards
+
+
+def _mend(folder: Path) -> str:
+    return f"remove {folder} and prepare the text again"
+
+
+def _is_whole(folder: Path, file: dict[str, Any]) -> bool:
+    path = folder / file["name"]
+    return path.is_file() and path.stat().st_size == file["bytes"] and atomic_io.sha256(path) == file["sha256"]
+
+
+def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Views of the file's tokens and of where its documents begin (and the last one ends); then all its bytes."""
+    import pyarrow
+
+    if not path.is_file() or path.stat().st_size != file["bytes"]:
+        raise RefusedError(f"{path} is missing or has not its {file['bytes']} bytes: {_mend(path.parent)}")
+    try:
+        with pyarrow.memory_map(str(path)) as source:  # what was read keeps the map, without the open file
+            data = source.read_buffer()
+        column = pyarrow.ipc.open_stream(data).read_all()["tokens"].chunk(0)
+        tokens, starts = _view(column.values), _view(column.offsets)
+    except (pyarrow.ArrowInvalid, OSError, LookupError, AttributeError, TypeError, ValueError) as error:
+        raise RefusedError(f"{path} is damaged: {_mend(path.parent)}") from error
+    if tokens.dtype != dtype or len(tokens) != file["tokens"] or len(starts) != file["documents"] + 1:
+        raise RefusedError(f"{path} does not hold the {file['tokens']} tokens of its manifest: {_mend(path.parent)}")
+    return tokens, starts, data
+
+
+def _view(array: Any) -> np.ndarray:
+    """An Arrow array's numbers; its own `to_numpy` imports pandas."""
+    dtype = np.dtype(str(array.type))
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
+def write(
+    documents: Iterable[bytes],
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    share: float,
+    about: dict[str, Any],
+    processes: int = 0,
+) -> Iterator[int]:
+    """Encode `documents` into shards in `folder`, which are whole at the end; yields the bytes of text done.
+
+    Files that an earlier, killed call finished are kept where they are what its journal says. `about` goes into the
+    manifest. The caller holds the folder's lock, and gives the same documents as in the earlier call. Without
+    `processes` this one encodes; the files' bytes are the same with any number of them.
+    """
+    atomic_io.make_folder(folder)
+    files = _finished(folder)
+    dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
+    yield sum(file["text_bytes"] for file in itertools.chain(*files.values()))
+    done = {side: sum(file["documents"] for file in files[side]) for side in SIDES}
+    waiting: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for block in _encoded(_blocks(documents, share, done), tokenizer, dtype, processes):
+        side = block["side"]
+        waiting[side].append(block)
+        yield block["text_bytes"]
+        if sum(each["text_bytes"] for each in waiting[side]) >= FILE:
+            _write_file(folder, files, side, waiting[side])
+            waiting[side] = []
+    for side in SIDES:
+        if waiting[side]:
+            _write_file(folder, files, side, waiting[side])
+    atomic_io.write_checksummed(
+        folder / "manifest.json", {"format": FORMAT, **about, "dtype": dtype.name, "files": files}
+    )
+    atomic_io.remove(folder / "journal.json")
+
+
+def _finished(folder: Path) -> Files:
+    """The files that the journal names and that are still what it says; all else in the folder is swept away."""
+    journal = folder / "journal.json"
+    named: Files = atomic_io.read_json(journal) if journal.is_file() else {side: [] for side in SIDES}
+    files = {side: list(itertools.takewhile(lambda file: _is_whole(folder, file), named[side])) for side in SIDES}
+    kept = {journal.name, *(file["name"] for file in itertools.chain(*files.values()))}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            atomic_io.remove(path)
+    return files
+
+
+def _blocks(documents: Iterable[bytes], share: float, done: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Documents of one side, about BLOCK bytes a block; the first `done` of each side, whole blocks, are left out."""
+    gathered: dict[str, list[bytes]] = {side: [] for side in SIDES}
+    size, skip = dict.fromkeys(SIDES, 0), dict(done)
+    for document in documents:
+        side = SIDES[is_validation(document, share)]
+        if skip[side]:
+            skip[side] -= 1
+            continue
+        gathered[side].append(document)
+        size[side] += len(document)
+        if size[side] >= BLOCK:
+            yield _block(side, gathered[side])
+            gathered[side], size[side] = [], 0
+    yield from (_block(side, gathered[side]) for side in SIDES if gathered[side])
+
+
+def _block(side: str, documents: list[bytes]) -> dict[str, Any]:
+    return {"side": side, "text": b"".join(documents), "lengths": [len(document) for document in documents]}
+
+
+def _encoded(
+    source: Iterator[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, processes: int
+) -> Iterator[dict[str, Any]]:
+    """The blocks in order, each with `tokens`, the ids of its documents end to end, and `starts`, where each begins."""
+    datasets = lean_datasets()
+    idle: SimpleQueue[Here | Process] = SimpleQueue()
+    encoders = [(Process if processes else Here)(tokenizer, dtype) for _ in range(processes or cores())]
+    for encoder in encoders:
+        idle.put(encoder)
+
+    def encode(table: Any) -> dict[str, Any]:
+        encoder, text = idle.get(), table["text"][0].as_py()
+        try:
+            tokens, starts = encoder.encode(text, _view(table["lengths"].chunk(0).values))
+        finally:
+            idle.put(encoder)
+        return {"side": table["side"][0].as_py(), "text_bytes": len(text), "tokens": tokens, "starts": starts}
+
+    lengths = datasets.List(datasets.Value("int32"))
+    columns = {"side": datasets.Value("string"), "text": datasets.Value("large_binary"), "lengths": lengths}
+    rows = datasets.IterableDataset.from_generator(_Unhashed(source), features=datasets.Features(columns))
+    try:
+        if tokenizer.by_words and not processes:  # at each new word another thread would take the interpreter's lock
+            yield from map(encode, rows.with_format("arrow"))
+            return
+        # A block a thread keeps all cores busy to the end: sentencepiece's own threads wait for their slowest.
+        with ThreadPoolExecutor(len(encoders)) as pool:
+            waiting: deque[Future[dict[str, Any]]] = deque()
+            for table in rows.with_format("arrow"):
+                waiting.append(pool.submit(encode, table))
+                if len(waiting) > len(encoders) + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        for encoder in encoders:
+            encoder.close()
+
+
+class _Unhashed:
+    """A generator for `datasets`, which hashes by pickling, for a cache that is not used, and cannot pickle one."""
+
+    def __init__(self, source: Iterator[dict[str, Any]]) -> None:
+        self._source = source
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        return self._source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object, ()
+
+
+def _write_file(folder: Path, files: Files, side: str, blocks: list[dict[str, Any]]) -> None:
+    """Make these blocks the side's next file, and name it in the journal."""
+    import pyarrow
+
+    tokens = np.concatenate([block["tokens"] for block in blocks])
+    begins = np.cumsum([0] + [len(block["tokens"]) for block in blocks])
+    starts = [block["starts"] + begin for block, begin in zip(blocks, begins[:-1], strict=True)]
+    offsets = pyarrow.array(np.concatenate([*starts, begins[-1:]]), pyarrow.int32())
+    batch = pyarrow.record_batch({"tokens": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(tokens))})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    data = memoryview(sink.getvalue())
+    name = f"{side}-{len(files[side]):05d}.arrow"
+    atomic_io.write_bytes(folder / name, data)
+    size = {"text_bytes": sum(block["text_bytes"] for block in blocks), "bytes": len(data)}
+    about = {"name": name, "documents": len(batch), "tokens": len(tokens), **size}
+    files[side].append({**about, "sha256": hashlib.sha256(data).hexdigest()})
+    atomic_io.write_json(folder / "journal.json", files)

@@ -1,0 +1,62 @@
+"""Which window stands at which position of the endless shuffled order: a keyed permutation with no memory.
+
+Every epoch is a permutation of its own, computed, not stored, so that any step's windows follow from (seed, step)
+alone. In every epoch the windows begin at another offset, so that no token is always the first of its window.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm.base.hashing import mix
+
+
+def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where a permutation of 0 .. size - 1 that is picked by `key` sends each `index`: int64, in the shape of `index`.
+
+    A Feistel network on the next even number of bits, walked until it falls below `size` (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002): fewer than four walks on average.
+    """
+    half = np.uint64(max(1, -(-max(1, size - 1).bit_length() // 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = [np.uint64(mix(key, round)) for round in range(6)]
+    value = index.astype(np.uint64)
+    todo = np.ones(value.shape, dtype=bool)
+    while todo.any():
+        left, right = value[todo] >> half, value[todo] & low
+        for round_key in keys:
+            scrambled = (right + round_key) * np.uint64(0xBF58476D1CE4E5B9)
+            scrambled = (scrambled ^ (scrambled >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((scrambled >> np.uint64(32)) & low)
+        value[todo] = (left << half) | right
+        todo = value >= size
+    return value.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class WindowShuffle:
+    """The order of the windows of `context` tokens, and the one after, over a training side of `tokens` tokens."""
+
+    seed: int
+    tokens: int
+    context: int
+
+    @property
+    def windows(self) -> int:
+        """Windows of an epoch. One fewer than would fit is taken where that leaves room for the offset."""
+        return max(1, self.tokens // self.context - 1)
+
+    def offset(self, epoch: int) -> int:
+        """Token at which the first window of `epoch` begins: any that leaves room, so that the end is read too."""
+        slack = self.tokens - 1 - self.windows * self.context
+        return mix(self.seed, epoch, 1) % (slack + 1)
+
+    def starts(self, positions: np.ndarray) -> np.ndarray:
+        """First token of the window at each of `positions`, int64 in their shape."""
+        starts = np.empty(positions.shape, dtype=np.int64)
+        epochs = positions // self.windows
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            index = permuted(positions[here] % self.windows, self.windows, mix(self.seed, int(epoch), 0))
+            starts[here] = self.offset(int(epoch)) + index * self.context
+        return starts

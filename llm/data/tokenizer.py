@@ -1,0 +1,275 @@
+"""Text to token ids and back, with sentencepiece: train, encode, decode, fingerprint.
+
+Our own vocabularies are BPE with one piece for each byte and no normalisation, so that every text comes back byte for
+byte. They are trained with one fixed number of threads: the same text gives the same file. As no piece of theirs goes
+on from one word into the next, the ids of a text are those of its words, and most words have been met before.
+"""
+
+import codecs
+import hashlib
+import io
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from llm.base import atomic_io
+from llm.base.errors import RecipeError, RefusedError, TextError
+from llm.config.recipe import LEAST_VOCABULARY
+
+sentencepiece.set_min_log_level(3)  # what goes wrong is raised, and said by us
+
+MANIFEST = "manifest.json"  # beside a .model of our own
+SETTINGS = 1  # counts the changes of how vocabularies are trained
+LINE = 4000  # bytes of a line in training: sentencepiece leaves out longer ones than 4,192 without a word
+PART = 1 << 14  # characters encoded at once: the cost a character grows with the length
+SPACE = "\u2581"  # how sentencepiece writes a space inside of pieces
+WORD = re.compile(r"\n| *[^ \n]+| +")  # a newline, or spaces and what follows them: what such pieces do not cross
+REMEMBERED = 200_000  # words whose ids are kept: about 50 MB
+LONGEST_WORD = 32  # characters of a word that is kept: longer ones seldom come again
+MOST_CROSSING = 64  # pieces that go on into the next word: with more, looking for them costs more than words save
+PROBES = (
+    "a", " a", "a ", "a\nb", "\n\n", "  a   b ", "\t\r\n", "\0", "A1234.5", "Ａﬁ①é e\u0301 ß", "한국어 漢字 ไทย עברית", 
+    "🎉👩‍👩‍👧", "\ufeff\u200b\u2028\u00a0", "<s></s><unk><0x41>", f"a{SPACE}b {SPACE}", "\U0010ffff\ufffd")  # fmt: skip
+
+
+class Tokenizer:
+    """A vocabulary of sentencepiece, ids 0..vocabulary-1. A document begins with `bos`, which `encode` does not add.
+
+    A text ends before any of `ends`: where the next one begins, and where those who made the model let theirs end.
+    """
+
+    def __init__(self, model: bytes, name: str, ends: Iterable[int] = ()) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            if not model:  # which is taken for a vocabulary of nothing
+                raise RuntimeError
+        except RuntimeError as error:
+            raise RefusedError(f"{name} is damaged or no sentencepiece model: name another") from error
+        self.model = model
+        self.vocabulary: int = self._processor.vocab_size()
+        self.own_ends = [id for id in [self._processor.eos_id()] if id >= 0]
+        starts = [id for id in [self._processor.bos_id(), *self.own_ends] if id >= 0]
+        if not starts:
+            raise RecipeError(
+                f"{name} has no piece for where a document begins or ends: train it with bos_id, or name another"
+            )
+        self.bos: int = starts[0]
+        self.ends = tuple(sorted({self.bos, *ends}))
+        self.banned = tuple(id for id in range(self.vocabulary) if self._is_no_text(id))
+        self._bytes = self._bytes_of_all()
+        self._adds_space = b"".join(self._bytes[id] for id in self._processor.encode("a")) == b" a"
+        self._sign = self._find_sign()
+        # In a vocabulary of our own: control pieces, then symbols that are split off first, bytes, and pieces by rank.
+        bytes_at = [id for id in range(self.vocabulary) if self._processor.is_byte(id)]
+        self.unknown: int = self._processor.unk_id()
+        self.controls = [id for id in range(self.vocabulary) if self._processor.is_control(id)]
+        self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, *self.controls)]
+        self.first_piece = max(bytes_at, default=-1) + 1
+        self._words, self._crossing = _Words(self._processor), self._find_crossing()
+        self.by_words = False  # whether texts are encoded word by word: once that is known to be exact
+        self.lossless = all(self.decode(self.encode(probe)) == probe for probe in PROBES)
+        self.by_words = self.is_exact_bpe and len(self._crossing) <= MOST_CROSSING
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """The vocabulary in a .model file. RefusedError where it is damaged, RecipeError where it is not there.
+
+        One that we saved must be what its manifest says, to the bit.
+        """
+        if not path.is_file():
+            raise RecipeError(f"{path} is not there: name a sentencepiece .model")
+        manifest = path.with_name(MANIFEST)
+        says = atomic_io.read_checksummed(manifest) if manifest.is_file() else None
+        if says is not None and says.get("sha256") != atomic_io.sha256(path):
+            raise RefusedError(f"{path} is damaged: its sha256 is not the recorded one")
+        return cls(path.read_bytes(), str(path), (says or {}).get("ends", ()))
+
+    @classmethod
+    def train(cls, documents: Iterable[bytes], *, vocabulary: int, terms: Sequence[str] = ()) -> "Tokenizer":
+        """A lossless BPE vocabulary of this size, in which `terms` stay whole. TextError where the text forbids it."""
+        if taken := [term for term in terms if re.fullmatch(r"<s>|<unk>|<0x[0-9A-F]{2}>", term)]:
+            raise RecipeError(f"tokenizer.terms: {taken[0]} is the name of a piece of its own: leave it out")
+        if odd := [term for term in terms if re.search(r"^ $|[\x00\u2581\ud800-\udfff]", term)]:
+            raise RecipeError(
+                f"tokenizer.terms: {odd[0]!a} cannot be a piece of its own (a space is one anyway; U+2581, which is a "
+                f"space in pieces, U+0000 and surrogates are in none): leave it out"
+            )
+        out = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_lines(documents), model_writer=out, model_type="bpe", vocab_size=vocabulary,
+                user_defined_symbols=["\n", *dict.fromkeys(term.replace(" ", SPACE) for term in terms)],
+                byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
+                remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1,
+                pad_id=-1, num_threads=4,
+                required_chars=SPACE)  # without a piece of its own a space would be read back as a U+2581  # fmt: skip
+        except RuntimeError as error:
+            if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
+                fits = f", or at most tokenizer.vocabulary={most[1]}" if int(most[1]) >= LEAST_VOCABULARY else ""
+                raise TextError(
+                    f"tokenizer.vocabulary = {vocabulary} is too large for so little text: use more text{fits}"
+                ) from error
+            if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
+                raise TextError(
+                    f"tokenizer.vocabulary = {vocabulary} is too small for the bytes and letters of this text: "
+                    f"use at least tokenizer.vocabulary={least[1]}"
+                ) from error
+            raise TextError(f"no tokenizer can be trained with these tokenizer.terms on this text: {error}") from error
+        return cls(out.getvalue(), "the new vocabulary")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest over pieces, scores and types, and over the ids of PROBES, in which the other settings show."""
+        sp, ids = self._processor, list(range(self.vocabulary))
+        types = [[sp.is_unknown(id), sp.is_control(id), sp.is_byte(id), sp.is_unused(id)] for id in ids]
+        pieces = [sp.id_to_piece(ids), [score.hex() for score in sp.get_score(ids)], types]
+        return atomic_io.digest_of([pieces, self.bos, [sp.encode(probe) for probe in PROBES]])
+
+    @cached_property
+    def is_exact_bpe(self) -> bool:
+        """Whether ids follow from pieces and their ranks alone, as in the vocabularies that are trained here."""
+        scores = self._processor.get_score(list(range(self.first_piece, self.vocabulary)))
+        return self.lossless and self._sign is not None and all(score == -rank for rank, score in enumerate(scores))
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether tokenizer.json can say it."""
+        return self.is_exact_bpe
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS."""
+        return [int(id) for id in self.encode_batch([text], threads=1)[0]]
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """Ids of each text, without BOS: (tokens,) of int32 each."""
+        alone = [self.by_words and not any(piece in text for piece in self._crossing) for text in texts]
+        whole = iter(self._encode([text for text, words in zip(texts, alone, strict=True) if not words], threads))
+        return [self._words.encode(text) if words else next(whole) for text, words in zip(texts, alone, strict=True)]
+
+    def _encode(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """The same by sentencepiece, which is asked for each text anew."""
+        if self._sign is None or not any(len(text) > PART or SPACE in text for text in texts):
+            ids: list[np.ndarray] = self._processor.encode(texts, num_threads=threads, return_type="numpy")
+            return ids
+        parts = [_parts(text) for text in texts]
+        flat = [each for some in parts for each in some]
+        encoded = self._processor.encode(flat, num_threads=threads, return_type="numpy")
+        whole = iter([self._sign if each == SPACE else ids for each, ids in zip(flat, encoded, strict=True)])
+        return [np.concatenate([next(whole) for _ in some]) for some in parts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        text = b"".join([self._bytes[id] for id in ids]).decode(errors="replace")
+        return text[1:] if self._adds_space and text.startswith(" ") else text
+
+    def piece(self, id: int) -> str:
+        """The piece as the vocabulary writes it, `▁` for a space."""
+        return str(self._processor.id_to_piece(int(id)))
+
+    def bytes_of(self, id: int) -> bytes:
+        """The bytes of text that this id stands for; none for BOS and the like."""
+        return self._bytes[id]
+
+    def save(self, folder: Path, **about: Any) -> None:
+        """Write tokenizer.model, tokenizer.vocab for people (a piece, a tab and its score on a line), a manifest."""
+        ids = list(range(self.vocabulary))
+        rows = zip(self._processor.id_to_piece(ids), self._processor.get_score(ids), strict=True)
+        vocab = "".join(f"{piece}\t{score:g}\n" for piece, score in rows)
+        atomic_io.write_bytes(folder / "tokenizer.model", self.model)
+        atomic_io.write_bytes(folder / "tokenizer.vocab", vocab.encode())
+        if self.ends != (self.bos,):
+            about |= {"ends": self.ends}
+        atomic_io.write_checksummed(folder / MANIFEST, {**about, "sha256": hashlib.sha256(self.model).hexdigest()})
+
+    def _is_no_text(self, id: int) -> bool:
+        """Whether a model should never say this id: the unknown, unused ones, and controls that end no text."""
+        sp = self._processor
+        return bool(sp.is_unknown(id) or sp.is_unused(id) or (sp.is_control(id) and id not in self.ends))
+
+    def _bytes_of_all(self) -> list[bytes]:
+        sp, ids = self._processor, list(range(self.vocabulary))
+        table = [piece.replace(SPACE, " ").encode() for piece in sp.id_to_piece(ids)]
+        for id in ids:
+            if sp.is_byte(id):
+                table[id] = bytes([int(sp.id_to_piece(id)[3:5], 16)])
+            elif sp.is_control(id):
+                table[id] = b""
+            elif sp.is_unknown(id):
+                table[id] = sp.decode([id]).encode()
+        return table
+
+    def _find_crossing(self) -> list[str]:
+        """What must not be in a text that is encoded word by word: U+2581, and pieces with a space behind a letter."""
+        pieces = (self._processor.id_to_piece(id) for id in [*self.symbols, *range(self.first_piece, self.vocabulary)])
+        return [SPACE, *(piece.replace(SPACE, " ") for piece in pieces if re.search(f"[^{SPACE}]{SPACE}", piece))]
+
+    def _find_sign(self) -> np.ndarray | None:
+        """The byte pieces that write a literal U+2581, None for a vocabulary whose texts cannot be encoded in parts."""
+        sp = self._processor
+        sign = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        newline = sp.piece_to_id("\n")
+        alone = sum("\n" in sp.id_to_piece(id) for id in range(self.vocabulary)) == 1
+        exact = sp.encode("a\n b") == [*sp.encode("a"), newline, *sp.encode(" b")] and sp.encode("\n") == [newline]
+        return np.array(sign, np.int32) if alone and exact and all(map(sp.is_byte, sign)) else None
+
+
+class _Words(dict[str, bytes]):
+    """The ids of words as bytes of int32, which sentencepiece is asked for once; too many are forgotten together."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__()
+        self._processor = processor
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), np.int32)
+
+    def __missing__(self, word: str) -> bytes:
+        ids = array("i", self._processor.encode(word)).tobytes()
+        if len(word) <= LONGEST_WORD:
+            if len(self) >= REMEMBERED:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+class TextStream:
+    """Text out of ids as they come, such that the joined text is what `decode` gives for all of them after a prompt."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes_of = tokenizer.bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, id: int) -> str:
+        """The text that is certain by now: bytes of an unfinished character are held back."""
+        return self._decoder.decode(self._bytes_of(id))
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _lines(documents: Iterable[bytes]) -> Iterator[str]:
+    for document in documents:
+        for line in re.split("[\n\t]", document.decode()):  # the trainer leaves out lines with a tab, its own mark
+            if len(line) * 4 <= LINE or len(line.encode()) <= LINE:
+                yield line
+            else:
+                yield from (line[begin : begin + LINE // 4] for begin in range(0, len(line), LINE // 4))
+
+
+def _parts(text: str) -> list[str]:
+    """Parts of `text` that are encoded alone: long text line by line, and each literal U+2581, which becomes bytes."""
+    parts = []
+    for each in re.split(f"({SPACE})", text):
+        begin = 0
+        while len(each) - begin > PART and (end := each.find("\n", begin + PART) + 1):
+            parts.append(each[begin:end])
+            begin = end
+        parts.append(each[begin:])
+    return parts

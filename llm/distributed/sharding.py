@@ -1,0 +1,209 @@
+"""Who holds which rows of a tensor, and sums over processes in one canonical order.
+
+A library's all-reduce adds in an order of its own, which may change from one step to the next. Ours exchanges parts,
+adds them pairwise in the order of the ranks and gathers them, with a ring's traffic. Sharding is torch's fully_shard on
+each block and the root, called by us: accelerate's own gate opens on accelerators only, these lines run on any device.
+fully_shard and its tensors take a second to import: whoever deals no rows does without.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.distributed.process import place
+
+Module = TypeVar("Module", bound=nn.Module)
+Group = dist.ProcessGroup | None  # None: all processes, or the only one
+
+EXCHANGED = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers of a sum that are under way at once, beside the sum itself
+
+# The name differs between the torch versions that we support.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# ------------------------------------------------------------------------------------------------- canonical sums
+
+
+def size(group: Group = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def tree_sum(parts: list[Tensor]) -> Tensor:
+    """Sum of `parts`, added pairwise in their order: ((a + b) + (c + d)) + ..."""
+    while len(parts) > 1:
+        parts = [parts[i] + parts[i + 1] if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def reduce_scatter(output: Tensor, flat: Tensor, group: Group = None) -> None:
+    """Into `output`: this process's part of the sum of `flat` over the group, in canonical order."""
+    parts = flat.view(size(group), -1)
+    each = max(1, EXCHANGED["cuda" if flat.is_cuda else "cpu"] // len(parts))
+    for low in range(0, len(output), each):
+        piece = parts[:, low : low + each].contiguous()
+        received = torch.empty_like(piece)
+        dist.all_to_all_single(received, piece, group=group)
+        output[low : low + each] = tree_sum(list(received))
+
+
+def all_reduce(flat: Tensor, group: Group = None) -> Tensor:
+    """Sum of the one-dimensional `flat` over the group, in place and in canonical order."""
+    if size(group) == 1:
+        return flat
+    padded = F.pad(flat, (0, -flat.numel() % size(group)))
+    part = torch.empty(padded.numel() // size(group), dtype=flat.dtype, device=flat.device)
+    reduce_scatter(part, padded, group)
+    _all_gather(padded, part, group=group)
+    return flat.copy_(padded[: flat.numel()])
+
+
+def gather(values: Tensor, group: Group = None) -> Tensor:
+    """(processes, ...): `values` of every process of the group, in the order of the ranks."""
+    if size(group) == 1:
+        return values[None]
+    gathered = torch.empty(size(group) * values.numel(), dtype=values.dtype, device=values.device)
+    _all_gather(gathered, values.flatten(), group=group)
+    return gathered.view(-1, *values.shape)
+
+
+def canonical_sum_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook: the gradients of all processes, summed (not averaged) in canonical order."""
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(all_reduce(bucket.buffer()))
+    return future
+
+
+class CanonicalReduceScatter:
+    """The same for fully_shard, by torch's protocol for a reduce-scatter of one's own."""
+
+    def allocate(self, shape: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        reduce_scatter(output_tensor, input_tensor, group)
+        if input_tensor.device.type == "cpu":  # read by nobody now; the engine would keep it until the next block's
+            input_tensor.untyped_storage().resize_(0)
+
+
+# ------------------------------------------------------------------------------------------------- who holds what
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """What this process holds of a tensor of `shape`: `local`, its rows from `low` on."""
+
+    local: Tensor
+    shape: tuple[int, ...]
+    low: int
+
+    @property
+    def flat(self) -> Tensor:
+        """`local` with each row in one piece: (rows, numbers of a row); a process may hold none."""
+        return self.local.reshape(len(self.local), math.prod(self.shape[1:]))
+
+    def like(self, local: Tensor) -> "LocalShard":
+        """The same rows of another tensor of that shape."""
+        return LocalShard(local, self.shape, self.low)
+
+
+def bounds(rows: int, parts: int, index: int) -> tuple[int, int]:
+    """First row and the one after the last of part `index` of `parts`, as torch.chunk cuts."""
+    each = -(-rows // parts)
+    return min(index * each, rows), min(index * each + each, rows)
+
+
+def local_shard(tensor: Tensor) -> LocalShard:
+    """The rows of a parameter, sharded or not, or of its gradient."""
+    if not (hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")):  # as a DTensor has
+        return LocalShard(tensor.detach(), tuple(tensor.shape), 0)
+    low, _ = bounds(tensor.shape[0], tensor.device_mesh.size(), tensor.device_mesh.get_local_rank())
+    with torch.no_grad():
+        return LocalShard(tensor.to_local(), tuple(tensor.shape), low)
+
+
+class Sharding:
+    """How a model lies on the group: whole everywhere (none), rows dealt to all (full) or within a node (hybrid)."""
+
+    FEWEST = 2  # processes to deal rows to; tests have one deal to itself
+
+    def __init__(
+        self,
+        mode: Literal["none", "full", "hybrid"] = "none",
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shards: Group = None  # the processes among which rows are dealt
+        self.replicas: Group = None  # those that hold the same rows as this one
+        self.parts, self.copies, self.index = 1, size(), 0
+        self.dtype, self.sharded = dtype, False
+        if mode != "none" and size() >= self.FEWEST:
+            self.parts = size() if mode == "full" else place().local_world
+            self.copies = size() // self.parts
+            assert device is not None
+            from torch.distributed.device_mesh import init_device_mesh
+
+            mesh = init_device_mesh(device.type, (self.copies, self.parts), mesh_dim_names=("copies", "parts"))
+            self.mesh = mesh["parts"]
+            self.shards, self.replicas = mesh.get_group("parts"), mesh.get_group("copies")
+            self.index = mesh.get_local_rank("parts")
+            self.sharded = self.parts >= self.FEWEST
+
+    @property
+    def first_copy(self) -> bool:
+        """Whether this process is the one to speak for its rows."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return rank < self.parts
+
+    def deal(self, module: Module, root: bool = False) -> Module:
+        """Deal the rows of what is in `module` and not yet dealt; on the root, after all blocks.
+
+        Blocks are gathered in the type in which they are multiplied, as autocast would make of them; gradients are
+        summed in fp32.
+        """
+        if not self.sharded:
+            return module
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        dtype = None if root else self.dtype
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        assert isinstance(module, FSDPModule)
+        module.set_custom_reduce_scatter(CanonicalReduceScatter())
+        module.set_gradient_divide_factor(1.0)
+        if self.mesh.device_type == "cpu":  # nothing is gained by having the next block whole before it is its turn
+            module.set_modules_to_backward_prefetch([module])
+        if root:
+            module.set_force_sum_reduction_for_comms(True)
+            register_fsdp_forward_method(module, "logits")
+        return module
+
+    def rest(self, model: nn.Module) -> None:
+        """Let go of what a pass without a backward pass left gathered; parameters are rows again."""
+        if self.sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            assert isinstance(model, FSDPModule)
+            model.reshard()
+
+    def sum_copies(self, gradients: list[Tensor]) -> None:
+        """Add up what the copies of these rows hold (hybrid only: elsewhere the backward pass has done it)."""
+        if self.sharded and self.copies > 1:
+            flat = all_reduce(torch.cat([g.flatten() for g in gradients]), self.replicas)
+            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(total.view_as(gradient))
+
+    def whole(self, rows: LocalShard) -> Tensor:
+        """The whole tensor out of everybody's rows; all processes of the layout ask together."""
+        if not self.sharded:
+            return rows.local
+        each = bounds(rows.shape[0], self.parts, 0)[1]
+        padded = rows.local.new_zeros((each, *rows.shape[1:]))
+        padded[: len(rows.local)] = rows.local
+        return gather(padded, self.shards).flatten(0, 1)[: rows.shape[0]]

@@ -1,0 +1,1 @@
+"""Baselines for a text and hints on a run."""

@@ -1,0 +1,174 @@
+"""A run as one GGUF file for llama.cpp, with a Modelfile for Ollama beside it: our ids, our BOS, our spaces.
+
+The only module that imports gguf. llama.cpp's "llama" vocabulary joins pieces by score as sentencepiece's BPE does, so
+scores, byte pieces and symbols are carried over and nothing else; its "qwen3" model is ours, rotary halves included.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.base import atomic_io
+from llm.base.errors import RecipeError, RefusedError
+from llm.data.tokenizer import SPACE, Tokenizer
+from llm.interop.parity import check_llama_cpp, overlaps, symbols_of
+from llm.run_folder.loaded_run import LoadedRun
+from llm.run_folder.model_card import FILE_NAME
+
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down"}  # fmt: skip
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # llama.cpp's types of pieces
+MODELFILE = """# ollama create {name} -f Modelfile
+FROM ./{file}
+TEMPLATE {{{{ .Prompt }}}}
+PARAMETER temperature 0.8
+PARAMETER top_k 0
+PARAMETER top_p 1
+PARAMETER min_p 0.05
+PARAMETER repeat_penalty 1
+PARAMETER num_ctx {context}
+"""
+
+
+def write(folder: Path, opened: LoadedRun, kind: str) -> None:
+    """RUN-KIND.gguf, Modelfile and the model card in `folder`."""
+    library, tokenizer = _gguf(), opened.tokenizer
+    if not tokenizer.is_exact_bpe or json.loads(_beside(opened, "config.json"))["model_type"] != "qwen3":
+        raise RecipeError(
+            "--gguf is for models with a vocabulary of our own, byte-fallback BPE: export a folder instead"
+        )
+    if texts := overlaps(symbols_of(tokenizer)):  # it takes the longest first, all others the leftmost
+        raise RefusedError(f"llama.cpp would split {texts[0]!r} in another way: tokenizer.terms overlap in it")
+    path = file_of(folder, opened, kind)
+    writer = library.GGUFWriter(path, "qwen3")
+    for add, value in settings(opened).items():
+        getattr(writer, f"add_{add}")(value)
+    for name, tensor in opened.model.named_parameters():
+        data = tensor.detach().numpy()
+        stored = stored_as(library, kind, data.shape)
+        writer.add_tensor(name_of(name), library.quants.quantize(data, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    atomic_io.write_at(path, [])  # which makes it durable
+    shape, name = opened.model.shape, opened.folder.name
+    atomic_io.write_bytes(
+        folder / "Modelfile", MODELFILE.format(name=name.lower(), file=path.name, context=shape.context).encode()
+    )
+    if FILE_NAME in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
+        atomic_io.write_bytes(folder / FILE_NAME, _beside(opened, FILE_NAME))
+
+
+def check(folder: Path, opened: LoadedRun, kind: str) -> Iterator[str]:
+    """Lines on what agrees between the run and the file: read again by gguf, and by llama.cpp where that is there."""
+    library, path = _gguf(), file_of(folder, opened, kind)
+    found = {tensor.name: tensor for tensor in library.GGUFReader(path).tensors}
+    wanted = {name_of(name): p.detach() for name, p in opened.model.named_parameters()}
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        raise RefusedError(f"the tensors of {path.name} and the run differ, first in {odd[0]}")
+    for name, tensor in wanted.items():
+        again = torch.from_numpy(library.quants.dequantize(found[name].data, found[name].tensor_type).copy())
+        if again.shape != tensor.shape or (again - tensor).abs().max() > tensor.abs().max() * _rounding(found[name]):
+            raise RefusedError(f"{name} of {path.name} is not the run's")
+    stored = sorted({tensor.tensor_type.name.lower() for tensor in found.values()})
+    yield f"gguf: {len(found)} tensors as {', '.join(stored)}, each the run's within its rounding"
+    yield from check_llama_cpp(path, opened.model, opened.tokenizer, kind)
+
+
+def file_of(folder: Path, opened: LoadedRun, kind: str) -> Path:
+    return folder / f"{opened.folder.name}-{kind}.gguf"
+
+
+def name_of(name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("model.layers."):
+        return f"{NAMES[stem]}.weight"
+    _, _, layer, inner = stem.split(".", 3)
+    return f"blk.{layer}.{NAMES[inner]}.weight"
+
+
+def stored_as(library: Any, kind: str, shape: tuple[int, ...]) -> Any:
+    """Vectors stay f32, as llama.cpp wants them; rows that q8_0's blocks of 32 do not fill are f16."""
+    if len(shape) == 1:
+        kind = "f32"
+    elif kind == "q8_0" and shape[-1] % 32:
+        kind = "f16"
+    return library.GGMLQuantizationType[kind.upper()]
+
+
+def settings(opened: LoadedRun) -> dict[str, Any]:
+    """What the file says of the model and its vocabulary, by gguf's names."""
+    shape, tokenizer = opened.model.shape, opened.tokenizer
+    config = json.loads(_beside(opened, "config.json"))
+    tokens, scores, types = vocabulary(tokenizer)
+    return {
+        "name": opened.folder.name,
+        "context_length": shape.context,
+        "embedding_length": shape.dim,
+        "block_count": shape.layers,
+        "feed_forward_length": shape.ffn_dim,
+        "head_count": shape.heads,
+        "head_count_kv": shape.kv_heads,
+        "key_length": shape.head_dim,
+        "value_length": shape.head_dim,
+        "rope_dimension_count": shape.head_dim,
+        "rope_freq_base": config["rope_theta"],
+        "layer_norm_rms_eps": config["rms_norm_eps"],
+        "vocab_size": tokenizer.vocabulary,
+        "tokenizer_model": "llama",
+        "tokenizer_pre": "default",
+        "token_list": tokens,
+        "token_scores": scores,
+        "token_types": types,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.bos,  # a document ends where the next begins
+        "unk_token_id": tokenizer.unknown,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "add_space_prefix": False,
+        "remove_extra_whitespaces": False,
+    }
+
+
+def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int]]:
+    """Name, score and type of each piece; symbols, which are found in the text as it is, with plain spaces."""
+    ids = range(tokenizer.vocabulary)
+    names = [tokenizer.piece(id) for id in ids]
+    pieces = set(names[tokenizer.first_piece :])
+    types = [NORMAL if id >= tokenizer.first_piece else BYTE for id in ids]
+    for id in tokenizer.symbols:
+        names[id], types[id] = names[id].replace(SPACE, " "), USER_DEFINED
+    for id, kind in ((tokenizer.unknown, UNKNOWN), *((id, CONTROL) for id in tokenizer.controls)):
+        types[id] = kind
+        # llama.cpp would take pieces that join to this name for the piece itself.
+        while any({names[id][:cut], names[id][cut:]} <= pieces for cut in range(1, len(names[id]))):
+            names[id] = f"<{names[id]}>"
+    scores = [float(tokenizer.first_piece - id) if id >= tokenizer.first_piece else 0.0 for id in ids]
+    return [name.encode() for name in names], scores, types
+
+
+def _rounding(tensor: Any) -> float:
+    """The largest error, as a share of the largest number, that this type of storage brings about."""
+    return {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 220}[tensor.tensor_type.name]
+
+
+def _beside(opened: LoadedRun, name: str) -> bytes:
+    return (opened.checkpoint.folder / name).read_bytes()
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise RecipeError("--gguf needs the package gguf: pip install -e '.[export]'") from None
+    return gguf

@@ -1,0 +1,121 @@
+"""The files that make a checkpoint a Hugging Face model folder, written as plain JSON, without their library.
+
+The architecture is Qwen3's, which is exactly ours, or Llama's for weights that were. Our tokenizer is written as
+byte-fallback BPE, whose ids are those of sentencepiece on any text: its pieces hold plain spaces, so that a literal
+U+2581 is no piece and becomes bytes there as here; a borrowed one goes along as it came.
+"""
+
+from typing import Any
+
+from llm.base import atomic_io
+from llm.config.recipe import Model
+from llm.data.hf_tokenizer import HFTokenizer
+from llm.data.tokenizer import SPACE, Tokenizer
+from llm.model.transformer import Family
+
+
+def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str, bytes]:
+    """config.json and generation_config.json of a resolved shape, by name."""
+    # A document ends where the next begins, and where those who made the model let theirs end.
+    end = tokenizer.bos if tokenizer.ends == (tokenizer.bos,) else list(tokenizer.ends)
+    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": end}
+    config = {
+        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family.name]],
+        "model_type": family.name,
+        "vocab_size": tokenizer.vocabulary,
+        "hidden_size": shape.dim,
+        "intermediate_size": shape.ffn_dim,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": family.positions or shape.context,
+        "hidden_act": "silu",
+        "rms_norm_eps": family.norm_eps,
+        "rope_theta": family.rope_theta,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": shape.tied,
+        **({"use_sliding_window": False} if family.name == "qwen3" else {"mlp_bias": False}),
+        "use_cache": True,
+        "torch_dtype": "float32",
+        **ends,
+    }
+    generation: dict[str, Any] = {**ends, "do_sample": True, "temperature": 0.8, "top_k": 0, "min_p": 0.05}
+    if tokenizer.banned:
+        generation["suppress_tokens"] = list(tokenizer.banned)
+    return {"config.json": _json(config), "generation_config.json": _json(generation)}
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json, by name; nothing for a vocabulary that is no byte-fallback BPE."""
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.files
+    if not tokenizer.is_exact_bpe:
+        return {}
+    names = [tokenizer.piece(id).replace(SPACE, " ") for id in range(tokenizer.vocabulary)]
+    vocabulary = {name: id for id, name in enumerate(names)}
+    bos, unknown = names[tokenizer.bos], names[tokenizer.unknown]
+    symbols = [_added(id, names[id], special=False) for id in tokenizer.symbols]
+    special = [_added(id, names[id], special=True) for id in (tokenizer.unknown, *tokenizer.controls)]
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, pair = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": sorted([*special, *symbols], key=lambda each: each["id"]),
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text, {"SpecialToken": {"id": bos, "type_id": 1}}, pair],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges(tokenizer, vocabulary),
+        },
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": bos,
+        "unk_token": unknown,
+        "clean_up_tokenization_spaces": False,
+        # A text that says "<s>" means these three characters.
+        "split_special_tokens": True,
+        "model_max_length": 1_000_000_000,
+    }
+    return {"tokenizer.json": _json(whole), "tokenizer_config.json": _json(config)}
+
+
+def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]:
+    """Every pair of pieces that makes a piece, in the order in which sentencepiece would join them."""
+    pieces = {piece for piece, id in vocabulary.items() if id >= tokenizer.first_piece}
+    merges = []
+    for piece in (piece for piece in vocabulary if piece in pieces):  # by id, which is by rank
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        found = [(left, right) for left, right in halves if left in pieces and right in pieces]
+        merges += [list(pair) for pair in sorted(found, key=lambda pair: [vocabulary[half] for half in pair])]
+    return merges
+
+
+def _added(id: int, content: str, *, special: bool) -> dict[str, Any]:
+    strict = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": id, "content": content, **strict, "special": special}
+
+
+def _json(value: Any) -> bytes:
+    return atomic_io.as_json(value)

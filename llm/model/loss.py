@@ -1,0 +1,104 @@
+"""Cross-entropy without the (tokens x vocabulary) logits: head and loss in chunks of rows.
+
+Gradients are made on the way forward, so nothing of the size tokens x vocabulary lives longer than its chunk. The
+softmax is taken in fp32 whatever the model runs in.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.base.constants import IGNORED
+
+CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 24}  # logits held at once: a GPU wants more to do at a time
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; of fp16 in fp32, as sums over many rows pass fp16's 65,504 and the loss is scaled only after them."""
+    if a.dtype != torch.float16:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def loss_and_slope(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk of logits (rows, vocabulary), a sum in nats, and its slope by them, in their type.
+
+    In place, as far as that goes. Where nothing is to be learnt the slope means nothing.
+    """
+    wide = logits.float()
+    counted = targets != IGNORED
+    index = targets.where(counted, 0)[:, None]
+    log_total = wide.logsumexp(-1, keepdim=True)
+    nats = ((log_total - wide.gather(-1, index)).squeeze(-1) * counted).sum()
+    if not learn:
+        return nats, logits
+    slope = wide.sub_(log_total).exp_()  # the softmax
+    slope.scatter_add_(-1, index, slope.new_full((), -1.0).expand(index.shape))
+    return nats, slope.mul_(counted[:, None]).to(logits.dtype)
+
+
+def loss_and_slope_at_once(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without a step in place: a compiler makes one kernel of it, which reads and writes the logits once."""
+    wide = logits.float()
+    counted = targets != IGNORED
+    index = targets.where(counted, 0)[:, None]
+    log_total = wide.logsumexp(-1, keepdim=True)
+    nats = ((log_total - wide.gather(-1, index)).squeeze(-1) * counted).sum()
+    hit = torch.arange(wide.shape[1], device=wide.device) == index
+    return nats, (((wide - log_total).exp() - hit.float()) * counted[:, None]).to(logits.dtype)
+
+
+class _HeadAndLoss(torch.autograd.Function):
+    learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(loss_and_slope)
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> Tensor:
+        head = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if learn else None
+        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learn else None
+        most = CHUNK_NUMBERS["cuda" if hidden.device.type == "cuda" else "cpu"]
+        chunks = max(1, -(-hidden.shape[0] // max(1, most // weight.shape[0])))
+        rows = max(1, -(-hidden.shape[0] // chunks))  # all but the last of one size, which differs little
+        for low in range(0, hidden.shape[0], rows):
+            part, target = hidden[low : low + rows], targets[low : low + rows]
+            logits = product(part, head.T)  # (rows, vocabulary)
+            nats, slope = _HeadAndLoss.learn(logits, target) if learn else loss_and_slope(logits, target, learn=False)
+            total += nats
+            if hidden_gradient is not None and weight_gradient is not None:
+                slope = slope.to(head.dtype)
+                torch.mm(slope, head, out=hidden_gradient[low : low + rows])
+                if hidden.dtype == torch.float32:
+                    weight_gradient.addmm_(slope.T, part)
+                else:
+                    weight_gradient += product(slope.T, part)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = scales[0]
+        return (
+            hidden_gradient * scale.to(hidden_gradient.dtype),
+            (weight_gradient * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(hidden @ weight.T)[target] over the targets that are not IGNORED: nats, a scalar in fp32.
+
+    hidden (rows, dim), in the type the head is to be multiplied in; weight (vocabulary, dim); targets (rows,) of int64.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _HeadAndLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+
+
+def compile_loss(wanted: bool = True) -> None:
+    """Whether the loss that is learnt from is compiled, from here on in this process."""
+    _HeadAndLoss.learn = staticmethod(torch.compile(loss_and_slope_at_once) if wanted else loss_and_slope)

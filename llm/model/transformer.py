@@ -1,0 +1,241 @@
+"""The transformer: Qwen3's architecture under Hugging Face's names, so that a checkpoint is a model folder as it lies.
+
+Pre-norm RMSNorm, rotary positions by halves, grouped queries, a norm on each head's queries and keys, SwiGLU, no
+biases. At the start every block is the identity, as the matrices that write into the residual stream are zero. Letters
+in shapes: B windows, T tokens, D dim, H heads, K kv_heads, E head_dim, F ffn_dim, V vocabulary, L length of a cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llm.base.hashing import mix
+from llm.config.recipe import Model
+from llm.distributed.sharding import local_shard
+from llm.model.dropout import dropout
+from llm.model.loss import cross_entropy_sum
+
+ROPE_THETA = 10_000.0
+NORM_EPS = 1e-6
+QK_NORM_INIT = 1.25  # of queries and keys at the start; at 1 some seeds find what repeats 300,000 tokens late
+
+
+@dataclass(frozen=True)
+class Family:
+    """What no recipe says: a model of our own is Qwen3; somebody else's weights may bring Llama, without QK-norm."""
+
+    name: str = "qwen3"  # or "llama"
+    rope_theta: float = ROPE_THETA
+    norm_eps: float = NORM_EPS
+    positions: int = 0  # tokens that it was made for; 0: as many as the context
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The weight in the input's type: the fused kernel takes no mixture.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al., 2021) on x (B, heads, T, E) with cos and sin of (B or 1, 1, T, E)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Cache:
+    """Keys and values of what was read so far, for `rows` texts of at most `length` tokens each.
+
+    Rows may differ in length: a token is written at its own position, and a query sees the keys up to its own only.
+    """
+
+    def __init__(self, shape: Model, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        size = (shape.layers, rows, shape.kv_heads, length, shape.head_dim)
+        self.keys = torch.zeros(size, device=device, dtype=dtype)  # (layers, B, K, L, E)
+        self.values = torch.zeros(size, device=device, dtype=dtype)
+        self.rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
+        self.slots = torch.arange(length, device=device)  # (L,)
+
+    def at(self, positions: Tensor, used: int | None = None) -> None:
+        """Read and write at `positions` (B, T) from here on, all of them below `used`: the rest is not looked at."""
+        self.positions, self.used = positions, used
+        self.mask = self.slots[:used] <= positions[:, None, :, None]  # (B, 1, T, L)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, K, T, E) of a layer; those that layer has in use, (B, K, L, E)."""
+        self.keys[layer][self.rows, :, self.positions] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[layer][self.rows, :, self.positions] = values.transpose(1, 2).to(self.values.dtype)
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Model, layer: int, family: Family) -> None:
+        super().__init__()
+        self.shape, self.layer = shape, layer
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.dim, queries, bias=False)
+        self.k_proj = nn.Linear(shape.dim, keys, bias=False)
+        self.v_proj = nn.Linear(shape.dim, keys, bias=False)
+        self.o_proj = nn.Linear(queries, shape.dim, bias=False)
+        normed = family.name == "qwen3"
+        self.q_norm = RMSNorm(shape.head_dim, family.norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, family.norm_eps) if normed else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+        split = (*x.shape[:2], -1, self.shape.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), cos, sin)  # (B, H, T, E)
+        k = rotate(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), cos, sin)  # (B, K, T, E)
+        v = self.v_proj(x).view(split).transpose(1, 2)  # (B, K, T, E)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, K, L, E)
+            q = q.to(k.dtype)
+            if x.shape[1] == 1:  # the heads that share keys stand as tokens of one head: no kernel repeats keys then
+                q = q.reshape(len(q), self.shape.kv_heads, -1, self.shape.head_dim)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if cache is None else cache.mask,
+            is_causal=cache is None,
+            enable_gqa=k.shape[1] < q.shape[1],
+        )  # (B, H, T, E)
+        if cache is not None and x.shape[1] == 1:
+            y = y.reshape(len(y), self.shape.heads, 1, -1)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: Model) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(shape.ffn_dim, shape.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside
+
+
+class Block(nn.Module):
+    sites: Tensor
+
+    def __init__(self, shape: Model, layer: int, seed: int, family: Family) -> None:
+        super().__init__()
+        self.rate, self.seed = float(shape.dropout), seed
+        self.register_buffer("sites", torch.tensor([2 * layer + 1, 2 * layer + 2]), persistent=False)
+        self.input_layernorm = RMSNorm(shape.dim, family.norm_eps)
+        self.self_attn = Attention(shape, layer, family)
+        self.post_attention_layernorm = RMSNorm(shape.dim, family.norm_eps)
+        self.mlp = MLP(shape)
+
+    def drop(self, x: Tensor, windows: Tensor | None, place: int) -> Tensor:
+        if windows is None or not self.rate:
+            return x
+        return dropout(x, windows, seed=self.seed, site=self.sites[place], rate=self.rate)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, windows: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, cache), windows, 0)
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)), windows, 1)
+
+
+class Decoder(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self, shape: Model, vocabulary: int, seed: int, deal: Callable[[Block], Block], family: Family
+    ) -> None:
+        super().__init__()
+        self.shape, self.seed, self.rate = shape, seed, float(shape.dropout)
+        self.recompute = False  # forget a block's activations and compute them again on the way back
+        self.embed_tokens = nn.Embedding(vocabulary, shape.dim)
+        self.layers = nn.ModuleList(deal(Block(shape, layer, seed, family)) for layer in range(shape.layers))
+        self.norm = RMSNorm(shape.dim, family.norm_eps)
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        frequencies = 1.0 / family.rope_theta**exponents
+        angles = torch.outer(torch.arange(shape.context, dtype=torch.float32), frequencies).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (context, E)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, tokens: Tensor, windows: Tensor | None, cache: Cache | None) -> Tensor:
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        if windows is not None and self.rate:
+            x = dropout(x, windows, seed=self.seed, site=0, rate=self.rate)
+        at = torch.arange(tokens.shape[1], device=x.device)[None] if cache is None else cache.positions  # (B or 1, T)
+        cos, sin = self.cos[at][:, None].to(x.dtype), self.sin[at][:, None].to(x.dtype)  # (B or 1, 1, T, E)
+        for block in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, windows, use_reentrant=False, preserve_rng_state=False)
+            elif cache is None:
+                x = block(x, cos, sin, windows)
+            else:  # not compiled: each layer and each length would be
+                x = block._call_impl(x, cos, sin, windows, cache)
+        return self.norm(x)  # (B, T, D)
+
+
+class Transformer(nn.Module):
+    """Loss of a batch, or logits. `shape` is resolved (recipe.resolve); the weights follow from `seed` alone.
+
+    `deal` may shard each block as soon as it is made, so that no process ever holds them all.
+    """
+
+    def __init__(
+        self,
+        shape: Model,
+        vocabulary: int,
+        seed: int = 0,
+        deal: Callable[[Block], Block] = lambda block: block,
+        family: Family = Family(),
+    ) -> None:
+        super().__init__()
+        self.shape, self.family = shape, family
+        self.model = Decoder(shape, vocabulary, seed, deal, family)
+        self.lm_head = nn.Linear(shape.dim, vocabulary, bias=False)
+        if shape.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.initialise(seed)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.layers)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw each tensor from a generator of its own, so that no tensor's draw depends on another's."""
+        for index, (name, weight) in enumerate(self.named_parameters()):
+            if weight.ndim == 1:
+                weight.fill_(QK_NORM_INIT if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
+            else:
+                # Tied embeddings are small, so that at first no token predicts itself: loss starts at log(vocabulary).
+                spread = {"embed_tokens": 4 / self.shape.dim if self.shape.tied else 0.02, "lm_head": 0.001}
+                deviation = spread.get(name.split(".")[-2], self.shape.dim**-0.5)
+                generator = torch.Generator().manual_seed(mix(seed, index) >> 1)
+                drawn = torch.randn(weight.shape, generator=generator, device="cpu") * deviation
+                rows = local_shard(weight)
+                rows.local.copy_(drawn[rows.low : rows.low + len(rows.local)])
+
+    def forward(self, tokens: Tensor, targets: Tensor, windows: Tensor | None = None) -> Tensor:
+        """Sum of the cross-entropy of `targets` (B, T), IGNORED ones aside, after `tokens` (B, T): nats, fp32 scalar.
+
+        `windows` (B,) are the positions of the windows in the order, by which dropout is drawn; without them it is off.
+        """
+        hidden = self.model(tokens, windows, None).flatten(0, 1)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())
+
+    def logits(self, tokens: Tensor, cache: Cache | None = None, last: Tensor | None = None) -> Tensor:
+        """Logits after `tokens` (B, T): (B, T, V), or (B, V) after the token at index `last` (B,) of each row."""
+        hidden = self.model(tokens, None, cache)
+        return self.lm_head(hidden if last is None else hidden[torch.arange(len(last), device=last.device), last])

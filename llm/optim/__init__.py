@@ -1,0 +1,1 @@
+"""The optimizer, the learning rate and the time budget."""

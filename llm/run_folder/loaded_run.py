@@ -1,0 +1,108 @@
+"""A run folder opened for use: which run, which checkpoint, and the model in it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llm.base.errors import RecipeError, RefusedError
+from llm.config.recipe import Recipe, load
+from llm.data import hf_tokenizer
+from llm.data.tokenizer import Tokenizer
+from llm.distributed import threads
+from llm.distributed.process import warn
+from llm.distributed.sharding import local_shard
+from llm.model import hf_config
+from llm.model.transformer import Transformer
+from llm.run_folder import checkpoint
+from llm.run_folder.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    folder: Path
+    recipe: Recipe
+    tokenizer: Tokenizer
+    model: Transformer
+    checkpoint: Checkpoint
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.name}/{self.checkpoint.folder.name}"
+
+
+def find(name: str | None) -> tuple[Path, str]:
+    """Folder of a run, and which of its checkpoints: "best" unless `name` ends in /step-N, /newest or /best.
+
+    `name` is a run under runs/ or a path; None is the run that was trained last. RecipeError where there is none.
+    """
+    root = Path("runs")
+    if name is None:
+        trained = [path for path in root.glob("*") if checkpoint.folders(path)]
+        if not trained:
+            raise RecipeError(
+                "there is no trained run under runs/ here: "
+                "train one with `accelerate launch launch/train.py recipes/quickstart.yaml`"
+            )
+        return max(trained, key=lambda path: max(folder.stat().st_mtime for folder in checkpoint.folders(path))), "best"
+    path, which = Path(name), "best"
+    if path.name in ("best", "newest") or path.name.startswith("step-"):
+        path, which = path.parent, path.name
+    if path.name == "checkpoints":
+        path = path.parent
+    for folder in (root / path, path):
+        if os.path.isdir(folder):  # noqa: PTH112  # pathlib's fails where a name is too long to be one
+            if not checkpoint.folders(folder):
+                raise RecipeError(f"{folder} has no checkpoint yet")
+            return folder, which
+    known = sorted(each.name for each in root.glob("*") if each.is_dir())
+    raise RecipeError(
+        f"there is no run {name!r} under runs/ here: "
+        f"{'there are ' + ', '.join(known[:10]) if known else 'there is none yet'}"
+    )
+
+
+def open_run(name: str | None, device: torch.device | None = None) -> LoadedRun:
+    """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names what is damaged."""
+    folder, which = find(name)
+    torch.set_num_threads(min(torch.get_num_threads(), threads.share()))  # torch heeds no quota
+    threads.yield_to_neighbours()
+    while True:
+        there = set(checkpoint.folders(folder))
+        try:
+            return _open(folder, which, device)
+        except (RefusedError, FileNotFoundError):
+            if there <= set(checkpoint.folders(folder)):
+                raise  # else a training run put a newer one in the place of what was being read
+
+
+def _open(folder: Path, which: str, device: torch.device | None) -> LoadedRun:
+    found = None
+    if which == "best" and (best := checkpoint.best(folder, warn=warn)) is not None:
+        try:
+            found = checkpoint.open_checkpoint(best.folder)
+        except RefusedError as error:
+            warn(f"{error}; the newest is taken instead of the best")
+    elif which.startswith("step-"):
+        path = checkpoint.folder_of(folder, checkpoint.step_of(which))
+        if not path.is_dir():
+            there = ", ".join(each.name for each in checkpoint.folders(folder))
+            raise RecipeError(f"{folder} has no checkpoint {which}: there are {there}")
+        found = checkpoint.open_checkpoint(path)
+    found = found or checkpoint.newest(folder, warn)
+    assert found is not None
+    recipe = load(folder / "recipe.yaml")
+    tokenizer = hf_tokenizer.load(folder / "tokenizer")
+    if tokenizer.fingerprint != found.manifest["tokenizer"]:
+        raise RefusedError(
+            f"{folder / 'tokenizer'} is not the tokenizer that {found.folder.name} was trained with, or is damaged"
+        )
+    model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, family=hf_config.read_family(found.folder))
+    weights = {name: local_shard(p) for name, p in model.named_parameters()}
+    checkpoint.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
+    return LoadedRun(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,281 @@
+"""What a run says: the console, metrics.jsonl, and W&B or TensorBoard through accelerate's trackers.
+
+metrics.jsonl is the record: one object a line, its steps only ever rising, also across stops. The trackers are copies
+for the eye, and none of them can end the run.
+"""
+
+import importlib
+import math
+import os
+import statistics
+import struct
+import sys
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llm.base import atomic_io
+from llm.base.errors import RefusedError, tell
+from llm.config.recipe import Recipe, flat
+
+EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
+SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
+RECENT = 0.1  # of the steps up to an evaluation: their losses are the training loss beside it
+WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
+
+
+def readable(seconds: float) -> str:
+    """A duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _is_finite(value: float | None) -> bool:
+    """Whether a number of the record is one: others are null there, or NaN where an earlier version wrote it."""
+    return value is not None and math.isfinite(value)
+
+
+class Tracker:
+    """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it.
+
+    With `again`, the evaluation of this very step is taken out too, as it is done again.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any], again: bool = False) -> None:
+        def keep(line: dict[str, Any]) -> bool:
+            at = line.get("step", 0)
+            return at < step or (at == step and not (again and EVALUATION & line.keys()))
+
+        path = run / "metrics.jsonl"
+        lines = list(atomic_io.read_lines(path)) if path.exists() else []
+        # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is sent once,
+        # from this step on. W&B, which may have lost the last ones, says itself.
+        self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
+        self.record = atomic_io.Lines(path, keep=keep)
+        lines = list(filter(keep, lines))
+        self.steps = recipe.train.steps
+        self.bar = tqdm(
+            total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self.trackers: dict[str, Any] = {}
+        self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
+        self.losses: deque[tuple[int, float]] = deque(maxlen=SPIKE_WINDOW)  # step and loss of the last, where finite
+        for line in lines:
+            self._remember(line.get("step", 0), line.get("loss"))
+        self.evaluations = [line for line in lines if _is_finite(line.get("val_loss"))]
+        config = {**flat(recipe), **shown}
+        if recipe.tracking.tensorboard:
+            self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
+        if recipe.tracking.wandb != "off":
+            self._guard("wandb", lambda: self._start_wandb(run, recipe, config, lines))
+
+    def plan(self, steps: int) -> None:
+        """The run is to have `steps` in all."""
+        self.steps = self.bar.total = steps
+
+    def say(self, text: str) -> None:
+        """A line on the console that leaves the progress bar whole."""
+        with self.bar.external_write_mode(file=sys.stdout):
+            tell(text, sys.stdout)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Record `values` of `step`; tensors are read here, so this is where the device is waited for."""
+        numbers = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+        recent = [loss for at, loss in self.losses if at > step * (1 - RECENT)]
+        if "val_loss" in numbers and recent:
+            numbers["train_loss"] = statistics.fmean(recent)
+        self.record.append({"step": step, **numbers})
+        if "loss" in numbers:
+            self._look_for_spike(step, numbers["loss"])
+        self.bar.update(step - self.bar.n)
+        if "val_loss" in numbers:
+            self.evaluations.append({"step": step, **numbers})
+            best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
+            beside = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
+            trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
+            self.say(
+                f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}"
+                f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte\n"
+                f"  {numbers['epochs_seen']:.2f} epochs seen  ({'best so far' if numbers.get('best') else beside})"
+            )
+        elif self.bar.disable:
+            self.say(
+                f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {numbers['loss']:.4f}  "
+                f"gradient {numbers['gradient_norm']:.2f}  {numbers['tokens_per_second']:,.0f} tokens/s  "
+                f"{readable(numbers['seconds_left'])} left"
+            )
+        else:
+            self.bar.set_postfix_str(
+                f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s", refresh=False
+            )
+        for name in [name for name in self.trackers if step >= self.told[name]]:
+            self._guard(name, partial(self._tell, name, {"step": step, **numbers}))
+
+    def _tell(self, name: str, line: dict[str, Any]) -> None:
+        plain = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        self.trackers[name].log(plain, step=line["step"])
+
+    def _look_for_spike(self, step: int, loss: float) -> None:
+        losses = [each for _, each in self.losses]
+        if len(losses) >= SPIKE_WINDOW // 2:
+            spread = statistics.pstdev(losses)
+            above = loss - statistics.fmean(losses)
+            if above > SPIKE_SIGMAS * spread > 0:
+                self.event(step, f"spike: loss {loss:.4f} is {above / spread:.1f} sigma above the last {len(losses)}")
+        self._remember(step, loss)
+
+    def _remember(self, step: int, loss: float | None) -> None:
+        if loss is not None and math.isfinite(loss):
+            self.losses.append((step, loss))
+
+    def event(self, step: int, event: str, **details: Any) -> None:
+        """Record something out of the ordinary."""
+        self.record.append({"step": step, "event": event, **details})
+        self.say(f"step {step}: {event}" + "".join(f"\n  | {text!r}" for text in details.get("texts", [])))
+
+    def samples(self, step: int, texts: dict[str, str]) -> None:
+        """Record what the model makes of each of the recipe's prompts."""
+        if not self.evaluations:  # else they stand below one
+            self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  samples:")
+        for prompt, text in texts.items():
+            self.record.append({"step": step, "prompt": prompt, "sample": text})
+            self.texts.append([step, prompt, text])
+            self.say(f"  {prompt}|{text.replace(chr(10), chr(10) + '  ')}")
+        if "wandb" in self.trackers:
+            log = self.trackers["wandb"].log_table
+            self._guard("wandb", partial(log, "samples", columns=["step", "prompt", "text"], data=self.texts))
+
+    def flush(self) -> None:
+        """Make the record durable, as a checkpoint is about to rest on it."""
+        self.record.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.record.close()
+        for name, tracker in list(self.trackers.items()):
+            self._guard(name, tracker.finish)
+
+    def _guard(self, name: str, act: Callable[[], Any]) -> None:
+        """A tracker that fails is named once and left behind: it is a copy of the record, never worth the run."""
+        try:
+            act()
+        except Exception as error:  # they raise what they like, and no number depends on them
+            self.trackers.pop(name, None)
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            self.say(f"{name} is left out from here on ({reason}); metrics.jsonl goes on")
+
+    def _start_tensorboard(self, run: Path, config: dict[str, Any]) -> None:
+        from accelerate.tracking import TensorBoardTracker
+
+        tracker = TensorBoardTracker("tensorboard", logging_dir=run)
+        tracker.start()
+        tracker.store_init_configuration(
+            {
+                name: value if isinstance(value, int | float | str | bool) else str(value)
+                for name, value in config.items()
+            }
+        )
+        self.trackers["tensorboard"] = tracker
+
+    def _start_wandb(self, run: Path, recipe: Recipe, config: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        """Of W&B's own variables, WANDB_MODE can make it quieter than the recipe says; WANDB_PROJECT and _NAME hold."""
+        import wandb
+        from accelerate.tracking import WandBTracker
+
+        wanted = os.environ.get("WANDB_MODE", "").lower()
+        if wanted == "disabled":
+            return
+        id = _wandb_id(run)
+        for kind in ("CACHE", "DATA"):  # else it leaves files in the home folder
+            os.environ.setdefault(f"WANDB_{kind}_DIR", str((run / "wandb").resolve()))
+        if os.path.expanduser("~") == "~":  # noqa: PTH111  # a user without a home: it would look for one
+            os.environ["HOME"] = str((run / "wandb").resolve())
+        quiet = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off")
+        wandb.setup(settings=quiet)
+        mode = "offline" if wanted in ("offline", "dryrun") else recipe.tracking.wandb
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False)):
+            self.say(
+                "wandb has no key (`wandb login` stores one): the run is kept offline, `wandb sync` sends it later"
+            )
+            mode = "offline"
+
+        def start(mode: str) -> None:
+            tracker = WandBTracker(
+                os.environ.get("WANDB_PROJECT") or "onetext-llm",
+                name=os.environ.get("WANDB_NAME") or recipe.run,
+                id=id,
+                resume="allow",
+                mode=mode,
+                config=config,
+                dir=str(run),
+                settings=quiet,
+            )
+            tracker.start()
+            # Curves over our steps, whichever of W&B's own counts a sync makes of several starts.
+            tracker.run.define_metric("step")
+            tracker.run.define_metric("*", step_metric="step")
+            self.trackers["wandb"] = tracker
+            # A kill takes along what was neither uploaded nor written: it is sent again out of the record.
+            self.told["wandb"] = 1 + (_kept_offline(run) if mode == "offline" else tracker.run.step - 1)
+            for line in lines:
+                if line["step"] >= self.told["wandb"] and line.keys() & {"loss", "val_loss"}:
+                    self._tell("wandb", line)
+
+        try:
+            start(mode)
+        except wandb.errors.Error as error:
+            if mode == "offline":
+                raise
+            self.say(f"wandb cannot be reached ({' '.join(str(error).split())[:120]}): the run is kept offline")
+            wandb.teardown()  # its service would refuse the id, which the attempt still holds
+            start("offline")
+
+
+def _wandb_id(run: Path) -> str:
+    """W&B's name of this run; where wandb.json is damaged, the one of the last folder that W&B made."""
+    path = run / "wandb.json"
+    with suppress(OSError, RefusedError, LookupError, TypeError):
+        return str(atomic_io.read_json(path)["id"])
+    made = sorted(folder.name.split("run-")[1] for folder in (run / "wandb").glob("*run-*-*"))
+    id = made[-1].rpartition("-")[2] if made else uuid.uuid4().hex[:8]
+    atomic_io.write_json(path, {"id": id})
+    return id
+
+
+def _kept_offline(run: Path) -> int:
+    """The last step in W&B's own files of a run, 0 where there is none; a killed process leaves them unfinished."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the version that it was made with
+        messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+
+    last = 0
+    for path in (run / "wandb").glob("*run-*/*.wandb"):
+        for data in _records(path.read_bytes()):
+            for item in messages.Record.FromString(data).history.item:
+                if "step" in (item.key, *item.nested_key):
+                    last = max(last, int(float(item.value_json)))
+    return last
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """The whole records of a log as LevelDB writes it: a head of 7 bytes, then blocks of 32 KiB with parts of them."""
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])  # after a checksum
+        at += 7 + length
+        if at > len(data) or kind not in (1, 2, 3, 4):  # never whole: its writer was killed
+            return
+        parts = data[at - length : at] if kind in (1, 2) else parts + data[at - length : at]
+        if kind in (1, 4):  # whole, or the last part
+            yield parts

@@ -1,0 +1,109 @@
+"""The model card: README.md of a checkpoint, made from the run alone, so that equal runs leave equal bytes.
+
+No dates, no speeds and no paths: what a bystander has to know of the model and nothing of the machine.
+"""
+
+from pathlib import Path
+
+from llm.config.recipe import Recipe
+from llm.data.documents import licence
+from llm.data.prompts import example
+from llm.data.shards import Shards, Split
+from llm.data.tokenizer import Tokenizer
+
+FILE_NAME = "README.md"
+BARS = 24  # characters of the longest bar
+POINTS = 12  # evaluations shown of a longer curve
+
+USE = """```python
+from transformers import pipeline
+
+say = pipeline("text-generation", model="THIS FOLDER OR ITS NAME ON THE HUB")
+print(say("{prompt}", max_new_tokens=60)[0]["generated_text"])
+```
+"""
+
+Curve = list[list[float]]  # of each evaluation: step, bits per byte
+
+
+def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, curve: Curve, numbers: int) -> bytes:
+    """README.md of the checkpoint after `step`, of a model of so many numbers; `recipe` has its length in steps."""
+    shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
+    texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.files)
+    began = f" on from `{_plain(Path(recipe.model.from_).name)}`" if recipe.model.from_ else ""
+    family = "Qwen3's" if not recipe.model.from_ else "as it came"
+    only = "" if recipe.model.from_ else " and on nothing else"
+    at_step = [bits for at, bits in curve if at == step]
+    validated = f"{at_step[0]:.4f}" if at_step else "not evaluated at this step"
+    prompt = example(recipe, tokenizer, shards)
+    say = USE.format(prompt=_plain(prompt)) if tokenizer.is_portable else _NO_TOKENIZER
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [causal-lm, {recipe.run}]
+---
+
+# {recipe.run}
+
+A language model that goes on with a text, trained{began} on the text below{only}.
+
+| | |
+|---|---|
+{texts}
+| training side | {_side(shards.train)} |
+| held out | {_side(shards.validation)} |
+| tokenizer | {tokenizer.vocabulary:,} pieces, fingerprint `{tokenizer.fingerprint[:12]}` |
+| parameters | {numbers:,} |
+| architecture | {family}: {shape.layers} layers of {shape.dim}, {shape.heads} heads of {shape.head_dim} over \
+{shape.kv_heads} of keys and values, MLP {shape.ffn_dim}, {"tied" if shape.tied else "untied"} embeddings |
+| context | {shape.context:,} tokens |
+| training | step {step:,} of {train.steps:,}, {read:,} tokens, {read / shards.train.tokens:.2f} epochs, \
+{train.optimizer}, rate {train.learning_rate:g}, decay {train.weight_decay:g}, dropout {shape.dropout:g}, \
+seed {recipe.seed} |
+| validation | {validated} bits per byte |
+
+## Curve
+{_chart(curve)}
+## Use
+
+{say}
+## Limits
+
+It continues texts of the kind it was trained on; it answers no questions and follows no instructions. What it says may
+be false, and may repeat its text to the letter. It reads {shape.context:,} tokens at once. Nothing was done against
+bias in the text. Whoever passes it on minds the licence of the text.
+""".encode()
+
+
+_NO_TOKENIZER = """The vocabulary has no tokenizer.json: `AutoModelForCausalLM` opens the model, sentencepiece reads the
+tokenizer.model that the run keeps.
+"""
+
+
+def thinned(curve: Curve) -> Curve:
+    """Of a long curve every second evaluation and the last, so that it stays short however long the run."""
+    return curve if len(curve) < 64 else [*curve[:-1:2], curve[-1]]
+
+
+def _chart(curve: Curve) -> str:
+    if not curve:
+        return "\nNot evaluated.\n"
+    last = len(curve) - 1
+    chosen = [curve[at] for at in sorted({round(last * n / (POINTS - 1)) for n in range(POINTS)})]
+    most = max(bits for _, bits in chosen) or 1.0
+    rows = (f"{at:>9,.0f}  {bits:7.4f}  {'#' * round(BARS * bits / most)}" for at, bits in chosen)
+    return "\n```\n" + "\n".join(["     step  bits per byte", *rows]) + "\n```\n"
+
+
+def _side(side: Split) -> str:
+    return f"{side.documents:,} documents, {side.text_bytes:,} bytes, {side.tokens:,} tokens"
+
+
+def _name(text: str) -> str:
+    """A named text as it is; of a path the file's name, as folders tell of the machine."""
+    return text if text.startswith("hub:") else Path(text).name
+
+
+def _plain(text: str) -> str:
+    """The text without what Markdown, HTML or a table would take for its own."""
+    return "".join(each if each.isprintable() and each not in '|`<>"\\' else "?" for each in text)
