@@ -103,8 +103,9 @@ def main() -> None:
     print(f"{'tokens/s':46}{'min':>8}{'median':>8}{'max':>8}{'of spinning, quiet':>20}")
     for (work, where, name), values in figures.items():
         middle = statistics.median(values)
-        best = statistics.median(figures[work, "quiet", "always spin"])
-        print(f"{f'{work}, {where}, {name}':46}{min(values):8.0f}{middle:8.0f}{max(values):8.0f}{middle / best:20.0%}")
+        best = figures[work, "quiet", "always spin"]
+        gain = statistics.median(value / each for value, each in zip(values, best, strict=True))
+        print(f"{f'{work}, {where}, {name}':46}{min(values):8.0f}{middle:8.0f}{max(values):8.0f}{gain:20.0%}")
 
 
 if __name__ == "__main__":
