@@ -109,8 +109,8 @@ class Trainer:
         dtype = TYPES[recipe.machine.precision]
         self.layout = Sharding(recipe.machine.shard, self.device, dtype)
         with self.device:
-            self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, self.layout.deal, family)
-        self.layout.deal(self.model, root=True)
+            self.model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, self.layout.shard_module, family)
+        self.layout.shard_module(self.model, root=True)
         self.order = WindowShuffle(recipe.seed, shards.train.tokens, recipe.model.context)
         lean = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self.optimizer = Optimizer(self.model, recipe.train, lean, self.layout)
@@ -220,7 +220,7 @@ class Trainer:
                 (loss * (self.scale / self.recipe.train.tokens_per_step)).backward()
             counted.append(torch.stack([loss.detach(), (batch.targets != IGNORED).sum()]).to(wide(self.device)))
             if exact or index + 1 == len(batches):
-                self.layout.sum_copies([rows.local for rows in self.gradients()])
+                self.layout.sum_replicas([rows.local for rows in self.gradients()])
             if exact:
                 counter.add([rows.local.clone() for rows in self.gradients()])
         if exact:
@@ -409,7 +409,7 @@ class Trainer:
                 self.tracker.samples(self.state.step, dict(zip(self.recipe.evaluate.prompts, texts, strict=True)))
         if self.tracker is not None and self.state.step == self.steps and self.tracker.evaluations:
             self.tracker.say(hints.of_run(self.recipe, self.tracker.evaluations))
-        self.layout.rest(self.model)
+        self.layout.reshard(self.model)
         self.complete()
 
     def attempted(self, otherwise: str, act: Callable[[], Result]) -> Result | None:
@@ -524,7 +524,7 @@ class Trainer:
             beside=self.beside if self.evaluation_due else {**self.beside, **card},
             loose=card if self.evaluation_due else {},
             council=self.council,
-            layout=self.layout,
+            sharding=self.layout,
         )
         self.saved = self.state.step
         if not self.evaluation_due:
@@ -721,14 +721,14 @@ class Trainer:
             shape,
             vocabulary,
             muon=muon,
-            parts=layout.parts,
-            copies=layout.copies,
+            shard_size=layout.shard_size,
+            replica_size=layout.replica_size,
             micro_batches=recipe.windows_per_step // recipe.machine.micro_batch // process.world(),
             gathered=layout.dtype.itemsize,
             orthogonalised=self.optimizer.orthogonalise_in.itemsize,
             exact=recipe.machine.exact,
         )
-        return cost.memory(shape, vocabulary, muon=muon, parts=layout.parts), traffic
+        return cost.memory(shape, vocabulary, muon=muon, shard_size=layout.shard_size), traffic
 
     def rehearse(self) -> float:
         """Seconds of a step to expect, from one micro-batch after a small one; weights and moments are left alone.
