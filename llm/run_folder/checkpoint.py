@@ -90,7 +90,7 @@ def save(
     beside: dict[str, bytes],
     loose: dict[str, bytes],
     council: Coordinator,
-    layout: Sharding,
+    sharding: Sharding,
 ) -> None:
     """Write the checkpoint `folder`, in place of what stood there; all processes save together.
 
@@ -115,10 +115,13 @@ def save(
         with council.error_barrier():
             for name, (_, offsets, _) in heads.items():
                 if council.one_disk:
-                    if layout.first_copy and (layout.sharded or council.writes):
+                    if sharding.first_replica and (sharding.sharded or council.writes):
                         atomic_io.write_at(draft / name, _own_rows(tensors[name], offsets))
                 else:
-                    wholes = ((offsets[key], _bytes(layout.whole(rows))) for key, rows in sorted(tensors[name].items()))
+                    wholes = (
+                        (offsets[key], _bytes(sharding.gather_whole(rows)))
+                        for key, rows in sorted(tensors[name].items())
+                    )
                     if council.writes:
                         atomic_io.write_at(draft / name, wholes)
                     else:

@@ -22,7 +22,7 @@ FILE = "fingerprints.jsonl"
 ODD = -7046029254386353131  # 0x9E3779B97F4A7C15: spreads a row's number over 64 bits
 
 
-def checksum(weights: dict[str, LocalShard], layout: Sharding) -> Tensor:
+def checksum(weights: dict[str, LocalShard], sharding: Sharding) -> Tensor:
     """A number for each tensor, in the order of their names, that a changed bit changes: int64, on the device.
 
     Sums wrap and do not depend on how rows are dealt.
@@ -34,7 +34,7 @@ def checksum(weights: dict[str, LocalShard], layout: Sharding) -> Tensor:
         numbers = torch.arange(rows.low, rows.low + len(local), device=local.device) * 2 + 1
         sums.append((row_sums * (numbers * ODD)).sum())
     total = torch.stack(sums)
-    return gather(total, layout.shards).sum(0) if layout.sharded else total
+    return gather(total, sharding.shard_group).sum(0) if sharding.sharded else total
 
 
 def windows(order: WindowShuffle, positions: np.ndarray) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm.config.recipe import Recipe, skipped
 from llm.data.batches import BatchLoader
@@ -19,6 +19,7 @@ from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.environment import RuntimeSettings
 from llm.distributed.sharding import LocalShard, Sharding, local_shard
+from llm.model.transformer import Transformer
 from llm.optim.optimizer import Optimizer
 
 
@@ -72,7 +73,7 @@ class RunContext:
 class TrainState:
     """Everything that training changes and a checkpoint saves. `step` updates are done; batch `step` is the next."""
 
-    model: nn.Module
+    model: Transformer
     optimizer: Optimizer
     scale: Tensor  # fp16's loss scale; 1 in other precisions
     good_steps: Tensor  # since the scale last changed

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class MicroBatches:
     def _largest_that_fits(self) -> int:
         fits = 1
         for size in [n for n in range(1, self.windows + 1) if self.windows % n == 0]:
-            fitted = within_memory(lambda size=size: self._forward_backward(size) or True)  # type: ignore[misc]
+            fitted = within_memory(partial(self._forward_backward, size))
             if self.context.coordinator.largest(fitted is None):
                 if self.context.sharding.sharded:  # FSDP2 stopped in the middle of a gather
                     raise GroupError(
@@ -132,13 +133,13 @@ class MicroBatches:
         self.compiled = True
         process.say(f"machine.compile: compiled the blocks in {time.perf_counter() - began:.0f} s")
 
-    def _forward_backward(self, size: int) -> None:
-        """One micro-batch of this size, whose gradient is dropped."""
+    def _forward_backward(self, size: int) -> float:
+        """Loss of one micro-batch of this size, whose gradient is dropped."""
         context = self.context
         tokens = torch.zeros(size, context.recipe.model.context, dtype=torch.int64, device=context.device)
         with nullcontext() if context.sharding.sharded else context.accelerator.no_sync(self.wrapped):
             with context.accelerator.autocast():
                 loss = self.wrapped(tokens, tokens, tokens[:, 0].contiguous())  # strides as in a real batch
             loss.backward()
-        loss.item()
         self.state.model.zero_grad(set_to_none=True)
+        return loss.item()

@@ -64,7 +64,7 @@ class Checkpoints:
             beside=self.extra_files if evaluation_due else {**self.extra_files, **card},
             loose=card if evaluation_due else {},
             council=self.context.coordinator,
-            layout=self.context.sharding,
+            sharding=self.context.sharding,
         )
         self.saved = self.state.step
         if not evaluation_due:

@@ -35,7 +35,7 @@ def train(
     until: int = -1,
     *,
     runs: Path = Path("runs"),
-    parts: Parts = Parts(),
+    parts: Parts | None = None,
 ) -> Path:
     """Train or resume a run in this process; its folder. The process is left as it was found.
 
@@ -44,7 +44,7 @@ def train(
     """
     try:
         with as_it_was():
-            return _train(recipe, prepare, until, runs / recipe.run, parts)
+            return _train(recipe, prepare, until, runs / recipe.run, parts or Parts())
     except (LLMError, KeyboardInterrupt) as error:
         clear_tracebacks(error)  # a notebook keeps the last one, and with it the model
         raise

@@ -6,7 +6,7 @@ resume are ours.
 """
 
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ class Trainer:
         """Operations a second of this machine's own matrix product, in the type that the model is multiplied in."""
         device, dtype = self.context.device, DTYPES[self.context.settings.precision]
         for size in (8192, 4096, 2048) if device.type != "cpu" else ():
-            if (flops := within_memory(lambda size=size: measured_flops(device, dtype, size))) is not None:  # type: ignore[misc]
+            if (flops := within_memory(partial(measured_flops, device, dtype, size))) is not None:
                 return flops
         return measured_flops(device, dtype, 1024)
 
@@ -151,14 +151,14 @@ class Trainer:
             recipe.model,
             vocabulary,
             muon=muon,
-            parts=split.shard_size,
-            copies=split.replica_size,
+            shard_size=split.shard_size,
+            replica_size=split.replica_size,
             micro_batches=self.micro_batches.windows // self.micro_batches.size,
             gathered=split.dtype.itemsize,
             orthogonalised=self.state.optimizer.orthogonalise_in.itemsize,
             exact=self.context.settings.exact,
         )
-        return cost.memory(recipe.model, vocabulary, muon=muon, parts=split.shard_size), traffic
+        return cost.memory(recipe.model, vocabulary, muon=muon, shard_size=split.shard_size), traffic
 
 
 class StepClock:
@@ -191,8 +191,8 @@ def new_state(context: RunContext) -> TrainState:
     sharding_.shard_module(model, root=True)
     model.model.recompute = context.settings.recompute
     compile_loss(False)  # until the blocks are compiled
-    half = context.settings.precision != "fp32"
-    optimizer = (context.parts.optimizer or Optimizer)(model, recipe.train, torch.bfloat16 if half else torch.float32, sharding_)
+    orthogonalise_in = torch.float32 if context.settings.precision == "fp32" else torch.bfloat16
+    optimizer = (context.parts.optimizer or Optimizer)(model, recipe.train, orthogonalise_in, sharding_)
     scale = torch.tensor(FP16_SCALE if context.settings.precision == "fp16" else 1.0, device=device)
     return TrainState(model, optimizer, scale, torch.zeros((), device=device))
 
