@@ -389,7 +389,7 @@ def test_a_run_is_read_from_anywhere_and_after_a_move(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
 
     def read(folder: Path) -> None:
-        for words in (("verify", folder), ("evaluate", folder), ("show", folder, "--step", "0")):
+        for words in (("verify", folder), ("evaluate", folder), ("show", folder, "--step", "1")):
             done = run(script(f"module:llm.{words[0]}", *words[1:]), tmp_path / "elsewhere")
             assert done.status == 0, (words, done.out, done.err)
 
