@@ -1,4 +1,4 @@
-"""Faults, planted into a child of `llm.verify`, each of which real trainers have had."""
+"""Faults, planted into a child of `llm.training.proof`, each of which real trainers have had."""
 
 import os
 from pathlib import Path
