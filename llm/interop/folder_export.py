@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm.base import atomic_io
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.loaded_run import LoadedRun
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -19,12 +19,12 @@ def write_folder(folder: Path, opened: LoadedRun, kind: str, shard: int) -> None
         atomic_io.write_bytes(folder / name, data)
     parts = _parts(tensors(opened, kind), shard)
     if len(parts) == 1:
-        checkpoint.write_tensors(folder / checkpoint.WEIGHTS, parts[0])
+        tensor_files.write_tensors(folder / checkpoint.WEIGHTS, parts[0])
         return
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        checkpoint.write_tensors(folder / name, part)
+        tensor_files.write_tensors(folder / name, part)
         weight_map |= dict.fromkeys(part, name)
     total = sum(each.nbytes for part in parts for each in part.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -20,7 +20,7 @@ from llm.data.tokenizer import Tokenizer
 from llm.distributed.sharding import LocalShard
 from llm.model.cost import parameters
 from llm.model.hf_config import FIELDS, read_config
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -72,19 +72,21 @@ def load(folder: Path, into: dict[str, LocalShard]) -> str:
     for name in names:
         if not (folder / name).is_file():
             raise RefusedError(f"{folder / name} is missing: weights are read from safetensors only")
-        there = checkpoint.tensor_names(folder / name)
+        there = tensor_files.tensor_names(folder / name)
         for each in sorted(there - wanted.keys()):
             if each in into:
                 raise RefusedError(f"{folder / name} holds {each}, which another file holds too")
             if each != HEAD and not each.endswith("rotary_emb.inv_freq"):  # what others keep, and nobody reads
                 raise RefusedError(f"{folder / name} holds {each}, which the model here has no place for")
         heads += [name] if HEAD in there - into.keys() else []
-        checkpoint.load_tensors(folder / name, {each: wanted.pop(each) for each in there & wanted.keys()}, more=True)
+        tensor_files.load_tensors(
+            folder / name, {each: wanted.pop(each) for each in there & wanted.keys()}, allow_extra=True
+        )
     if wanted:
         raise RefusedError(f"{folder} lacks {sorted(wanted)[0]}")
     for name in heads:  # of a model that is tied: others keep a head that differs
         head = into[EMBEDDING].like(torch.empty_like(into[EMBEDDING].local))
-        checkpoint.load_tensors(folder / name, {HEAD: head}, more=True)
+        tensor_files.load_tensors(folder / name, {HEAD: head}, allow_extra=True)
         if not torch.equal(head.local, into[EMBEDDING].local):
             raise RefusedError(
                 f"{folder / name} holds another {HEAD} than {EMBEDDING}, while config.json says tie_word_embeddings = "

@@ -15,7 +15,7 @@ from llm.distributed.process import warn
 from llm.distributed.sharding import local_shard
 from llm.model import hf_config
 from llm.model.transformer import Transformer
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.checkpoint import Checkpoint
 
 
@@ -100,7 +100,7 @@ def _open(folder: Path, which: str, device: torch.device | None) -> LoadedRun:
         )
     model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, family=hf_config.read_family(found.folder))
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
-    checkpoint.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
+    tensor_files.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
     return LoadedRun(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)
 
 

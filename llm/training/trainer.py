@@ -51,7 +51,7 @@ from llm.optim.optimizer import Optimizer, gradient_norm, wide
 from llm.optim.schedule import StepPlan, lr_factor, planned
 from llm.optim.time_budget import RECORD as PLAN
 from llm.optim.time_budget import TimeBudget
-from llm.run_folder import checkpoint, trace
+from llm.run_folder import checkpoint, tensor_files, trace
 from llm.run_folder.checkpoint import Checkpoint
 from llm.run_folder.metrics import Tracker
 from llm.run_folder.model_card import FILE_NAME, model_card, thinned
@@ -521,10 +521,10 @@ class Trainer:
             weights=self.weights(),
             moments=self.optimizer.moments,
             manifest=self.manifest(),
-            beside=self.beside if self.evaluation_due else {**self.beside, **card},
-            loose=card if self.evaluation_due else {},
-            council=self.council,
-            layout=self.layout,
+            extra_files=self.beside if self.evaluation_due else {**self.beside, **card},
+            unlisted_files=card if self.evaluation_due else {},
+            coordinator=self.council,
+            sharding=self.layout,
         )
         self.saved = self.state.step
         if not self.evaluation_due:
@@ -686,8 +686,8 @@ class Trainer:
             bound = oldest
 
     def load(self, source: Checkpoint) -> None:
-        checkpoint.load_tensors(source.folder / checkpoint.WEIGHTS, self.weights())
-        checkpoint.load_tensors(source.folder / checkpoint.MOMENTS, self.optimizer.moments)
+        tensor_files.load_tensors(source.folder / checkpoint.WEIGHTS, self.weights())
+        tensor_files.load_tensors(source.folder / checkpoint.MOMENTS, self.optimizer.moments)
         self.state.step = source.step
         scale, good_steps = source.manifest["scale"]
         self.scale.fill_(scale)

@@ -18,7 +18,7 @@ from llm import export
 from llm.base.errors import RefusedError
 from llm.interop import folder_export, gguf
 from llm.interop.parity import check_folder
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.loaded_run import LoadedRun, open_run
 from tests.forks import Ended, run, script, start, train, write_recipe, write_text
 
@@ -160,10 +160,8 @@ def test_a_planted_error_is_caught(
 
 def test_a_caught_error_is_status_4_in_one_line_and_leaves_no_folder(here: Path, tmp_path: Path) -> None:
     def plant() -> None:
-        from llm.run_folder import checkpoint
-
-        real = checkpoint.write_tensors
-        checkpoint.write_tensors = lambda path, tensors: real(path, transposed(tensors))
+        real = tensor_files.write_tensors
+        tensor_files.write_tensors = lambda path, tensors: real(path, transposed(tensors))
 
     ended = exported(here, "tiny", "--to", tmp_path / "out", plant=plant)
     assert ended.status == 4 and ended.err.count("\n") == 1, ended.err

@@ -82,7 +82,7 @@ def theirs_of(folder: Path) -> Any:
 def ours_of(folder: Path, source: Path) -> Transformer:
     recipe = pretrained.shaped(load(recipe_of(folder, source)))
     vocabulary = hf_config.read_config(source)["vocab_size"]
-    ours = Transformer(recipe.model, vocabulary, family=hf_config.family(source))
+    ours = Transformer(recipe.model, vocabulary, family=hf_config.read_family(source))
     pretrained.load(source, {name: local_shard(p) for name, p in ours.named_parameters()})
     return ours
 
