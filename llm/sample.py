@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm.base.command import Parser
 from llm.base.errors import run
@@ -32,9 +32,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
     parser.add_number("--tokens", default=200, help="at most this many new tokens (default 200)")
     for each in fields(Sampling):
+        default: Any = each.default
         bounds = {name: each.metadata[name] for name in ("least", "most")}
-        help = f"{each.metadata['help']} (default {each.default:g})"
-        parser.add_number(flag(each), kind=type(each.default), default=each.default, help=help, **bounds)
+        help = f"{each.metadata['help']} (default {default:g})"
+        parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
     parser.add_number(
         "--seed", most=(1 << 63) - 1, help="the same seed gives the same text (default: another one each time)"
     )

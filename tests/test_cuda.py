@@ -199,11 +199,11 @@ def test_a_replayed_graph_says_what_reading_all_again_would(tmp_path: Path) -> N
 
     def act() -> None:
         from llm.distributed.environment import use_deterministic_kernels
-        from llm.inference.fast_decode import Replay
+        from llm.inference.fast_decode import GraphDecoder
         from llm.inference.generation import Sampling, generate
         from llm.model.transformer import Transformer
 
-        Replay.LEAST = 16
+        GraphDecoder.LEAST = 16
         for strict in (False, True):
             if strict:
                 use_deterministic_kernels()

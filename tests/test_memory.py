@@ -46,7 +46,7 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
             # Before counting: what a first backward pass makes, and the engine's code (90 MB), imported at its first use.
             layer: torch.nn.Module = torch.nn.Linear(8, 8)
             if shard != "none":
-                layer = Sharding(shard, torch.device("cpu")).deal(layer)
+                layer = Sharding(shard, torch.device("cpu")).shard_module(layer)
             layer(torch.ones(1, 8)).sum().backward()
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
             self.before = _status("VmRSS")
@@ -110,7 +110,7 @@ def test_dealt_rows_send_what_the_formula_says(tmp_path: Path, text: Path, micro
     measured = a_step(tmp_path, text, "full", micro_batch)
     recipe = load(tmp_path / "recipe.yaml")
     said = cost.traffic(
-        recipe.model, recipe.tokenizer.vocabulary, muon=False, parts=2, micro_batches=4 // micro_batch
+        recipe.model, recipe.tokenizer.vocabulary, muon=False, shard_size=2, micro_batches=4 // micro_batch
     ).total
     print(
         f"full, {4 // micro_batch} micro-batches: {measured / 1e6:.2f} MB a step, the formula says {said / 1e6:.2f} MB"

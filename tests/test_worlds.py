@@ -46,7 +46,7 @@ def dealt_to_itself(act: Callable[[], None]) -> Callable[[], None]:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(0)
-        Sharding.FEWEST = 1
+        Sharding.MIN_PROCESSES = 1
         torch.distributed.init_process_group(
             "nccl" if on_gpu else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
         )

@@ -33,7 +33,7 @@ class Coordinator:
         alone = world() == 1
         self.group: Any = None if alone else dist.new_group(backend="gloo", timeout=HUNG)
         self.patient: Any = None if alone else dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.notes: Any = None if alone else dist.PrefixStore("council", dist.distributed_c10d._get_default_store())
+        self.kv_store: Any = None if alone else dist.PrefixStore("council", dist.distributed_c10d._get_default_store())
 
     def largest(self, number: int, *, patient: bool = False, after: str = "") -> int:
         """The largest of every process's `number`; `after` tells the others how far this process has come.
@@ -43,7 +43,7 @@ class Coordinator:
         if self.group is None:
             return number
         if after:
-            self.notes.set(str(rank()), after)
+            self.kv_store.set(str(rank()), after)
         box = torch.tensor([number], dtype=torch.int64)
         try:
             dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
@@ -58,7 +58,7 @@ class Coordinator:
         """
         if self.group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return error
-        last = self._last_notes()
+        last = self._last_progress()
         if not last and rank() != 0:
             return GroupError("process 0 is gone or hangs; the same command goes on")
         others = [each for each in range(world()) if each != rank()]
@@ -68,15 +68,15 @@ class Coordinator:
         )
         return GroupError(f"{said} is gone or hangs; the same command goes on ({str(error).splitlines()[0][:160]})")
 
-    def _last_notes(self) -> dict[int, str]:
+    def _last_progress(self) -> dict[int, str]:
         """What each process last said; nothing where the main process, which keeps the notes, does not answer."""
         last: dict[int, str] = {}
 
         def ask() -> None:
             with suppress(RuntimeError):
                 for each in range(world()):
-                    if self.notes.check([str(each)]):
-                        last[each] = self.notes.get(str(each)).decode()
+                    if self.kv_store.check([str(each)]):
+                        last[each] = self.kv_store.get(str(each)).decode()
 
         asking = Thread(target=ask, daemon=True)  # the store's own time-out does not hold where its host is halted
         asking.start()
@@ -116,9 +116,9 @@ class Coordinator:
         odd = next((name for name in {**theirs, **facts} if theirs.get(name) != facts.get(name)), None)
         if odd is not None:
             line = f"process {rank()} has {odd} = {facts.get(odd)}, process 0 has {theirs.get(odd)}: {mend}"
-            self.notes.set(f"{what} of {rank()}", line)
+            self.kv_store.set(f"{what} of {rank()}", line)
         if others := self.largest(0 if odd is None else world() - rank()):
-            raise GroupError(self.notes.get(f"{what} of {world() - others}").decode())
+            raise GroupError(self.kv_store.get(f"{what} of {world() - others}").decode())
 
     def from_main(self, what: str, value: Any) -> Any:
         """The main process's `value`, as JSON knows it; once for each name `what`."""
@@ -126,8 +126,8 @@ class Coordinator:
             return value
         try:
             if rank() == 0:
-                self.notes.set(what, json.dumps(value))
-            return json.loads(self.notes.get(what))
+                self.kv_store.set(what, json.dumps(value))
+            return json.loads(self.kv_store.get(what))
         except RuntimeError as error:
             raise self.blamed(error) from error
 

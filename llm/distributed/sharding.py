@@ -131,7 +131,7 @@ def local_shard(tensor: Tensor) -> LocalShard:
 class Sharding:
     """How a model lies on the group: whole everywhere (none), rows dealt to all (full) or within a node (hybrid)."""
 
-    FEWEST = 2  # processes to deal rows to; tests have one deal to itself
+    MIN_PROCESSES = 2  # processes to deal rows to; tests have one deal to itself
 
     def __init__(
         self,
@@ -139,29 +139,31 @@ class Sharding:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shards: Group = None  # the processes among which rows are dealt
-        self.replicas: Group = None  # those that hold the same rows as this one
-        self.parts, self.copies, self.index = 1, size(), 0
+        self.shard_group: Group = None  # the processes among which rows are dealt
+        self.replica_group: Group = None  # those that hold the same rows as this one
+        self.shard_size, self.replica_size, self.index = 1, size(), 0
         self.dtype, self.sharded = dtype, False
-        if mode != "none" and size() >= self.FEWEST:
-            self.parts = size() if mode == "full" else place().local_world
-            self.copies = size() // self.parts
+        if mode != "none" and size() >= self.MIN_PROCESSES:
+            self.shard_size = size() if mode == "full" else place().local_world
+            self.replica_size = size() // self.shard_size
             assert device is not None
             from torch.distributed.device_mesh import init_device_mesh
 
-            mesh = init_device_mesh(device.type, (self.copies, self.parts), mesh_dim_names=("copies", "parts"))
-            self.mesh = mesh["parts"]
-            self.shards, self.replicas = mesh.get_group("parts"), mesh.get_group("copies")
-            self.index = mesh.get_local_rank("parts")
-            self.sharded = self.parts >= self.FEWEST
+            mesh = init_device_mesh(
+                device.type, (self.replica_size, self.shard_size), mesh_dim_names=("replicas", "shards")
+            )
+            self.mesh = mesh["shards"]
+            self.shard_group, self.replica_group = mesh.get_group("shards"), mesh.get_group("replicas")
+            self.index = mesh.get_local_rank("shards")
+            self.sharded = self.shard_size >= self.MIN_PROCESSES
 
     @property
-    def first_copy(self) -> bool:
+    def first_replica(self) -> bool:
         """Whether this process is the one to speak for its rows."""
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return rank < self.parts
+        return rank < self.shard_size
 
-    def deal(self, module: Module, root: bool = False) -> Module:
+    def shard_module(self, module: Module, root: bool = False) -> Module:
         """Deal the rows of what is in `module` and not yet dealt; on the root, after all blocks.
 
         Blocks are gathered in the type in which they are multiplied, as autocast would make of them; gradients are
@@ -184,7 +186,7 @@ class Sharding:
             register_fsdp_forward_method(module, "logits")
         return module
 
-    def rest(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """Let go of what a pass without a backward pass left gathered; parameters are rows again."""
         if self.sharded:
             from torch.distributed.fsdp import FSDPModule
@@ -192,18 +194,18 @@ class Sharding:
             assert isinstance(model, FSDPModule)
             model.reshard()
 
-    def sum_copies(self, gradients: list[Tensor]) -> None:
+    def sum_replicas(self, gradients: list[Tensor]) -> None:
         """Add up what the copies of these rows hold (hybrid only: elsewhere the backward pass has done it)."""
-        if self.sharded and self.copies > 1:
-            flat = all_reduce(torch.cat([g.flatten() for g in gradients]), self.replicas)
+        if self.sharded and self.replica_size > 1:
+            flat = all_reduce(torch.cat([g.flatten() for g in gradients]), self.replica_group)
             for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(total.view_as(gradient))
 
-    def whole(self, rows: LocalShard) -> Tensor:
+    def gather_whole(self, rows: LocalShard) -> Tensor:
         """The whole tensor out of everybody's rows; all processes of the layout ask together."""
         if not self.sharded:
             return rows.local
-        each = bounds(rows.shape[0], self.parts, 0)[1]
+        each = bounds(rows.shape[0], self.shard_size, 0)[1]
         padded = rows.local.new_zeros((each, *rows.shape[1:]))
         padded[: len(rows.local)] = rows.local
-        return gather(padded, self.shards).flatten(0, 1)[: rows.shape[0]]
+        return gather(padded, self.shard_group).flatten(0, 1)[: rows.shape[0]]

@@ -1,5 +1,5 @@
-"""One more token for every row: on a CUDA device a replayed graph of the model's own step (`Replay`), on a CPU the
-model's arithmetic over a copy of its weights that is laid out for it (`Decoding`).
+"""One more token for every row: on CUDA a replayed graph of the model's own step (`GraphDecoder`), on a CPU the
+model's arithmetic over a copy of its weights that is laid out for it (`FastDecoder`).
 
 There a token costs what it takes to read the weights once and to call torch some times a block. So matrices that read
 the same vector are one; a norm's weight is multiplied into what follows it; a matrix lies as it is read fastest, for
@@ -55,7 +55,7 @@ def unit(x: Tensor, least: Tensor) -> Tensor:
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least)
 
 
-class Decoding:
+class FastDecoder:
     """Goes on from a cache that holds texts of `lengths`, padded at their end to the longest. Letters as in model.py.
 
     Keys carry their positions, so a slot is no position: the tokens that follow lie behind the longest text, in all
@@ -121,7 +121,7 @@ class Decoding:
         return self.head(unit(x, self.least))
 
 
-class Replay:
+class GraphDecoder:
     """The same on a CUDA device: the model's own step, recorded once as a graph of kernels and replayed.
 
     One launch takes the place of some thirty a block. A graph always reads the same part of the cache, so there is one
@@ -172,12 +172,12 @@ class Replay:
             with torch.cuda.device(device):
                 if device not in self.streams:
                     self.streams[device] = torch.cuda.Stream()
-                beside, graph = self.streams[device], torch.cuda.CUDAGraph()
-                beside.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(beside):
+                side_stream, graph = self.streams[device], torch.cuda.CUDAGraph()
+                side_stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side_stream):
                     act()  # libraries make their buffers at a first call, which must not be recorded
-                torch.cuda.current_stream().wait_stream(beside)
-                with torch.cuda.graph(graph, stream=beside):
+                torch.cuda.current_stream().wait_stream(side_stream)
+                with torch.cuda.graph(graph, stream=side_stream):
                     logits = act()
         finally:
             torch.use_deterministic_algorithms(strict)

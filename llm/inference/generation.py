@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.inference.fast_decode import Decoding, Replay
+from llm.inference.fast_decode import FastDecoder, GraphDecoder
 from llm.inference.sampling import Sampling
 from llm.model.transformer import Cache, Transformer
 
@@ -69,15 +69,17 @@ def generate(
     length = min(context, -(-(max(map(len, texts)) + tokens) // 128) * 128)  # few lengths: kernels round by them
     cache = Cache(model.shape, len(texts), length, device, model.lm_head.weight.dtype)
     # Weights that are dealt to several processes (by `unshard` they are known) come together in its own passes only.
-    way = None if hasattr(model, "unshard") or tokens < 2 else {"cpu": Decoding, "cuda": Replay}.get(device.type)
-    lean: Any = way(model, cache) if way else None
+    decoder_cls = (
+        None if hasattr(model, "unshard") or tokens < 2 else {"cpu": FastDecoder, "cuda": GraphDecoder}.get(device.type)
+    )
+    decoder: Any = decoder_cls(model, cache) if decoder_cls else None
     done = [False] * len(texts)
     logits = None
     for _ in range(tokens):
         if logits is None:
             logits = prefill(model, cache, texts)
-            if lean is not None:
-                lean.begin([len(text) for text in texts])
+            if decoder is not None:
+                decoder.begin([len(text) for text in texts])
         if banned:
             logits = logits.index_fill(1, never, -torch.inf)
         chosen = choose(logits, seen, sampling, generator)
@@ -93,8 +95,8 @@ def generate(
         if max(map(len, texts)) > context:
             texts = [text[-(context // 2) :] if len(text) > context else text for text in texts]
             logits = None
-        elif lean is not None:
-            logits = lean.step(chosen)
+        elif decoder is not None:
+            logits = decoder.step(chosen)
         else:
             cache.at(torch.tensor([[len(text) - 1] for text in texts], device=device), max(map(len, texts)))
             logits = model.logits(chosen[:, None], cache)[:, -1]

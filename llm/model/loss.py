@@ -22,10 +22,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def loss_and_slope(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk of logits (rows, vocabulary), a sum in nats, and its slope by them, in their type.
+def loss_and_grad(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk of logits (rows, vocabulary), a sum in nats, and its grad_logits by them, in their type.
 
-    In place, as far as that goes. Where nothing is to be learnt the slope means nothing.
+    In place, as far as that goes. Where nothing is to be learnt the grad_logits means nothing.
     """
     wide = logits.float()
     counted = targets != IGNORED
@@ -34,12 +34,12 @@ def loss_and_slope(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple
     nats = ((log_total - wide.gather(-1, index)).squeeze(-1) * counted).sum()
     if not learn:
         return nats, logits
-    slope = wide.sub_(log_total).exp_()  # the softmax
-    slope.scatter_add_(-1, index, slope.new_full((), -1.0).expand(index.shape))
-    return nats, slope.mul_(counted[:, None]).to(logits.dtype)
+    grad_logits = wide.sub_(log_total).exp_()  # the softmax
+    grad_logits.scatter_add_(-1, index, grad_logits.new_full((), -1.0).expand(index.shape))
+    return nats, grad_logits.mul_(counted[:, None]).to(logits.dtype)
 
 
-def loss_and_slope_at_once(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_grad_fused(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The same without a step in place: a compiler makes one kernel of it, which reads and writes the logits once."""
     wide = logits.float()
     counted = targets != IGNORED
@@ -51,7 +51,7 @@ def loss_and_slope_at_once(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
 
 class _HeadAndLoss(torch.autograd.Function):
-    learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(loss_and_slope)
+    learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(loss_and_grad)
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> Tensor:
@@ -65,15 +65,17 @@ class _HeadAndLoss(torch.autograd.Function):
         for low in range(0, hidden.shape[0], rows):
             part, target = hidden[low : low + rows], targets[low : low + rows]
             logits = product(part, head.T)  # (rows, vocabulary)
-            nats, slope = _HeadAndLoss.learn(logits, target) if learn else loss_and_slope(logits, target, learn=False)
+            nats, grad_logits = (
+                _HeadAndLoss.learn(logits, target) if learn else loss_and_grad(logits, target, learn=False)
+            )
             total += nats
             if hidden_gradient is not None and weight_gradient is not None:
-                slope = slope.to(head.dtype)
-                torch.mm(slope, head, out=hidden_gradient[low : low + rows])
+                grad_logits = grad_logits.to(head.dtype)
+                torch.mm(grad_logits, head, out=hidden_gradient[low : low + rows])
                 if hidden.dtype == torch.float32:
-                    weight_gradient.addmm_(slope.T, part)
+                    weight_gradient.addmm_(grad_logits.T, part)
                 else:
-                    weight_gradient += product(slope.T, part)
+                    weight_gradient += product(grad_logits.T, part)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
         return total
@@ -101,4 +103,4 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 def compile_loss(wanted: bool = True) -> None:
     """Whether the loss that is learnt from is compiled, from here on in this process."""
-    _HeadAndLoss.learn = staticmethod(torch.compile(loss_and_slope_at_once) if wanted else loss_and_slope)
+    _HeadAndLoss.learn = staticmethod(torch.compile(loss_and_grad_fused) if wanted else loss_and_grad)

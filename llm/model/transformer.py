@@ -152,13 +152,13 @@ class Decoder(nn.Module):
     sin: Tensor
 
     def __init__(
-        self, shape: Model, vocabulary: int, seed: int, deal: Callable[[Block], Block], family: Family
+        self, shape: Model, vocab_size: int, seed: int, shard_module: Callable[[Block], Block], family: Family
     ) -> None:
         super().__init__()
         self.shape, self.seed, self.rate = shape, seed, float(shape.dropout)
         self.recompute = False  # forget a block's activations and compute them again on the way back
-        self.embed_tokens = nn.Embedding(vocabulary, shape.dim)
-        self.layers = nn.ModuleList(deal(Block(shape, layer, seed, family)) for layer in range(shape.layers))
+        self.embed_tokens = nn.Embedding(vocab_size, shape.dim)
+        self.layers = nn.ModuleList(shard_module(Block(shape, layer, seed, family)) for layer in range(shape.layers))
         self.norm = RMSNorm(shape.dim, family.norm_eps)
         exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
         frequencies = 1.0 / family.rope_theta**exponents
@@ -185,21 +185,21 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """Loss of a batch, or logits. `shape` is resolved (recipe.resolve); the weights follow from `seed` alone.
 
-    `deal` may shard each block as soon as it is made, so that no process ever holds them all.
+    `shard_module` may shard each block as soon as it is made, so that no process ever holds them all.
     """
 
     def __init__(
         self,
         shape: Model,
-        vocabulary: int,
+        vocab_size: int,
         seed: int = 0,
-        deal: Callable[[Block], Block] = lambda block: block,
+        shard_module: Callable[[Block], Block] = lambda block: block,
         family: Family = Family(),
     ) -> None:
         super().__init__()
         self.shape, self.family = shape, family
-        self.model = Decoder(shape, vocabulary, seed, deal, family)
-        self.lm_head = nn.Linear(shape.dim, vocabulary, bias=False)
+        self.model = Decoder(shape, vocab_size, seed, shard_module, family)
+        self.lm_head = nn.Linear(shape.dim, vocab_size, bias=False)
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.initialise(seed)
@@ -217,11 +217,11 @@ class Transformer(nn.Module):
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.zero_()
             else:
-                # Tied embeddings are small, so that at first no token predicts itself: loss starts at log(vocabulary).
-                spread = {"embed_tokens": 4 / self.shape.dim if self.shape.tied else 0.02, "lm_head": 0.001}
-                deviation = spread.get(name.split(".")[-2], self.shape.dim**-0.5)
+                # Tied embeddings are small, so that at first no token predicts itself: loss starts at log(vocab_size).
+                init_std = {"embed_tokens": 4 / self.shape.dim if self.shape.tied else 0.02, "lm_head": 0.001}
+                std = init_std.get(name.split(".")[-2], self.shape.dim**-0.5)
                 generator = torch.Generator().manual_seed(mix(seed, index) >> 1)
-                drawn = torch.randn(weight.shape, generator=generator, device="cpu") * deviation
+                drawn = torch.randn(weight.shape, generator=generator, device="cpu") * std
                 rows = local_shard(weight)
                 rows.local.copy_(drawn[rows.low : rows.low + len(rows.local)])
 

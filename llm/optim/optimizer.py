@@ -57,17 +57,17 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def gradient_norm(gradients: list[LocalShard], layout: Sharding) -> Tensor:
+def gradient_norm(gradients: list[LocalShard], sharding: Sharding) -> Tensor:
     """Euclidean norm over all `gradients`, a scalar in fp64: one sum a row, then one sum over the rows.
 
     So it is the same to the bit however the rows are dealt.
     """
     dtype = wide(gradients[0].local.device)
     rows = [torch.linalg.vector_norm(g.flat, dim=1, dtype=dtype) for g in gradients]
-    if layout.sharded:
-        spans = [bounds(g.shape[0], layout.parts, 0)[1] for g in gradients]
+    if sharding.sharded:
+        spans = [bounds(g.shape[0], sharding.shard_size, 0)[1] for g in gradients]
         padded = torch.cat([F.pad(row, (0, span - len(row))) for row, span in zip(rows, spans, strict=True)])
-        columns = gather(padded, layout.shards).split(spans, dim=1)
+        columns = gather(padded, sharding.shard_group).split(spans, dim=1)
         rows = [column.flatten()[: g.shape[0]] for column, g in zip(columns, gradients, strict=True)]
     return torch.cat(rows).square().sum().sqrt()
 
@@ -96,9 +96,9 @@ class Optimizer:
         model: nn.Module,
         train: Train,
         orthogonalise_in: torch.dtype = torch.float32,
-        layout: Sharding | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
-        self.train, self.layout, self.orthogonalise_in = train, layout or Sharding(), orthogonalise_in
+        self.train, self.sharding, self.orthogonalise_in = train, sharding or Sharding(), orthogonalise_in
         self.decay = float(train.weight_decay)
         self.moments: dict[str, LocalShard] = {}
         self.stacks: list[Stack] = []
@@ -115,8 +115,8 @@ class Optimizer:
                 for name, p, part in zip(names, weights, stack.momentum, strict=True):
                     self.moments[f"{name}/momentum"] = local_shard(p).like(part)
                 self.stacks.append(stack)
-        self.rest = {name: p for name, p in named.items() if name not in matrices}
-        for name, p in self.rest.items():
+        self.adamw_params = {name: p for name, p in named.items() if name not in matrices}
+        for name, p in self.adamw_params.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.moments[f"{name}/{moment}"] = local_shard(p).like(torch.zeros_like(local_shard(p).local))
 
@@ -129,19 +129,19 @@ class Optimizer:
         rate = self.train.learning_rate * lr_factor
         if self.stacks:
             self._muon(rate, scale, finite)
-            for part, share in ADAMW_LR_FACTORS.items():
-                named = {name: p for name, p in self.rest.items() if part in name}
+            for part, adamw_factor in ADAMW_LR_FACTORS.items():
+                named = {name: p for name, p in self.adamw_params.items() if part in name}
                 dim = next((p.shape[1] for p in named.values() if p.ndim == 2), None)
-                share *= math.sqrt(WIDTH / (dim or WIDTH))
-                decay = self.decay / share if dim else 0.0  # all matrices forget over the same time, norms never
-                self._adamw(named, step, rate * share, decay, scale, finite)
+                adamw_factor *= math.sqrt(WIDTH / (dim or WIDTH))
+                decay = self.decay / adamw_factor if dim else 0.0  # all matrices forget over the same time, norms never
+                self._adamw(named, step, rate * adamw_factor, decay, scale, finite)
             return
-        decayed = {name: p for name, p in self.rest.items() if p.ndim == 2}  # norms never are
+        decayed = {name: p for name, p in self.adamw_params.items() if p.ndim == 2}  # norms never are
         self._adamw(decayed, step, rate, self.decay, scale, finite)
-        self._adamw({n: p for n, p in self.rest.items() if n not in decayed}, step, rate, 0.0, scale, finite)
+        self._adamw({n: p for n, p in self.adamw_params.items() if n not in decayed}, step, rate, 0.0, scale, finite)
 
     def _muon(self, rate: float, scale: Tensor, finite: Tensor) -> None:
-        workers = self.layout.parts if self.layout.sharded else size()
+        workers = self.sharding.shard_size if self.sharding.sharded else size()
         for low in range(0, len(self.stacks), workers):  # one for each at a time, as memory is short
             stacks, updates = self.stacks[low : low + workers], []
             for stack in stacks:
@@ -161,9 +161,9 @@ class Optimizer:
 
     def _orthogonalised(self, stacks: list[Stack], updates: list[Tensor]) -> list[Tensor]:
         """This process's rows of each stack's orthogonalised update; each stack is worked on by one process only."""
-        layout = self.layout
-        if layout.sharded:
-            return exchanged(updates, [stack.shape for stack in stacks], layout, orthogonalised)
+        sharding = self.sharding
+        if sharding.sharded:
+            return exchanged(updates, [stack.shape for stack in stacks], sharding, orthogonalised)
         if size() == 1:
             return [orthogonalised(update) for update in updates]
         results = []
@@ -223,29 +223,31 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def exchanged(
-    parts: list[Tensor], shapes: list[tuple[int, int, int]], layout: Sharding, act: Callable[[Tensor], Tensor]
+    parts: list[Tensor], shapes: list[tuple[int, int, int]], sharding: Sharding, act: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """This process's rows of `act` of each whole stack, out of everybody's rows: one exchange there, one back.
 
     `parts`: (n, own rows, columns) of each stack; stack i, of the whole shape shapes[i], is acted on by process i
     modulo the number of parts.
     """
-    owners = [index % layout.parts for index in range(len(shapes))]
-    mine = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == layout.index]
+    owners = [index % sharding.shard_size for index in range(len(shapes))]
+    mine = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == sharding.index]
 
     def numbers(shape: tuple[int, int, int], part: int) -> int:
-        low, high = bounds(shape[1], layout.parts, part)
+        low, high = bounds(shape[1], sharding.shard_size, part)
         return shape[0] * (high - low) * shape[2]
 
     theirs = [  # by owner: what this process holds of the owner's stacks
-        sum(numbers(shape, layout.index) for shape, owner in zip(shapes, owners, strict=True) if owner == each)
-        for each in range(layout.parts)
+        sum(numbers(shape, sharding.index) for shape, owner in zip(shapes, owners, strict=True) if owner == each)
+        for each in range(sharding.shard_size)
     ]
-    ours = [sum(numbers(shape, each) for shape in mine) for each in range(layout.parts)]  # by holder: of our stacks
+    ours = [
+        sum(numbers(shape, each) for shape in mine) for each in range(sharding.shard_size)
+    ]  # by holder: of our stacks
     order = sorted(range(len(parts)), key=lambda index: owners[index])  # stable: by owner, then by index
     flat = torch.cat([parts[index].flatten() for index in order])
     received = flat.new_empty(sum(ours))
-    dist.all_to_all_single(received, flat, ours, theirs, group=layout.shards)
+    dist.all_to_all_single(received, flat, ours, theirs, group=sharding.shard_group)
     holders = [
         [
             piece.view(shape[0], numbers(shape, each) // shape[0] // shape[2], shape[2])
@@ -255,12 +257,12 @@ def exchanged(
     ]
     wholes = [act(torch.cat(pieces, dim=1)) for pieces in zip(*holders, strict=True)]
     cut = [
-        whole[:, slice(*bounds(whole.shape[1], layout.parts, each))].flatten()
-        for each in range(layout.parts)
+        whole[:, slice(*bounds(whole.shape[1], sharding.shard_size, each))].flatten()
+        for each in range(sharding.shard_size)
         for whole in wholes
     ]
     back = torch.empty_like(flat)
-    dist.all_to_all_single(back, torch.cat(cut) if cut else flat.new_empty(0), theirs, ours, group=layout.shards)
+    dist.all_to_all_single(back, torch.cat(cut) if cut else flat.new_empty(0), theirs, ours, group=sharding.shard_group)
     results: list[Tensor] = [back] * len(parts)
     for index, piece in zip(order, back.split([parts[index].numel() for index in order]), strict=True):
         results[index] = piece.view(parts[index].shape)

@@ -95,13 +95,15 @@ class _Draft:
 
     def fill(self, coordinator: Coordinator, sharding: Sharding) -> None:
         """Write the tensors: this process's shards on a shared disk, otherwise gathered ones on one process a disk."""
-        for name, (_, offsets, _) in self.headers.items():
-            path, tensors = self.folder / name, self.tensors[name]
+        for file, (_, offsets, _) in self.headers.items():
+            path, tensors = self.folder / file, self.tensors[file]
             if coordinator.one_disk:
-                if sharding.first_copy and (sharding.sharded or coordinator.writes):
+                if sharding.first_replica and (sharding.sharded or coordinator.writes):
                     atomic_io.write_at(path, own_rows(tensors, offsets))
                 continue
-            gathered = ((offsets[key], as_bytes(sharding.whole(shard))) for key, shard in sorted(tensors.items()))
+            gathered = (
+                (offsets[key], as_bytes(sharding.gather_whole(shard))) for key, shard in sorted(tensors.items())
+            )
             if coordinator.writes:
                 atomic_io.write_at(path, gathered)
             else:

@@ -34,7 +34,7 @@ def checksum(weights: dict[str, LocalShard], sharding: Sharding) -> Tensor:
         numbers = torch.arange(shard.low, shard.low + len(local), device=local.device) * 2 + 1
         sums.append((row_sums * (numbers * ODD)).sum())
     total = torch.stack(sums)
-    return gather(total, sharding.shards).sum(0) if sharding.sharded else total
+    return gather(total, sharding.shard_group).sum(0) if sharding.sharded else total
 
 
 def windows(order: WindowShuffle, positions: np.ndarray) -> str:

@@ -36,7 +36,7 @@ def serve() -> None:
     torch.set_num_threads(threads.share())
     threads.yield_to_neighbours()
     recipe = with_steps(load(Path("recipes/quickstart.yaml"), ["train.learning_rate=0"]), 1_400_000)
-    vocabulary, layout = recipe.tokenizer.vocabulary, Sharding()
+    vocabulary, sharding = recipe.tokenizer.vocabulary, Sharding()
     model = Transformer(recipe.model, vocabulary, 1)
     optimizer = Optimizer(model, recipe.train, torch.float32)
     tokens = torch.randint(vocabulary, (recipe.windows_per_step, recipe.model.context + 1))
@@ -44,7 +44,7 @@ def serve() -> None:
     def train() -> int:
         model.train()
         (model(tokens[:, :-1], tokens[:, 1:]) / recipe.train.tokens_per_step).backward()
-        gradient_norm([local_shard(p.grad) for p in model.parameters() if p.grad is not None], layout)
+        gradient_norm([local_shard(p.grad) for p in model.parameters() if p.grad is not None], sharding)
         optimizer.step(1, 1.0, torch.ones(()), torch.tensor(True))
         return recipe.train.tokens_per_step
 

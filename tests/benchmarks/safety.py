@@ -27,7 +27,7 @@ from llm.training.trainer import Trainer
 ROUNDS, BLOCK = 12, 10
 
 
-def plain_norm(gradients: list[LocalShard], layout: Sharding) -> torch.Tensor:
+def plain_norm(gradients: list[LocalShard], sharding: Sharding) -> torch.Tensor:
     return torch.nn.utils.get_total_norm([each.local for each in gradients]).double()
 
 

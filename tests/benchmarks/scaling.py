@@ -21,7 +21,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for gpus, windows in ((8, 256), (64, 256), (64, 1024), (1024, 1024), (1024, 8192)):
         for mode in ("none", "hybrid", "full"):
-            parts = {"none": 1, "hybrid": 8, "full": gpus}[mode]
+            shard_size = {"none": 1, "hybrid": 8, "full": gpus}[mode]
             if mode == "hybrid" and gpus == 8:
                 continue
             micro_batches = max(1, windows // gpus // 8)
@@ -29,15 +29,15 @@ def main() -> None:
                 shape,
                 vocabulary,
                 muon=True,
-                parts=parts,
-                copies=gpus // parts,
+                shard_size=shard_size,
+                replica_size=gpus // shard_size,
                 micro_batches=micro_batches,
                 gathered=2,
                 orthogonalised=2,
             )
-            held = cost.memory(shape, vocabulary, muon=True, parts=parts).total
+            held = cost.memory(shape, vocabulary, muon=True, shard_size=shard_size).total
             inside = {
-                "none": sent.copies * 7 / max(1, gpus - 1),
+                "none": sent.replicas * 7 / max(1, gpus - 1),
                 "hybrid": sent.shards,
                 "full": sent.shards * 7 / (gpus - 1),
             }[mode]

@@ -34,7 +34,7 @@ def main() -> None:
     tokens = torch.randint(vocabulary, (rows, recipe.model.context + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(rows))
     lean = torch.bfloat16 if recipe.machine.precision == "bf16" else torch.float32
-    layout = Sharding()
+    sharding = Sharding()
 
     def model_of(dropout: float) -> Transformer:
         return Transformer(replace(recipe.model, dropout=dropout), vocabulary, 1)
@@ -66,7 +66,7 @@ def main() -> None:
     def update(optimizer: Optimizer) -> None:
         for p, gradient in zip(plain.parameters(), gradients, strict=True):
             p.grad = gradient  # an update lets go of it
-        gradient_norm([local_shard(gradient) for gradient in gradients if gradient is not None], layout)
+        gradient_norm([local_shard(gradient) for gradient in gradients if gradient is not None], sharding)
         optimizer.step(1, 1.0, one, yes)
 
     variants: dict[str, Callable[[], object]] = {
@@ -77,7 +77,7 @@ def main() -> None:
         "norm and Muon": lambda: update(muon),
         "norm and AdamW": lambda: update(adamw),
         "fingerprint of all weights": lambda: trace.checksum(
-            {n: local_shard(p) for n, p in plain.named_parameters()}, layout
+            {n: local_shard(p) for n, p in plain.named_parameters()}, sharding
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}

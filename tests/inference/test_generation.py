@@ -68,7 +68,7 @@ def test_decoding_says_the_uncached_logits_for_rows_of_any_lengths(
     for prompts in (PROMPTS, [[3, 1, 4], [5, 9, 2]], [[7]]):
         texts = [list(prompt) for prompt in prompts]
         cache = Cache(model.shape, len(texts), CONTEXT, torch.device("cpu"), torch.float32)
-        ahead = fast_decode.Decoding(model, cache)
+        ahead = fast_decode.FastDecoder(model, cache)
         for _ in range(2):  # a cache may be filled anew
             texts = [list(prompt) for prompt in prompts]
             prefill(model, cache, texts)

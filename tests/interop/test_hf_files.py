@@ -47,14 +47,14 @@ def tokenizer() -> Tokenizer:
 
 def saved(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
     """The model's checkpoint, as the trainer would leave it."""
-    layout = Sharding("none", torch.device("cpu"), torch.float32)
-    moments = Optimizer(model, RECIPES["quickstart"].train, torch.float32, layout).moments
+    sharding = Sharding("none", torch.device("cpu"), torch.float32)
+    moments = Optimizer(model, RECIPES["quickstart"].train, torch.float32, sharding).moments
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
     beside = {**model_files(model.shape, tokenizer, model.family), **tokenizer_files(tokenizer)}
     manifest = {"step": 1, "metrics": {}}
     checkpoint.save(
         folder, weights=weights, moments=moments, manifest=manifest, extra_files=beside, unlisted_files={},
-        coordinator=Coordinator(), sharding=layout,
+        coordinator=Coordinator(), sharding=sharding,
     )
     return folder
 

@@ -43,7 +43,7 @@ def test_parameters_and_bytes_are_those_that_model_and_optimizer_hold(tmp_path: 
         assert cost.parameters(shape, vocabulary) == sum(rows.local.numel() for rows in weights)
         for world in WORLDS:
             for index in range(world):
-                found = cost.memory(shape, vocabulary, muon=muon, parts=world, index=index)
+                found = cost.memory(shape, vocabulary, muon=muon, shard_size=world, index=index)
                 assert found.weights == found.gradients == sum(part(rows, world, index) for rows in weights)
                 assert found.moments == sum(part(rows, world, index) for rows in moments.values())
 
@@ -85,7 +85,7 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
             if len(counted) == steps + 1:
                 traffic = self.costs()[1]
                 said.write_text(
-                    json.dumps([(counted[-1] - counted[0]) / steps / WORLD, traffic.shards, traffic.copies])
+                    json.dumps([(counted[-1] - counted[0]) / steps / WORLD, traffic.shards, traffic.replicas])
                 )
             return update(self, step)
 

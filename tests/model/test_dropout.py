@@ -139,7 +139,7 @@ def test_every_place_of_the_model_is_a_site_of_its_own(monkeypatch: pytest.Monke
         asked.append((seed, int(site)))
         return dropout(hidden, positions, seed=seed, site=site, rate=rate)
 
-    monkeypatch.setattr("llm.model.dropout", spy)
+    monkeypatch.setattr("llm.model.transformer.dropout", spy)
     model = tiny.transformer(seed=7, layers=3, dropout=0.1)
     model(tiny.ids(2, 16), tiny.ids(2, 16), torch.arange(2))
     assert sorted(asked) == [(7, site) for site in range(1 + 2 * 3)]

@@ -247,8 +247,8 @@ def test_every_parameter_is_in_exactly_one_place(train: Train, tied: bool) -> No
     ours = tiny.transformer(layers=STACKED // 2 + 1, tied=tied)
     optimizer = Optimizer(ours, train)
     stacked = [p for stack in optimizer.stacks for p in stack.weights]
-    assert sorted(map(id, [*stacked, *optimizer.rest.values()])) == sorted(map(id, ours.parameters()))
-    assert train is ADAMW or all(sum(part in name for part in ADAMW_LR_FACTORS) == 1 for name in optimizer.rest)
+    assert sorted(map(id, [*stacked, *optimizer.adamw_params.values()])) == sorted(map(id, ours.parameters()))
+    assert train is ADAMW or all(sum(part in name for part in ADAMW_LR_FACTORS) == 1 for name in optimizer.adamw_params)
     assert {id(p) for p in stacked} == ({id(p) for p in in_blocks(ours).values()} if train is MUON else set())
     assert max((len(stack.weights) for stack in optimizer.stacks), default=0) <= STACKED
 
