@@ -71,7 +71,7 @@ def write(folder: Path, opened: LoadedRun, kind: str) -> None:
 
 
 def check(folder: Path, opened: LoadedRun, kind: str) -> Iterator[str]:
-    """Lines on what agrees between the run and the file, read again by gguf and, where it is installed, by llama.cpp."""
+    """Lines on what agrees between the run and the file, read again by gguf and, if installed, by llama.cpp."""
     library, path = _gguf(), file_of(folder, opened, kind)
     found = {tensor.name: tensor for tensor in library.GGUFReader(path).tensors}
     wanted = {name_of(name): p.detach() for name, p in opened.model.named_parameters()}
@@ -100,7 +100,7 @@ def name_of(name: str) -> str:
 
 
 def stored_as(library: Any, kind: str, shape: tuple[int, ...]) -> Any:
-    """gguf's type for a tensor: f32 for vectors, as llama.cpp requires; f16 where rows do not fill q8_0's blocks of 32."""
+    """gguf's type for a tensor: f32 for vectors (llama.cpp requires it), f16 where rows do not fill q8_0's blocks."""
     if len(shape) == 1:
         kind = "f32"
     elif kind == "q8_0" and shape[-1] % 32:

@@ -56,8 +56,8 @@ class Tracker:
 
         path = run / "metrics.jsonl"
         lines = list(atomic_io.read_lines(path)) if path.exists() else []
-        # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values from
-        # this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
+        # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values
+        # from this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
         self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
         self.record = atomic_io.Lines(path, keep=keep)
         lines = list(filter(keep, lines))
@@ -186,7 +186,7 @@ class Tracker:
         self.trackers["tensorboard"] = tracker
 
     def _start_wandb(self, run: Path, recipe: Recipe, config: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-        """Start W&B. Of its variables, WANDB_MODE can only restrict the recipe's mode; WANDB_PROJECT and _NAME apply."""
+        """Start W&B. Of its variables, WANDB_MODE can only restrict the recipe's mode; PROJECT and NAME apply."""
         import wandb
         from accelerate.tracking import WandBTracker
 

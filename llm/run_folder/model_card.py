@@ -30,7 +30,7 @@ def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, 
     """README.md of the checkpoint after `step`; `numbers` counts the model's parameters, `recipe` has its length."""
     shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
     texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.files)
-    began = f", starting from `{_plain(Path(recipe.model.from_).name)}`" if recipe.model.from_ else ""
+    began = f", starting from `{_plain(Path(recipe.model.from_).name)}`," if recipe.model.from_ else ""
     family = "Qwen3's" if not recipe.model.from_ else "as it came"
     only = "" if recipe.model.from_ else " and on nothing else"
     at_step = [bits for at, bits in curve if at == step]
