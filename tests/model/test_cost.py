@@ -79,9 +79,9 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
         counted: list[int] = []
 
         def counting(self: llm.training.trainer.Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            self.council.largest(0)
+            self.context.coordinator.largest(0)
             counted.append(sent())
-            self.council.largest(0)  # nobody goes on while another counts
+            self.context.coordinator.largest(0)  # nobody goes on while another counts
             if len(counted) == steps + 1:
                 traffic = self.costs()[1]
                 said.write_text(
