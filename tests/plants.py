@@ -1,4 +1,4 @@
-"""Faults, planted into a child of `llm.verify`, each of which real trainers have had."""
+"""Faults, planted into a child of `llm.training.proof`, each of which real trainers have had."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from llm.distributed import sharding
 from llm.distributed.sharding import LocalShard
 from llm.model import transformer
 from llm.optim import optimizer
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 from llm.training import length
 from llm.training.step import GradientStep
 
@@ -67,17 +67,17 @@ def rate_one_step_off_after_resume() -> None:
 
 
 def lost_moments() -> None:
-    real = checkpoint.load_tensors
+    real = tensor_files.load_tensors
 
     def load_tensors(path: Path, into: dict[str, LocalShard]) -> None:
         if path.name != checkpoint.MOMENTS:
             real(path, into)
 
-    checkpoint.load_tensors = load_tensors
+    tensor_files.load_tensors = load_tensors
 
 
 def rounded_moments() -> None:
-    real = checkpoint.load_tensors
+    real = tensor_files.load_tensors
 
     def load_tensors(path: Path, into: dict[str, LocalShard]) -> None:
         real(path, into)
@@ -85,7 +85,7 @@ def rounded_moments() -> None:
             if path.name == checkpoint.MOMENTS:
                 rows.local.copy_(rows.local.bfloat16())
 
-    checkpoint.load_tensors = load_tensors
+    tensor_files.load_tensors = load_tensors
 
 
 def bias_correction_by_counter() -> None:
