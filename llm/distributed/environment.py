@@ -1,4 +1,4 @@
-"""The machine half of a recipe met with this machine: processes, device, and what every `auto` comes to.
+"""The machine half of a recipe on this machine: ranks, device, and the settings that every `auto` resolves to.
 
 Precision, threads and micro-batch are part of what decides a run's bits, so what was found once is kept in the run.
 """
@@ -13,9 +13,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import accelerate
 import torch
@@ -27,11 +27,13 @@ from llm import __version__
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RecipeError, RefusedError
 from llm.config.recipe import Recipe, flat
-from llm.distributed import coordinator, environment, process, threads
+from llm.distributed import process, threads
+from llm.distributed.coordinator import HUNG, Coordinator
 
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What an accelerate configuration may ask for, the value that asks for nothing, and what decides it here.
 DECIDED = {
     "MIXED_PRECISION": ("no", "machine.precision"),
@@ -102,61 +104,85 @@ def precision_of(recipe: Recipe) -> str:
         return "fp32"
     # Some CPUs multiply bf16 twice as fast as fp32, others hundreds of times slower: only trying tells.
     device = torch.device("cpu")
-    gain = environment.measured_flops(device, torch.bfloat16) / environment.measured_flops(device, torch.float32)
+    gain = measured_flops(device, torch.bfloat16) / measured_flops(device, torch.float32)
     return "bf16" if gain > 1.3 else "fp32"
 
 
-def resolve_auto(recipe: Recipe, run: Path, council: coordinator.Coordinator) -> Recipe:
-    """The recipe with every `auto` of its machine half settled, but for the micro-batch of an accelerator.
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """The machine half of a recipe as it runs here: what every `auto` came to. Resolved once, before the first step."""
 
-    What the run settled before stays. The first process decides for all.
-    """
-    record = run / RECORD
+    precision: str  # fp32, bf16 or fp16
+    micro_batch: int  # windows; 0 until a rehearsal has found what an accelerator holds
+    micro_batch_is_auto: bool
+    threads: int
+    shard: Literal["none", "full", "hybrid"]
+    exact: bool
+    recompute: bool
+    compile: bool
+
+    def keys(self, micro_batch: int | str) -> dict[str, Any]:
+        """Recipe keys with the values they came to, for a manifest."""
+        values = {name: value for name, value in vars(self).items() if name != "micro_batch_is_auto"}
+        return {f"machine.{name}": value for name, value in values.items()} | {"machine.micro_batch": micro_batch}
+
+
+def resolve_settings(recipe: Recipe, shard: Any, run: Path, coordinator: Coordinator) -> RuntimeSettings:
+    """Resolve every `auto`; what the run resolved before stays. The main rank decides for all."""
+    known = _known(run / RECORD)
+    torch.set_num_threads(threads_of(recipe, known))
+    threads.yield_to_neighbours()
+    names = ("fp32", "bf16", "fp16")
+    recorded = known.get("precision") if recipe.machine.precision == "auto" else None
+    mine = names.index(recorded or precision_of(recipe)) if process.rank() == 0 else 0
+    machine = recipe.machine
+    return RuntimeSettings(
+        precision=names[coordinator.largest(mine)],
+        micro_batch=_micro_batch(recipe, known, coordinator),
+        micro_batch_is_auto=machine.micro_batch == "auto",
+        threads=torch.get_num_threads(),
+        shard=shard,
+        exact=machine.exact,
+        recompute=machine.recompute,
+        compile=machine.compile,
+    )
+
+
+def _known(record: Path) -> dict[str, Any]:
+    """The settings that an earlier start of this run recorded."""
     try:
-        known = atomic_io.read_checksummed(record) if record.exists() else {}
+        return atomic_io.read_checksummed(record) if record.exists() else {}
     except RefusedError as error:
         raise RefusedError(
             f"{error}: remove it, and the precision, micro-batch and threads that are auto are chosen anew; "
             "checkpoints/*/checkpoint.json hold those that decided the bits"
         ) from error
-    torch.set_num_threads(threads_of(recipe, known))
-    threads.yield_to_neighbours()
-    names: tuple[Any, ...] = ("fp32", "bf16", "fp16")
-    precision = known.get("precision") if recipe.machine.precision == "auto" else None
-    precision = names[council.largest(names.index(precision or precision_of(recipe)) if process.rank() == 0 else 0)]
-    micro_batch: Any = recipe.machine.micro_batch
-    if micro_batch == "auto":
-        share = recipe.windows_per_step // process.world()
-        fitting = [
-            n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * recipe.model.context <= CPU_TOKENS)
-        ]
-        if recipe.machine.exact:  # part of what decides the bits, so it must not depend on the world
-            windows = recipe.windows_per_step
-            fitting = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n in EXACT_MICRO_BATCHES]
-            fitting = fitting[:1] or [1]
-        kept = known.get("world") == process.world() or recipe.machine.exact
-        micro_batch = council.largest(known.get("micro_batch", 0) if kept and process.rank() == 0 else 0)
-        micro_batch = micro_batch or (max(fitting, default=1) if not has_accelerator() else "auto")
-    return replace(
-        recipe,
-        machine=replace(recipe.machine, precision=precision, micro_batch=micro_batch, threads=torch.get_num_threads()),
-    )
 
 
-def start_group(recipe: Recipe) -> tuple[Accelerator, coordinator.Coordinator, Recipe]:
-    """The processes, met and counted. GroupError where they are not those that were asked for."""
-    on_cpu, world = not has_accelerator(), process.world()  # refused before all else where the launch is half a one
-    asked = asked_for()
-    if asked is not None and asked != world:
-        raise GroupError(
-            f"{asked} processes were asked for, but this launch line starts {world}: say "
-            f"`accelerate launch --multi_gpu --num_processes {asked}`, without --cpu on a machine without GPUs too, or "
-            f"`torchrun --nproc_per_node {asked}`"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and recipe.machine.shard == "none":
+def _micro_batch(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator) -> int:
+    """Windows of a micro-batch; 0 where a rehearsal must find it."""
+    if recipe.machine.micro_batch != "auto":
+        return recipe.machine.micro_batch
+    kept = known.get("world") == process.world() or recipe.machine.exact
+    recorded = coordinator.largest(known.get("micro_batch", 0) if kept and process.rank() == 0 else 0)
+    if recorded or has_accelerator():
+        return recorded
+    windows, per_rank = recipe.windows_per_step, recipe.windows_per_step // process.world()
+    if recipe.machine.exact:  # part of what decides the bits, so it must not depend on the world
+        sizes = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n in EXACT_MICRO_BATCHES]
+        return sizes[0] if sizes else 1
+    most = max(1, CPU_TOKENS // recipe.model.context)
+    return max((n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= most), default=1)
+
+
+def start_group(recipe: Recipe, run: Path) -> tuple[Accelerator, Coordinator, RuntimeSettings]:
+    """Meet the other ranks and resolve the settings of `run`. GroupError if they are not the ranks asked for."""
+    _refuse_other_world()
+    shard = recipe.machine.shard
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and shard == "none":
         process.say("the accelerate configuration asks for FSDP: machine.shard = full")
-        recipe = replace(recipe, machine=replace(recipe.machine, shard="full"))
-    _leave_to_recipe(on_cpu)
+        shard = "full"
+    _leave_to_recipe(not has_accelerator())
     if recipe.machine.compile:
         try:
             getpass.getuser()  # the compiler names its cache after the user
@@ -164,31 +190,21 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, coordinator.Coordinator, R
             os.environ["USER"] = str(os.getuid())
     if torch.cuda.is_available():
         use_deterministic_kernels()
-    if process.world() > 1 and not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(process.place().local_rank)
-        try:
-            torch.distributed.init_process_group("gloo" if on_cpu else "nccl", timeout=coordinator.HUNG)
-        except (RuntimeError, ValueError) as error:
-            where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-            raise GroupError(
-                f"the {process.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT): start all of "
-                f"them, with a free port of the first one's machine ({str(error).splitlines()[0][:160]})"
-            ) from None
-    council = coordinator.Coordinator()
-    run = Path("runs") / recipe.run
-    with council.error_barrier():
+    _meet()
+    coordinator = Coordinator()
+    with coordinator.error_barrier():
         versions = {"torch": torch.__version__, "accelerate": accelerate.__version__, "onetext-llm": __version__}
-        council.agree("versions", versions, "install the same version everywhere")
+        coordinator.agree("versions", versions, "install the same version everywhere")
         same = {name: value for name, value in flat(recipe).items() if name != "text.cache"}  # may be a disk of its own
-        if recipe.machine.shard == "hybrid":
+        same["machine.shard"] = shard
+        if shard == "hybrid":
             same["LOCAL_WORLD_SIZE"] = process.place().local_world
-        council.agree("recipe", same, "start every process with the same recipe and overrides")
-        recipe = resolve_auto(recipe, run, council)
-    with patch_environment(omp_num_threads=recipe.machine.threads):  # else accelerate chooses the number
+        coordinator.agree("recipe", same, "start every process with the same recipe and overrides")
+        settings = resolve_settings(recipe, shard, run, coordinator)
+    with patch_environment(omp_num_threads=settings.threads):  # else accelerate chooses the number
         accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision={"fp32": "no"}.get(recipe.machine.precision, recipe.machine.precision),
+            cpu=not has_accelerator(),
+            mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision),
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     if accelerator.num_processes != process.world():
@@ -196,9 +212,36 @@ def start_group(recipe: Recipe) -> tuple[Accelerator, coordinator.Coordinator, R
             f"{process.world()} processes were asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}: "
             "launch with torchrun, or with `accelerate launch --multi_gpu`"
         )
-    with council.error_barrier():
-        _refuse_uneven(recipe)
-    return accelerator, council, recipe
+    with coordinator.error_barrier():
+        _refuse_uneven(recipe, settings)
+    return accelerator, coordinator, settings
+
+
+def _refuse_other_world() -> None:
+    """GroupError if the launcher was asked for another number of processes than it started."""
+    asked, world = asked_for(), process.world()
+    if asked is not None and asked != world:
+        raise GroupError(
+            f"{asked} processes were asked for, but this launch line starts {world}: say "
+            f"`accelerate launch --multi_gpu --num_processes {asked}`, without --cpu on a machine without GPUs too, or "
+            f"`torchrun --nproc_per_node {asked}`"
+        )
+
+
+def _meet() -> None:
+    """Join the process group, if there is one."""
+    if process.world() == 1 or torch.distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(process.place().local_rank)
+    try:
+        torch.distributed.init_process_group("nccl" if has_accelerator() else "gloo", timeout=HUNG)
+    except (RuntimeError, ValueError) as error:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise GroupError(
+            f"the {process.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT): start all of "
+            f"them, with a free port of the first one's machine ({str(error).splitlines()[0][:160]})"
+        ) from None
 
 
 @contextmanager
@@ -261,7 +304,7 @@ def use_deterministic_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _refuse_uneven(recipe: Recipe) -> None:
+def _refuse_uneven(recipe: Recipe, settings: RuntimeSettings) -> None:
     """RecipeError where a step's windows cannot be dealt to the processes in micro-batches of one size."""
     windows, world = recipe.windows_per_step, process.world()
     if windows % world:
@@ -269,20 +312,20 @@ def _refuse_uneven(recipe: Recipe) -> None:
             f"{windows} windows a step (train.tokens_per_step / model.context) cannot be shared by {world} processes: "
             f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
         )
-    if recipe.machine.shard == "hybrid" and world % (local := process.place().local_world):
+    if settings.shard == "hybrid" and world % (local := process.place().local_world):
         raise RecipeError(
             f"machine.shard = hybrid needs as many processes on each machine: {world} in all, {local} on this one"
         )
-    micro_batch, share = recipe.machine.micro_batch, windows // world
-    if recipe.machine.exact and isinstance(micro_batch, int):
+    micro_batch, per_rank = settings.micro_batch, windows // world
+    if settings.exact and micro_batch:
         count = windows // micro_batch
         if count & (count - 1) or world & (world - 1):
             raise RecipeError(
                 f"machine.exact sums a balanced tree over {count} micro-batches on {world} processes: both must be "
                 "powers of two; choose train.tokens_per_step and machine.micro_batch so"
             )
-    if isinstance(micro_batch, int) and share % micro_batch:
-        nearest = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+    if micro_batch and per_rank % micro_batch:
+        nearest = max(size for size in range(1, min(micro_batch, per_rank) + 1) if per_rank % size == 0)
         raise RecipeError(
             f"{windows} windows a step (train.tokens_per_step / model.context) cannot be split into micro-batches of "
             f"machine.micro_batch = {micro_batch} on {world} processes: try {nearest}"
@@ -301,10 +344,9 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def save_settings(recipe: Recipe, run: Path) -> None:
-    """Keep what `settled` and a rehearsal found, for the next start of this run."""
-    machine = recipe.machine
-    found = {name: getattr(machine, name) for name in ("precision", "micro_batch", "threads")}
+def save_settings(settings: RuntimeSettings, micro_batch: int, run: Path) -> None:
+    """Record the settings for the next start of this run."""
+    found = {"precision": settings.precision, "micro_batch": micro_batch, "threads": settings.threads}
     atomic_io.write_checksummed(run / RECORD, {**found, "world": process.world()})
 
 

@@ -1,0 +1,125 @@
+"""Evaluation of a run while it trains: held-out loss and samples. Nothing that fails here ends the run."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from llm.base.errors import RefusedError, reason
+from llm.data.batches import eval_batches
+from llm.data.shards import Split
+from llm.distributed import process, sharding
+from llm.inference.generation import continuations
+from llm.inference.sampling import Sampling
+from llm.optim.optimizer import wide
+from llm.run_folder.model_card import thinned
+from llm.training.context import RunContext, TrainState
+from llm.training.memory import clear_tracebacks
+from llm.training.monitor import Monitor
+
+SAMPLE_TOKENS = 80
+Result = TypeVar("Result")
+
+
+class Evaluator:
+    """`metrics` are those of the evaluation at this very step, empty before it; `best` and `curve` of the run."""
+
+    def __init__(self, context: RunContext, state: TrainState, monitor: Monitor) -> None:
+        self.context, self.state, self.monitor = context, state, monitor
+        self.metrics: dict[str, Any] = {}
+        self.best = math.inf  # bits per byte
+        self.curve: list[list[float]] = []  # step and bits per byte of the evaluations, for the model card
+
+    def results(self) -> dict[str, Any]:
+        """For the manifest of this step's checkpoint."""
+        best = None if self.best == math.inf else self.best
+        return {"metrics": self.metrics, "best": best, "curve": self.curve}
+
+    def resume(self, results: dict[str, Any]) -> None:
+        """Take up what `results` said when the checkpoint was saved."""
+        self.metrics, self.curve = results["metrics"], results["curve"] or []
+        self.best = results["best"] or math.inf
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: int) -> None:
+        """Held-out loss into `metrics` and the record, then samples. The checkpoint of this step is already saved."""
+        prompts, tracker, split = self.context.recipe.evaluate.prompts, self.monitor.tracker, self.context.sharding
+        held_out = self.context.shards.validation
+        if not held_out.tokens:
+            self.metrics = {"bits_per_byte": None}
+        elif verified := self._attempt("no evaluation", held_out.verified):
+            nats = self._attempt("no evaluation", lambda: self._nats(verified, micro_batch))
+            if nats is not None:
+                self._keep(sharding.gather(nats).sum().item())
+        if prompts:
+            speaks = process.rank() == 0 or split.sharded  # a sharded model needs all its ranks
+            texts = self._attempt("no samples", lambda: self._samples() if speaks else [])
+            if tracker is not None and texts is not None:
+                tracker.samples(self.state.step, dict(zip(prompts, texts, strict=True)))
+        split.reshard(self.state.model)
+
+    def _attempt(self, otherwise: str, act: Callable[[], Result]) -> Result | None:
+        """What `act` returns; None and an event if it fails on any rank."""
+        result, why = None, ""
+        try:
+            result = act()
+        except Exception as error:  # of any kind: no number of the training depends on it
+            if self.context.sharding.sharded and not isinstance(error, RefusedError):
+                raise  # in the middle of a collective, in which the other ranks wait
+            why = reason(error)
+            clear_tracebacks(error)
+        if not self.context.coordinator.largest(bool(why)):
+            return result
+        if self.monitor.tracker is not None:
+            self.monitor.event(self.state.step, f"{otherwise}: {why or 'another process failed in it'}")
+        elif why:
+            process.warn(f"{otherwise}: {why}")
+        return None
+
+    def _nats(self, held_out: Split, micro_batch: int) -> Tensor:
+        """This rank's part of the held-out loss, a sum: (1,)."""
+        context, device = self.context, self.context.device
+        total = torch.zeros(1, dtype=wide(device), device=device)
+        rank, world = process.rank(), process.world()
+        for batch in eval_batches(held_out, context.recipe.model.context, micro_batch, rank, world):
+            batch = batch.to(device)
+            with context.accelerator.autocast():
+                total += self.state.model(batch.tokens, batch.targets)
+        return total
+
+    def _keep(self, nats: float) -> None:
+        split, step = self.context.shards.validation, self.state.step
+        bits = nats / split.text_bytes / math.log(2)
+        if not math.isfinite(bits):
+            self.metrics = {"bits_per_byte": None}
+            self.monitor.event(step, "the validation loss is not finite: it counts for nothing")
+            return
+        self.metrics = {
+            "val_loss": nats / (split.tokens - 1),
+            "bits_per_byte": bits,
+            "best": bits < self.best,
+            "epochs_seen": self.context.epochs_seen(step),
+        }
+        self.best = min(self.best, bits)
+        self.curve = thinned([*self.curve, [step, bits]])
+        if self.monitor.tracker is not None:
+            self.monitor.tracker.log(step, **self.metrics)
+
+    def _samples(self) -> list[str]:
+        context, tokenizer = self.context, self.context.tokenizer
+        prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in context.recipe.evaluate.prompts]
+        # Sharded blocks are gathered in the type they are multiplied in.
+        with context.accelerator.autocast() if context.sharding.sharded else nullcontext():
+            return continuations(
+                self.state.model,
+                prompts,
+                SAMPLE_TOKENS,
+                Sampling(),
+                tokenizer.decode,
+                context.recipe.seed,
+                tokenizer.ends,
+                tokenizer.banned,
+            )

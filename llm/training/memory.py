@@ -1,0 +1,39 @@
+"""Out of memory: recognised here, and nowhere else."""
+
+import re
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+MESSAGES = re.compile("can't allocate memory|bad_alloc|out of memory")
+Result = TypeVar("Result")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and MESSAGES.search(str(error)) is not None)
+
+
+def within_memory(act: Callable[[], Result]) -> Result | None:
+    """What `act` returns, which is not None; None if memory ran out, with everything that it held freed."""
+    try:
+        return act()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        clear_tracebacks(error)
+        return None
+
+
+def clear_tracebacks(error: BaseException) -> None:
+    """Clear the frames of an exception and of those it followed, so that the tensors they hold are freed.
+
+    Autograd contexts entered in these frames end too: before torch 2.13 an interrupted recomputed block would
+    take the next pass's activations for its own.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__context__

@@ -1,0 +1,145 @@
+"""The micro-batch: found, halved where memory runs short, rehearsed before the first step, and compiled."""
+
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.base.errors import GroupError
+from llm.data.batches import Batch
+from llm.distributed import process
+from llm.distributed.environment import save_settings
+from llm.model.loss import compile_loss
+from llm.training.context import RunContext, TrainState
+from llm.training.memory import clear_tracebacks, within_memory
+
+Event = Callable[[int, str], None]  # step, text
+
+
+class MicroBatches:
+    """`size` is the number of windows that one forward pass reads; 0 until `rehearse` has found it."""
+
+    def __init__(self, context: RunContext, state: TrainState, wrapped: Any, event: Event) -> None:
+        self.context, self.state, self.wrapped, self.event = context, state, wrapped, event
+        self.size = context.settings.micro_batch
+        self.compile_wanted, self.compiled = context.settings.compile, False
+        self.windows = context.recipe.windows_per_step // process.world()  # of a step, for this rank
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of update `step`, on the device."""
+        return [batch.to(self.context.device) for batch in self.context.loader(self.size).at(step)]
+
+    def accumulate(self, step: int, accumulate: Callable[[list[Batch]], Tensor]) -> Tensor:
+        """`accumulate` over the batch of `step`, again in smaller micro-batches if memory runs out.
+
+        Weights and moments change only after all gradients are there, so the step is simply repeated.
+        """
+        while (sums := within_memory(lambda: accumulate(self.batches(step)))) is None:
+            self.halve(step + 1)
+        return sums
+
+    def halve(self, step: int) -> None:
+        """Take the next smaller micro-batch. GroupError, with the setting that may do, if that is not possible."""
+        was, settings = self.size, self.context.settings
+        size = max((n for n in range(1, was // 2 + 1) if self.windows % n == 0), default=0)
+        self.state.model.zero_grad(set_to_none=True)
+        if self.context.device.type == "cuda":
+            torch.cuda.empty_cache()
+        short = f"no memory for micro-batches of {was} windows at step {step}"
+        if not size:
+            raise GroupError(f"{short}: use machine.recompute=true, or a smaller model.context or model.dim")
+        # Other ranks already wait in a collective; otherwise the size was given, or it decides the bits.
+        if process.world() > 1 or not settings.micro_batch_is_auto or settings.exact:
+            other = "use another run=NAME" if settings.exact else "run the same command again"
+            raise GroupError(f"{short}: {other} with machine.micro_batch={size}")
+        if self.compiled:  # as a process would that starts with this size
+            torch._dynamo.reset()
+        self.size, self.compiled = size, False
+        save_settings(settings, size, self.context.folder)
+        self.event(step, f"{short}: repeating it, and going on, in micro-batches of {size}")
+
+    # ------------------------------------------------------------------ before the first step
+
+    def rehearse(self) -> float:
+        """Seconds that a step will take, measured on one micro-batch; weights and moments are left alone.
+
+        On an accelerator, `auto` is settled here: the largest micro-batch that fits its memory.
+        """
+        if not self.size:
+            self.size = self._largest_that_fits()
+        while (seconds := within_memory(self._rehearse)) is None:
+            self.halve(self.state.step + 1)
+        return seconds
+
+    def _largest_that_fits(self) -> int:
+        fits = 1
+        for size in [n for n in range(1, self.windows + 1) if self.windows % n == 0]:
+            fitted = within_memory(partial(self._forward_backward, size))
+            if self.context.coordinator.largest(fitted is None):
+                if self.context.sharding.sharded:  # FSDP2 stopped in the middle of a gather
+                    raise GroupError(
+                        f"no memory for micro-batches of {size} windows: run the same command again with "
+                        f"machine.micro_batch={fits}, or with machine.recompute=true"
+                    )
+                break
+            fits = size
+        torch.cuda.empty_cache()
+        return fits
+
+    def _rehearse(self) -> float:
+        """Seconds of a step, from one micro-batch and a masked update after a warm-up."""
+        if self.compile_wanted and not self.compiled:
+            self._compile()
+        if not self.compiled:  # a compiled model would be compiled again for another size
+            self._forward_backward(1)
+        began = time.perf_counter()
+        self._forward_backward(self.size)
+        passed = time.perf_counter()
+        for p in self.state.model.parameters():
+            p.grad = torch.zeros_like(p)
+        zero = torch.zeros((), device=self.context.device)
+        self.state.optimizer.step(0, 0.0, zero + 1, zero > 0)
+        self.state.model.zero_grad(set_to_none=True)
+        return (passed - began) * (self.windows // self.size) + zero.item() + time.perf_counter() - passed
+
+    def _compile(self) -> None:
+        """Compile each block and say how long it took; go on without where this machine cannot."""
+        from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+        # A warning of the compiler about its own code.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        began, blocks = time.perf_counter(), self.state.model.blocks
+        for block in blocks:
+            block.compile()
+        compile_loss(self.context.device.type == "cuda")  # gains nothing on a CPU
+        try:
+            self._forward_backward(self.size)
+        except TorchDynamoException as error:
+            why = " ".join(str(error).split())[:160]
+            if process.world() > 1:  # other ranks may be able to, and wait
+                raise GroupError(f"machine.compile is not possible here: use machine.compile=false ({why})") from None
+            process.say(f"machine.compile is not possible here, training without it ({why})")
+            for block in blocks:
+                block._compiled_call_impl = None
+            compile_loss(False)
+            clear_tracebacks(error)
+            self.compile_wanted = False
+            return
+        self.compiled = True
+        process.say(f"machine.compile: compiled the blocks in {time.perf_counter() - began:.0f} s")
+
+    def _forward_backward(self, size: int) -> float:
+        """Loss of one micro-batch of this size, whose gradient is dropped."""
+        context = self.context
+        tokens = torch.zeros(size, context.recipe.model.context, dtype=torch.int64, device=context.device)
+        with nullcontext() if context.sharding.sharded else context.accelerator.no_sync(self.wrapped):
+            with context.accelerator.autocast():
+                loss = self.wrapped(tokens, tokens, tokens[:, 0].contiguous())  # strides as in a real batch
+            loss.backward()
+        self.state.model.zero_grad(set_to_none=True)
+        return loss.item()

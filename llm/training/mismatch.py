@@ -1,0 +1,57 @@
+"""Which checkpoints a recipe cannot go on from, and the one key or text that is to blame."""
+
+from llm.base.errors import RefusedError
+from llm.config.recipe import Recipe, checkpoint_name, science
+from llm.run_folder.checkpoint import Checkpoint
+
+# Which tensors there are of weights and moments.
+SHAPE = tuple(f"model.{name}" for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "tied"))
+SHAPE = (*SHAPE, "train.optimizer")
+# Keys that follow from others where their length is one in tokens or epochs, or they are `auto`.
+FOLLOWS = {
+    "train.steps": {"train.tokens_per_step"},
+    "model.dropout": {"train.steps", "train.tokens_per_step"},
+    "train.weight_decay": {"train.steps", "train.tokens_per_step", "train.learning_rate"},
+}
+
+
+def refuse_shape(source: Checkpoint, recipe: Recipe) -> None:
+    """RefusedError that names the first key by which a checkpoint for `from` has other tensors than this recipe."""
+    stored, wanted, run = source.manifest["science"], science(recipe), source.folder.parent.parent
+    for name in SHAPE:
+        if stored.get(name) != wanted[name]:
+            raise RefusedError(
+                f"from = {recipe.from_} has {name} = {stored.get(name)}, this recipe {wanted[name]}: "
+                f"use {run / 'recipe.yaml'}"
+            )
+
+
+def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: str) -> None:
+    """RefusedError that names what the run was trained with, where this recipe's science half or text is another.
+
+    That is the text, as much else follows from it, or the first key that differs and follows from no other.
+    """
+    other = "take another run=NAME"
+    ways = f"{other}, or start a new run from it with run=NAME from={recipe.run}/{found.folder.name}"
+    stored, wanted = dict(found.manifest["science"]), science(recipe)
+    if isinstance(stored.get("from"), str):
+        stored["from"] = checkpoint_name(stored["from"])  # earlier ones kept it as it was written
+    if found.manifest["format"] == 1 and stored.get("train.skip") != wanted["train.skip"]:
+        ways = f"train.skip once counted steps from 0, and now from 1, as all messages do; {ways}"
+    differ = [name for name in [*wanted, *stored] if stored.get(name) != wanted.get(name)]
+    reads_alike = not any(name.startswith(("text.", "tokenizer.", "model.from")) for name in differ)
+    if reads_alike and found.manifest["data"] != data:
+        cause = "another text"
+        if found.manifest["tokenizer"] != tokenizer:
+            given = recipe.tokenizer.path or recipe.model.from_
+            cause = "another tokenizer" if given else "another text, and so with another tokenizer"
+        raise RefusedError(
+            f"run {recipe.run} was trained with {cause} (fingerprint {found.manifest['data'][:12]}, now {data[:12]}): "
+            f"{ways}"
+        )
+    for name in differ:
+        if not FOLLOWS.get(name, set()).intersection(differ):
+            raise RefusedError(
+                f"run {recipe.run} was trained with {name} = {stored.get(name)}, "
+                f"this recipe says {wanted.get(name)}: {other if name in SHAPE else ways}"
+            )

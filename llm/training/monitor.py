@@ -1,0 +1,118 @@
+"""What a run records while it trains, and the watch for losses and gradients that are not finite."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.base.errors import DivergedError
+from llm.base.hashing import mix
+from llm.distributed import process
+from llm.run_folder import trace
+from llm.run_folder.metrics import Tracker
+from llm.training.context import RunContext, TrainState
+from llm.training.length import Length
+from llm.training.step import FP16_LEAST, Update
+
+
+class Monitor:
+    """Metrics, trace and events. The main rank writes them; on the others every method but `check` does nothing."""
+
+    def __init__(self, context: RunContext, state: TrainState, update: Update, length: Length) -> None:
+        self.context, self.state, self.update, self.length = context, state, update, length
+        self.tracker: Tracker | None = None
+        self.trace: trace.Trace | None = None
+
+    def open(self, *, evaluate_again: bool) -> None:
+        """Go on from this step in the files of the run; `evaluate_again`: its evaluation will be done again."""
+        if process.rank() == 0:
+            recipe, step = self.context.recipe, self.state.step
+            shown = {"world": process.world()}
+            self.tracker = Tracker(self.context.folder, recipe, step, shown, again=evaluate_again)
+            self.trace = trace.Trace(self.context.folder, step)
+
+    def flush(self) -> None:
+        """Make the records durable, as a checkpoint is about to rest on them."""
+        for each in (self.tracker, self.trace):
+            if each is not None:
+                each.flush()
+
+    def close(self) -> None:
+        for each in (self.tracker, self.trace):
+            if each is not None:
+                each.close()
+
+    def event(self, step: int, text: str, **details: Any) -> None:
+        if self.tracker is not None:
+            self.tracker.event(step, text, **details)
+        else:
+            process.say(text)
+
+    def check(self, saved: int) -> None:
+        """Read which of the last updates were left out because loss or gradient was not finite.
+
+        Records each. DivergedError under train.on_nonfinite = stop: no update since has touched the weights. `saved` is
+        the step of the newest checkpoint, -1 before there is one.
+        """
+        flags, last = self.update.finite_flags, self.state.step
+        finite = torch.stack(flags).tolist() if flags else []
+        flags.clear()
+        kept = f"{self.context.folder / 'checkpoints'} holds what was saved before"
+        for step in [last - len(finite) + index + 1 for index, flag in enumerate(finite) if not flag]:
+            self.event(step, "loss or gradient not finite: the update was left out", texts=self._texts(step))
+            if self.context.recipe.train.on_nonfinite == "stop":
+                raise DivergedError(
+                    f"the loss or the gradient of step {step} was not finite and has touched nothing; {kept}. Lower "
+                    f"train.learning_rate under another run=NAME, use train.on_nonfinite=skip, or leave its batch out: "
+                    f"{self._without_batch(step, saved)}"
+                )
+        if self.state.scale.item() < FP16_LEAST:
+            raise DivergedError(
+                f"the gradient of step {last} is not finite in fp16 at any loss scale and has touched nothing; {kept}. "
+                "Use another run=NAME with machine.precision=bf16 or fp32, or with a lower train.learning_rate"
+            )
+
+    def _without_batch(self, step: int, saved: int) -> str:
+        """Overrides of a run that goes on from the newest checkpoint and skips the batch that `step` read."""
+        recipe = self.context.recipe
+        batch = self.context.loader(1).first(step - 1) // recipe.windows_per_step + 1
+        source = f"{recipe.run}/step-{saved:06d}" if saved >= 0 else recipe.from_
+        start = f"from={source} " if source else ""
+        return f"run=NAME {start}train.skip=[{','.join([*recipe.train.skip, str(batch)])}]"
+
+    def _texts(self, step: int, most: int = 4) -> list[str]:
+        """Beginnings of the first windows that update `step` read."""
+        first = self.context.loader(1).first(step - 1)
+        train, decode = self.context.shards.train, self.context.tokenizer.decode
+        starts = self.context.order.starts(np.arange(most) + first).tolist()
+        return [decode(train.read(start, start + 60).tolist()) for start in starts]
+
+    def record(self, loss: Tensor) -> None:
+        """Add this step to the trace."""
+        sums = trace.checksum(self.state.weights(), self.context.sharding)
+        if self.trace is None:
+            return
+        loader, per_step = self.context.loader(1), self.context.recipe.windows_per_step
+        read = [loader.first(step) + np.arange(per_step) for step in range(self.trace.step, self.state.step)]
+        self.trace.add(
+            self.state.step,
+            windows=trace.windows(self.context.order, np.concatenate(read)) if read else "",
+            loss=float(loss).hex(),
+            weights=f"{mix(*sums.tolist()):016x}",
+        )
+
+    def log(self, loss: Tensor, norm: Tensor, step_seconds: float, utilisation: float) -> None:
+        if self.tracker is None:
+            return
+        train, step = self.context.recipe.train, self.state.step
+        self.tracker.log(
+            step,
+            loss=loss,
+            learning_rate=train.learning_rate * self.length.lr_factor(step - 1),
+            gradient_norm=norm,
+            tokens_per_second=train.tokens_per_step / step_seconds,
+            epoch=self.context.epochs_seen(step),
+            seconds_left=(self.length.steps(step) - step) * step_seconds,
+            utilisation=utilisation,
+        )

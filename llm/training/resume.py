@@ -1,0 +1,211 @@
+"""Saving a run and resuming it: what a checkpoint holds, which one is taken, and what must agree with the recipe."""
+
+import math
+import secrets
+import sys
+from typing import Any
+
+import torch
+
+from llm.base import atomic_io
+from llm.base.errors import RecipeError, RefusedError
+from llm.config.recipe import flat, science
+from llm.distributed import process
+from llm.interop import pretrained
+from llm.interop.hf_files import model_files, tokenizer_files
+from llm.model import hf_config
+from llm.run_folder import checkpoint
+from llm.run_folder.checkpoint import Checkpoint
+from llm.run_folder.model_card import FILE_NAME as CARD
+from llm.run_folder.model_card import model_card
+from llm.training.context import RunContext, TrainState
+from llm.training.evaluation import Evaluator
+from llm.training.length import Length
+from llm.training.micro_batch import MicroBatches
+from llm.training.mismatch import refuse_difference, refuse_shape
+from llm.training.monitor import Monitor
+
+
+class Checkpoints:
+    """Saves and loads the state. `saved` is the step of the newest checkpoint, -1 before there is one."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        state: TrainState,
+        length: Length,
+        micro_batches: MicroBatches,
+        evaluator: Evaluator,
+        monitor: Monitor,
+    ) -> None:
+        self.context, self.state, self.length = context, state, length
+        self.micro_batches, self.evaluator, self.monitor = micro_batches, evaluator, monitor
+        self.saved = -1
+        self.identity = ""  # by which the run knows its checkpoints, from `resume` on
+        self.parent: dict[str, Any] | None = None  # the checkpoint or folder that this run began from
+        family = hf_config.family_of(context.recipe)
+        tokenizer = context.tokenizer
+        self.extra_files = {**model_files(context.recipe.model, tokenizer, family), **tokenizer_files(tokenizer)}
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, *, evaluation_due: bool) -> None:
+        """Save this step unless that is done. If an evaluation is due, `complete` adds its results afterwards."""
+        if self.saved == self.state.step:
+            return
+        self.monitor.check(self.saved)
+        self.monitor.flush()
+        card = {CARD: self._card()}
+        checkpoint.save(
+            checkpoint.folder_of(self.context.folder, self.state.step),
+            weights=self.state.weights(),
+            moments=self.state.optimizer.moments,
+            manifest=self._manifest(),
+            beside=self.extra_files if evaluation_due else {**self.extra_files, **card},
+            loose=card if evaluation_due else {},
+            council=self.context.coordinator,
+            sharding=self.context.sharding,
+        )
+        self.saved = self.state.step
+        if not evaluation_due:
+            self._retain()
+
+    def complete(self) -> None:
+        """Add the evaluation of this step to its checkpoint, and the model card that shows it."""
+        self.monitor.flush()
+        with self.context.coordinator.error_barrier():
+            if self.context.coordinator.writes:
+                folder = checkpoint.folder_of(self.context.folder, self.state.step)
+                checkpoint.amend(folder, {CARD: self._card()}, **self.evaluator.results())
+        self._retain()
+
+    def _retain(self) -> None:
+        if self.context.coordinator.writes:
+            checkpoint.retain(self.context.folder, self.context.recipe.checkpoint.keep, self.state.step)
+
+    def _card(self) -> bytes:
+        context, curve = self.context, self.evaluator.curve
+        numbers = sum(math.prod(shard.shape) for shard in self.state.weights().values())
+        return model_card(context.recipe, context.tokenizer, context.shards, self.state.step, curve, numbers)
+
+    def _manifest(self) -> dict[str, Any]:
+        context, state = self.context, self.state
+        decides = science(context.recipe)
+        machine = {name: value for name, value in flat(context.recipe).items() if name not in decides}
+        machine |= context.settings.keys(self.micro_batches.size)
+        own = {"parts": context.parts.names()} if context.parts.names() else {}
+        return {
+            "run": self.identity,
+            "step": state.step,
+            "science": decides,
+            "machine": {**machine, "world": process.world(), "torch": torch.__version__},
+            "tokenizer": context.tokenizer.fingerprint,
+            "data": context.shards.fingerprint,
+            "parent": self.parent,
+            "budget": self.length.record(),
+            **self.evaluator.results(),
+            "scale": [state.scale.item(), state.good_steps.item()],
+            **own,
+        }
+
+    # ------------------------------------------------------------------ resuming
+
+    def resume(self) -> None:
+        """Go on from the newest valid checkpoint, else from the recipe's `from` or `model.from`, else begin.
+
+        RefusedError if the checkpoint has another science half, text or tokenizer.
+        """
+        recipe, found = self.context.recipe, self._newest()
+        self.identity = self._identify(found)
+        self.length.resume(found.manifest.get("budget") if found else None)
+        if found is not None:
+            refuse_difference(found, recipe, self.context.tokenizer.fingerprint, self.context.shards.fingerprint)
+            self._load(found)
+            self.saved, self.parent = found.step, found.manifest["parent"]
+            # From the main rank, as the disks of several machines may have kept others.
+            results = {name: found.manifest.get(name) for name in self.evaluator.results()}
+            self.evaluator.resume(self.context.coordinator.from_main("evaluated", results))
+        elif recipe.from_:
+            self._begin_from(recipe.from_)
+        elif recipe.model.from_:
+            folder = atomic_io.expanded(recipe.model.from_)
+            self.parent = {"model": folder.name, "digest": pretrained.load(folder, self.state.weights())}
+        self.length.refuse_gap(self.state.step, resumed=found is not None)
+
+    def _begin_from(self, name: str) -> None:
+        """Load the checkpoint RUN/step-N of another run, which becomes this run's parent."""
+        run = name.partition("/")[0]
+        folder = checkpoint.folder_of(self.context.folder.parent / run, self.context.recipe.from_step)
+        if not folder.is_dir():
+            there = ", ".join(each.name for each in checkpoint.folders(folder.parent.parent)) or "none"
+            raise RecipeError(f"from = {name} is not there; checkpoints of {run}: {there}")
+        source = checkpoint.open_checkpoint(folder)
+        if source.manifest["tokenizer"] != self.context.tokenizer.fingerprint:
+            theirs = self.context.folder.parent / run / "tokenizer" / "tokenizer.model"
+            raise RefusedError(
+                f"from = {name} has another tokenizer than this recipe's text gives: keep its own by "
+                f"tokenizer.path={theirs}"
+            )
+        refuse_shape(source, self.context.recipe)
+        self._load(source)
+        kept = {"digest": source.digest, "science": source.manifest["science"], "data": source.manifest["data"]}
+        self.parent = {"from": name, **kept}
+
+    def _identify(self, found: Checkpoint | None) -> str:
+        """The identity of the run that goes on from `found`, or a new one.
+
+        RefusedError if this disk's checkpoint belongs to another run than that of the main rank's disk.
+        """
+        of_checkpoint = found.manifest.get("run") if found else None
+        of_folder = None
+        try:
+            of_folder = checkpoint.identity(self.context.folder) if found else None
+        except RefusedError as error:
+            process.warn(f"{error}; it is written anew")
+        mine = of_folder or of_checkpoint or self._new_identity()
+        agreed = str(self.context.coordinator.from_main("identity", mine))
+        if of_checkpoint and of_checkpoint != agreed:
+            raise RefusedError(
+                f"{self.context.folder / 'checkpoints'} of process {process.rank()} is of another run than that of "
+                "process 0: copy that one there"
+            )
+        return agreed
+
+    def _new_identity(self) -> str:
+        """Digest of everything that decides the bits of a run that begins here, as long as its machine half stays."""
+        context = self.context
+        machine = {name: value for name, value in flat(context.recipe).items() if name.startswith("machine.")}
+        machine |= context.settings.keys(context.settings.micro_batch or "auto")
+        machine |= {"machine.stop_after": 0, "device": context.device.type, "world": process.world()}
+        by_the_clock = secrets.token_hex(8) if context.recipe.train.hours else ""  # its plan is like no other
+        data = [context.tokenizer.fingerprint, context.shards.fingerprint]
+        parts = [science(context.recipe), machine, torch.__version__, *data, by_the_clock]
+        return atomic_io.digest_of(parts)[:16]
+
+    def _newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is valid on every disk of the group."""
+        bound, coordinator, folder = sys.maxsize, self.context.coordinator, self.context.folder
+        while True:
+            with coordinator.error_barrier():
+                found = checkpoint.newest(folder, process.warn, bound) if coordinator.writes else None
+            mine = found.step if found else -1
+            newest = coordinator.largest(mine)
+            oldest = -coordinator.largest(-(mine if coordinator.writes else newest))
+            if oldest == newest:
+                path = checkpoint.folder_of(folder, newest)
+                return Checkpoint(path, checkpoint.read_manifest(path)) if newest >= 0 else None
+            with coordinator.error_barrier():
+                if coordinator.writes and mine < 0:
+                    raise RefusedError(
+                        f"{folder} has no checkpoint on the disk of process {process.rank()}, others have "
+                        f"step {newest}: copy it there"
+                    )
+            bound = oldest
+
+    def _load(self, source: Checkpoint) -> None:
+        checkpoint.load_tensors(source.folder / checkpoint.WEIGHTS, self.state.weights())
+        checkpoint.load_tensors(source.folder / checkpoint.MOMENTS, self.state.optimizer.moments)
+        self.state.step = source.step
+        scale, good_steps = source.manifest["scale"]
+        self.state.scale.fill_(scale)
+        self.state.good_steps.fill_(good_steps)
