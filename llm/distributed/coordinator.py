@@ -45,9 +45,12 @@ class Coordinator:
             return number
         if after:
             self.kv_store.set(str(rank()), after)
+        return self._all_reduce(number, dist.ReduceOp.MAX, self.patient if patient else self.group)
+
+    def _all_reduce(self, number: int, op: Any, group: Any) -> int:
         box = torch.tensor([number], dtype=torch.int64)
         try:
-            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
+            dist.all_reduce(box, op=op, group=group)
         except RuntimeError as error:
             raise self.blamed(error) from error
         return int(box)
@@ -93,19 +96,11 @@ class Coordinator:
         if leads:
             folder.mkdir(parents=True, exist_ok=True)
             mine.touch()
-        leaders = self.count(leads)
+        leaders = self._all_reduce(int(leads), dist.ReduceOp.SUM, self.group)
         seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob(f".here-{token}-*"))
         self.writes = bool(seen) and seen[0] == rank()
         self.one_disk = self.largest(int(len(seen) < leaders)) == 0
         mine.unlink(missing_ok=True)
-
-    def count(self, yes: bool) -> int:
-        """Number of ranks that say `yes`."""
-        if self.group is None:
-            return int(yes)
-        box = torch.tensor([int(yes)], dtype=torch.int64)
-        dist.all_reduce(box, group=self.group)
-        return int(box)
 
     def agree(self, what: str, facts: dict[str, Any], mend: str) -> None:
         """Raise GroupError if a rank's `facts` differ from the main process's, naming the first rank and fact."""

@@ -6,13 +6,6 @@ from dataclasses import dataclass
 from llm.config.recipe import Model
 
 
-def parameters(shape: Model, vocab_size: int) -> int:
-    """Number of trainable parameters of a resolved shape; tied embeddings count once."""
-    attention = shape.dim * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 2 * shape.head_dim
-    block = attention + 3 * shape.dim * shape.ffn_dim + 2 * shape.dim
-    return shape.layers * block + shape.dim + vocab_size * shape.dim * (1 if shape.tied else 2)
-
-
 @dataclass(frozen=True)
 class Tensors:
     """Shapes of one block's matrices and vectors, and of the tensors outside the blocks."""
@@ -40,6 +33,12 @@ def _numbers(shapes: list[tuple[int, ...]], shard_size: int = 1, index: int = 0)
     )
 
 
+def parameters(shape: Model, vocab_size: int) -> int:
+    """Number of trainable parameters of a resolved shape; tied embeddings count once."""
+    of = tensors(shape, vocab_size)
+    return shape.layers * _numbers(of.matrices + of.vectors) + _numbers(of.ends)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device. All are fp32; weights are cast to a lower precision as they are used."""
@@ -55,9 +54,9 @@ class Memory:
 
 def memory(shape: Model, vocab_size: int, *, muon: bool, shard_size: int = 1, index: int = 0) -> Memory:
     """Memory of process `index` of `shard_size`; Muon keeps one moment of each block matrix, AdamW two."""
-    all_shapes = tensors(shape, vocab_size)
-    matrices = shape.layers * _numbers(all_shapes.matrices, shard_size, index)
-    rest = shape.layers * _numbers(all_shapes.vectors, shard_size, index) + _numbers(all_shapes.ends, shard_size, index)
+    of = tensors(shape, vocab_size)
+    matrices = shape.layers * _numbers(of.matrices, shard_size, index)
+    rest = shape.layers * _numbers(of.vectors, shard_size, index) + _numbers(of.ends, shard_size, index)
     weights = 4 * (matrices + rest)
     return Memory(weights, weights, 4 * ((1 if muon else 2) * matrices + 2 * rest))
 
@@ -92,10 +91,8 @@ def traffic(
     reduce-scatters gradients. Replicas sum gradients once per step, or with `exact` once per micro-batch.
     """
     of = tensors(shape, vocab_size)
-    block = shape.layers * _numbers(
-        of.matrices + of.vectors, shard_size
-    )  # of the first shard: the others are padded to its size
-    ends = _numbers(of.ends, shard_size)
+    # Sizes of the first shard, as the others are padded to it.
+    block, ends = shape.layers * _numbers(of.matrices + of.vectors, shard_size), _numbers(of.ends, shard_size)
     matrices = shape.layers * _numbers(of.matrices) if muon else 0
     rows = [shape[0] for shape in (of.matrices + of.vectors) * shape.layers + of.ends]
     sums = micro_batches if exact else 1
