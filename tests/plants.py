@@ -17,7 +17,7 @@ from llm.model import transformer
 from llm.optim import optimizer
 from llm.run_folder import checkpoint
 from llm.training import length
-from llm.training.step import Update
+from llm.training.step import GradientStep
 
 STARTED = {"steps": 0}  # updates of this process: state that no checkpoint knows of
 
@@ -99,13 +99,13 @@ def bias_correction_by_counter() -> None:
 
 
 def local_token_count() -> None:
-    real = Update.accumulate
+    real = GradientStep.accumulate
 
-    def accumulate(self: Update, batches: list[batches.Batch]) -> Tensor:
+    def accumulate(self: GradientStep, batches: list[batches.Batch]) -> Tensor:
         loss, tokens = real(self, batches)
         return torch.stack([loss, tokens / max(1, sharding.size())])
 
-    Update.accumulate = accumulate
+    GradientStep.accumulate = accumulate
 
 
 def gradients_never_cleared() -> None:
@@ -123,8 +123,8 @@ def stale_shard() -> None:
 
 
 def last_micro_batch_only() -> None:
-    real = Update.accumulate
-    Update.accumulate = lambda self, batches: real(self, batches[-1:])
+    real = GradientStep.accumulate
+    GradientStep.accumulate = lambda self, batches: real(self, batches[-1:])
 
 
 FAULTS = [

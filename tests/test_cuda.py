@@ -126,13 +126,13 @@ def test_what_is_not_finite_reaches_neither_weights_nor_moments(tmp_path: Path, 
         update = Trainer.update
 
         def planted(self: Trainer, step: int) -> tuple[Tensor, Tensor]:
-            held = [p.detach().clone() for p in self.model.parameters()]
-            held += [m.local.clone() for m in self.optimizer.moments.values()]
+            held = [p.detach().clone() for p in self.state.model.parameters()]
+            held += [m.local.clone() for m in self.state.optimizer.moments.values()]
             if step == 2:
-                p = self.model.lm_head.weight
+                p = self.state.model.lm_head.weight
                 hook = p.register_hook(lambda gradient: gradient * float("nan"))
             result = update(self, step)
-            now = [*self.model.parameters(), *(m.local for m in self.optimizer.moments.values())]
+            now = [*self.state.model.parameters(), *(m.local for m in self.state.optimizer.moments.values())]
             same = [torch.equal(a, b) for a, b in zip(held, now, strict=True)]
             assert all(same) if step == 2 else not all(same)
             if step == 2:
@@ -157,21 +157,22 @@ def capped(act: Callable[[], None], headroom: int, at: int) -> Callable[[], None
         torch.cuda.set_per_process_memory_fraction(share)
 
     def short() -> None:
+        from llm.training.micro_batch import MicroBatches
         from llm.training.trainer import Trainer
 
-        update, rehearse = Trainer.update, Trainer.rehearse
+        update, rehearse = Trainer.update, MicroBatches.rehearse
 
         def short_update(self: Trainer, step: int) -> tuple[Tensor, Tensor]:
             if step == at:
                 limit()
             return update(self, step)
 
-        def short_rehearsal(self: Trainer) -> float:
+        def short_rehearsal(self: MicroBatches) -> float:
             if at < 0:
                 limit()
             return rehearse(self)
 
-        Trainer.update, Trainer.rehearse = short_update, short_rehearsal  # type: ignore[method-assign]
+        Trainer.update, MicroBatches.rehearse = short_update, short_rehearsal  # type: ignore[method-assign]
         act()
 
     return short

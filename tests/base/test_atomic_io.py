@@ -511,7 +511,7 @@ def test_what_we_got_wrong_keeps_its_traceback(raised: Exception) -> None:
 )
 def test_a_reader_that_leaves_is_no_failure_and_a_full_disk_is_one(command: str, status: int, said: str) -> None:
     script = (
-        "import sys, time; from llm.errors import run; "
+        "import sys, time; from llm.base.errors import run; "
         'run(lambda: print("word " * (1 if time.sleep(0.2) or "few" in sys.argv else 1_000_000)))'
     )
     arguments = ["bash", "-c", command.format(python=sys.executable, script=script)]

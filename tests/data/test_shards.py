@@ -150,7 +150,7 @@ CHILD = """if True:
     import json, sys, time
     from pathlib import Path
     from llm import shards
-    from llm.tokenizer import Tokenizer
+    from llm.data.tokenizer import Tokenizer
     folder = Path(sys.argv[1])
     shards.FILE, shards.BLOCK = 60_000, 9_000
     documents = [text.encode() for text in json.loads((folder / "text.json").read_text("utf-8"))]

@@ -94,7 +94,7 @@ def test_a_process_of_a_group_ends_whatever_its_threads_wait_for(world: str) -> 
     """As one does that asks a main process that hangs; its output is whole, its status its own."""
     code = """
 import sys, threading, time
-from llm.errors import GroupError, run
+from llm.base.errors import GroupError, run
 def main():
     print("said")
     threading.Thread(target=time.sleep, args=(60,)).start()
