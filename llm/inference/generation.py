@@ -104,10 +104,10 @@ def _seen(texts: list[list[int]], head: Tensor) -> Tensor:
 
 def _decoder(model: Transformer, cache: Cache) -> FastDecoder | GraphDecoder | None:
     """The device's fast decoder; None for a sharded model, whose weights are gathered in its own forward pass only."""
-    if hasattr(model, "unshard"):  # by fully_shard
+    device = cache.keys.device.type
+    if hasattr(model, "unshard") or device not in ("cpu", "cuda"):  # fully_shard adds `unshard`
         return None
-    decoder_cls = {"cpu": FastDecoder, "cuda": GraphDecoder}.get(cache.keys.device.type)
-    return decoder_cls(model, cache) if decoder_cls else None
+    return GraphDecoder(model, cache) if device == "cuda" else FastDecoder(model, cache)
 
 
 def prefill(model: Transformer, cache: Cache, texts: list[list[int]]) -> Tensor:
