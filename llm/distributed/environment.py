@@ -55,7 +55,7 @@ def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
         return recipe.machine.threads
     if recipe.machine.exact and "threads" in known:  # part of what decides the bits
         return int(known["threads"])
-    return threads.share()
+    return threads.threads_per_process()
 
 
 def parents_line() -> list[str]:

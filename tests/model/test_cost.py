@@ -75,10 +75,10 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
     )
 
     def act() -> None:
-        update, said = llm.training.trainer.Trainer.update, folder / f"counted-{os.environ['RANK']}.json"
+        train_step, said = llm.training.trainer.Trainer.train_step, folder / f"counted-{os.environ['RANK']}.json"
         counted: list[int] = []
 
-        def counting(self: llm.training.trainer.Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def counting(self: llm.training.trainer.Trainer) -> tuple[torch.Tensor, torch.Tensor]:
             self.context.coordinator.largest(0)
             counted.append(sent())
             self.context.coordinator.largest(0)  # nobody goes on while another counts
@@ -87,9 +87,9 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
                 said.write_text(
                     json.dumps([(counted[-1] - counted[0]) / steps / WORLD, traffic.shards, traffic.replicas])
                 )
-            return update(self, step)
+            return train_step(self)
 
-        llm.training.trainer.Trainer.update = counting  # type: ignore[method-assign]
+        llm.training.trainer.Trainer.train_step = counting  # type: ignore[method-assign]
         train(recipe, f"train.steps={steps + 1}", "train.warmup=0")()
 
     def alone() -> None:
@@ -106,8 +106,8 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
     if ended.status == NOT_ALLOWED:
         pytest.skip("bytes are counted in a network namespace, which may not be made here")
     assert ended.status == 0, ended.err
-    found, shards, copies = json.loads((folder / "counted-0.json").read_text())
-    return found, cost.Traffic(shards, copies)
+    found, shards, replicas = json.loads((folder / "counted-0.json").read_text())
+    return found, cost.Traffic(shards, replicas)
 
 
 def sent() -> int:
