@@ -44,7 +44,8 @@ def main() -> None:
 def show_step(folder: Path, step: int, world: int, characters: int) -> None:
     """Print every window of the batch that this step reads, by process and micro-batch."""
     from llm.base.atomic_io import read_checksummed
-    from llm.config.recipe import load, skipped
+    from llm.config.reading import load
+    from llm.config.resolving import skipped
     from llm.data import hf_tokenizer
     from llm.data.batches import BatchLoader
     from llm.data.shards import of_run

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llm.base.errors import LLMError, RecipeError, RefusedError, run
-from llm.config.recipe import Recipe, load
+from llm.config.reading import load
+from llm.config.schema import Recipe
 
 STEPS = 8
 # Of losses that need not be equal to the bit: another order of sums, which Muon amplifies, and bf16 rounds coarsely.

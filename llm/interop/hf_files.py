@@ -8,7 +8,7 @@ U+2581 is no piece and becomes bytes there as here; a borrowed one goes along as
 from typing import Any
 
 from llm.base import atomic_io
-from llm.config.recipe import Model
+from llm.config.schema import Model
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.model.transformer import Family

@@ -5,7 +5,7 @@ No dates, no speeds and no paths: what a bystander has to know of the model and 
 
 from pathlib import Path
 
-from llm.config.recipe import Recipe
+from llm.config.schema import Recipe
 from llm.data.documents import licence
 from llm.data.prompts import example
 from llm.data.shards import Shards, Split

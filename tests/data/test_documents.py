@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.base.errors import LLMError, RecipeError, TextError
-from llm.config.recipe import Text
+from llm.config.schema import Text
 from llm.data import documents as documents_module
 from llm.data.documents import Corpus, cut_documents, is_validation, rule_for, wiki_documents
 

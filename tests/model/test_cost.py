@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import llm.training.trainer
-from llm.config.recipe import Recipe, load, with_steps
+from llm.config.reading import load
+from llm.config.resolving import with_steps
+from llm.config.schema import Recipe
 from llm.distributed.sharding import LocalShard, bounds, local_shard
 from llm.model import cost
 from llm.model.transformer import Transformer
