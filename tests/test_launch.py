@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from llm.base import atomic_io
 from llm.base.errors import StoppedError
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.interop.pretrained import ready
 from llm.run_folder import checkpoint
 from llm.training import session

@@ -26,7 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from llm import __version__
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RecipeError, RefusedError
-from llm.config.recipe import Recipe, flat
+from llm.config.schema import Recipe, flat
 from llm.distributed import coordinator as coordination
 from llm.distributed import process, threads
 from llm.distributed.coordinator import Coordinator

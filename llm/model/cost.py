@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from llm.config.recipe import Model
+from llm.config.schema import Model
 
 
 @dataclass(frozen=True)

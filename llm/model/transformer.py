@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llm.base.hashing import mix
-from llm.config.recipe import Model
+from llm.config.schema import Model
 from llm.distributed.sharding import local_shard
 from llm.model.dropout import dropout
 from llm.model.loss import cross_entropy_sum

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from llm.config.recipe import Train
+from llm.config.schema import Train
 from llm.distributed.sharding import LocalShard, Sharding, bounds, gather, local_shard, size
 
 MOMENTUM = 0.9  # Muon's; the usual 0.95 averages over too many steps for runs of a few thousand

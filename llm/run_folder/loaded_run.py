@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.recipe import Recipe, load
+from llm.config.reading import load
+from llm.config.schema import Recipe
 from llm.data import hf_tokenizer
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import threads

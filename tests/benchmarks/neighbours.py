@@ -26,7 +26,8 @@ def serve() -> None:
     """Tokens a second, for each line of stdin that names something to do."""
     import torch
 
-    from llm.config.recipe import load, with_steps
+    from llm.config.reading import load
+    from llm.config.resolving import with_steps
     from llm.distributed import threads
     from llm.distributed.sharding import Sharding, local_shard
     from llm.inference.generation import Sampling, generate

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import llm.training.trainer
-from llm.config.recipe import Recipe, load, with_steps
+from llm.config.reading import load
+from llm.config.resolving import with_steps
+from llm.config.schema import Recipe
 from llm.distributed.sharding import LocalShard, bounds, local_shard
 from llm.model import cost
 from llm.model.transformer import Transformer
@@ -75,10 +77,10 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
     )
 
     def act() -> None:
-        train_step, said = llm.training.trainer.Trainer.train_step, folder / f"counted-{os.environ['RANK']}.json"
+        update, said = llm.training.trainer.Trainer.update, folder / f"counted-{os.environ['RANK']}.json"
         counted: list[int] = []
 
-        def counting(self: llm.training.trainer.Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+        def counting(self: llm.training.trainer.Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             self.context.coordinator.largest(0)
             counted.append(sent())
             self.context.coordinator.largest(0)  # nobody goes on while another counts
@@ -87,9 +89,9 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
                 said.write_text(
                     json.dumps([(counted[-1] - counted[0]) / steps / WORLD, traffic.shards, traffic.replicas])
                 )
-            return train_step(self)
+            return update(self, step)
 
-        llm.training.trainer.Trainer.train_step = counting  # type: ignore[method-assign]
+        llm.training.trainer.Trainer.update = counting  # type: ignore[method-assign]
         train(recipe, f"train.steps={steps + 1}", "train.warmup=0")()
 
     def alone() -> None:
