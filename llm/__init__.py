@@ -1,6 +1,24 @@
 """From one text file to a language model that talks.
 
-Nouns are imported (`from llm.model import Transformer`), verbs are run (`python -m llm.sample`).
+The public API is imported when it is first used, so that `import llm` and every `--help` answer at once:
+
+    import llm
+    recipe = llm.load_recipe("recipes/quickstart.yaml", ["train.steps=60", "run=try"])
+    run = llm.train(recipe)
+    run.generate("My self Har", tokens=50)
+
+llm/README.md draws the rooms of the package.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["Run", "load_recipe", "open_run", "recipes", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'llm' has no attribute {name!r}")
+    from llm import api
+
+    return getattr(api, name)

@@ -131,27 +131,36 @@ def as_json(value: Any) -> bytes:
 
 
 def write_checksummed(path: Path, value: dict[str, Any]) -> None:
-    """`value` as readable JSON with its own digest in it, for `read_sealed`."""
+    """`value` as readable JSON with its own digest in it, for `read_checksummed`."""
     write_json(path, {**value, "digest": digest_of(value)})
 
 
 def read_checksummed(path: Path, most_bytes: int = 64 << 20) -> dict[str, Any]:
-    """What `write_sealed` wrote. RefusedError where `path` is missing, or where a single bit of it is another."""
+    """The value that `write_checksummed` wrote. RefusedError if `path` is missing or differs in a single bit."""
     if not path.is_file():
         raise RefusedError(f"{path} is missing")
-    value = read_json(path, most_bytes)
-    whole = isinstance(value, dict) and as_json(value) == path.read_bytes()  # JSON has several ways to write one number
+    data = _read_bytes(path, most_bytes)
+    value = _parsed(path, data)
+    whole = isinstance(value, dict) and as_json(value) == data  # JSON has several ways to write one number
     if not whole or value.pop("digest", None) != digest_of(value):
         raise RefusedError(f"{path} is damaged: it does not match its own digest")
     return dict(value)
 
 
 def read_json(path: Path, most_bytes: int = 64 << 20) -> Any:
-    """The value in `path`. RefusedError where it is not JSON, too large to be ours, or nested to hurt."""
+    """The value in `path`. RefusedError if it is not JSON, too large to be ours, or nested too deeply."""
+    return _parsed(path, _read_bytes(path, most_bytes))
+
+
+def _read_bytes(path: Path, most_bytes: int) -> bytes:
     if path.stat().st_size > most_bytes:
         raise RefusedError(f"{path} has {path.stat().st_size} bytes, more than any of ours: it is not read")
+    return path.read_bytes()
+
+
+def _parsed(path: Path, data: bytes) -> Any:
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse)
+        return json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"{path} is damaged: not JSON ({type(error).__name__})") from error
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from llm.model.transformer import Transformer
 from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.checkpoint import Checkpoint
 
+RUNS = Path("runs")
+
 
 @dataclass(frozen=True)
 class LoadedRun:
@@ -33,18 +36,17 @@ class LoadedRun:
         return f"{self.folder.name}/{self.checkpoint.folder.name}"
 
 
-def find(name: str | None) -> tuple[Path, str]:
+def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
     """The folder of a run, and the checkpoint asked for: "best" unless `name` ends in /step-N or /newest.
 
-    `name` is a run under runs/ or a path; None means the run trained last. RecipeError where there is no such run.
+    `name` is a run under `runs` or a path; None means the run trained last. RecipeError where there is no such run.
     """
-    root = Path("runs")
     if name is None:
-        trained = [path for path in root.glob("*") if checkpoint.folders(path)]
+        trained = [path for path in runs.glob("*") if checkpoint.folders(path)]
         if not trained:
             raise RecipeError(
-                "there is no trained run under runs/ here: "
-                "train one with `accelerate launch launch/train.py recipes/quickstart.yaml`"
+                f"there is no trained run under {runs}/ here: "
+                "train one with `python launch/train.py recipes/quickstart.yaml`"
             )
         return max(trained, key=lambda path: max(folder.stat().st_mtime for folder in checkpoint.folders(path))), "best"
     path, which = Path(name), "best"
@@ -52,33 +54,38 @@ def find(name: str | None) -> tuple[Path, str]:
         path, which = path.parent, path.name
     if path.name == "checkpoints":
         path = path.parent
-    for folder in (root / path, path):
+    for folder in (runs / path, path):
         if os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
             if not checkpoint.folders(folder):
                 raise RecipeError(f"{folder} has no checkpoint yet")
             return folder, which
-    known = sorted(each.name for each in root.glob("*") if each.is_dir())
+    known = sorted(each.name for each in runs.glob("*") if each.is_dir())
     raise RecipeError(
-        f"there is no run {name!r} under runs/ here: "
+        f"there is no run {name!r} under {runs}/ here: "
         f"{'there are ' + ', '.join(known[:10]) if known else 'there is none yet'}"
     )
 
 
-def open_run(name: str | None, device: torch.device | None = None) -> LoadedRun:
-    """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names a damaged file."""
-    folder, which = find(name)
+def open_run(
+    name: str | None, device: torch.device | None = None, runs: Path = RUNS, new_model: Any = None
+) -> LoadedRun:
+    """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names a damaged file.
+
+    `new_model` makes the model, where it is not Transformer (see api.train).
+    """
+    folder, which = find(name, runs)
     torch.set_num_threads(min(torch.get_num_threads(), threads.threads_per_process()))  # torch heeds no quota
     threads.yield_to_neighbours()
     while True:
         there = set(checkpoint.folders(folder))
         try:
-            return _open(folder, which, device)
+            return _open(folder, which, device, new_model or Transformer)
         except (RefusedError, FileNotFoundError):
             if there <= set(checkpoint.folders(folder)):
                 raise  # otherwise training has replaced the checkpoint being read by a newer one
 
 
-def _open(folder: Path, which: str, device: torch.device | None) -> LoadedRun:
+def _open(folder: Path, which: str, device: torch.device | None, new_model: Any) -> LoadedRun:
     found = None
     if which == "best" and (best := checkpoint.best(folder, warn=warn)) is not None:
         try:
@@ -99,7 +106,7 @@ def _open(folder: Path, which: str, device: torch.device | None) -> LoadedRun:
         raise RefusedError(
             f"{folder / 'tokenizer'} is not the tokenizer that {found.folder.name} was trained with, or is damaged"
         )
-    model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, family=hf_config.read_family(found.folder))
+    model = new_model(recipe.model, tokenizer.vocabulary, recipe.seed, family=hf_config.read_family(found.folder))
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
     tensor_files.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
     return LoadedRun(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)

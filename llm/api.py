@@ -1,0 +1,131 @@
+"""The public API: load a recipe, train it in this process, open a run, let it generate and score it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm.base import atomic_io
+from llm.base.errors import RecipeError
+from llm.config.reading import load
+from llm.config.schema import Recipe
+
+if TYPE_CHECKING:
+    from llm.data.tokenizer import Tokenizer
+    from llm.model.transformer import Transformer
+    from llm.run_folder.loaded_run import LoadedRun
+
+PACKAGED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a checkout
+
+
+def recipes(name: str) -> Path:
+    """The file of a packaged recipe, such as "quickstart". RecipeError names those that there are."""
+    folder = next(folder for folder in PACKAGED if folder.is_dir())
+    if not (path := folder / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
+        raise RecipeError(f"there is no packaged recipe {name!r}: there are {known}")
+    return path
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a packaged recipe by its name, with overrides such as "train.steps=60".
+
+    RecipeError for anything that is wrong in it.
+    """
+    path = Path(path)
+    named = not path.suffix and path.name == str(path) and not path.exists()
+    return load(recipes(str(path)) if named else path, tuple(overrides))
+
+
+def train(
+    recipe: Recipe,
+    *,
+    runs: str | Path = "runs",
+    model: Callable[..., Any] | None = None,
+    optimizer: Callable[..., Any] | None = None,
+    documents: Callable[[], Iterable[bytes]] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> "Run":
+    """Train or resume the recipe's run in this process, and return it. The process is left as it was found.
+
+    StoppedError after Ctrl-C or a signal: everything is saved, and the same call goes on. Own parts:
+
+    - `model(shape, vocab_size, seed, shard_module, family)` returns an nn.Module with Transformer's `forward(tokens,
+      targets, windows)` (the summed loss), `logits`, `blocks` and parameter names; simplest is a subclass.
+    - `optimizer(model, train, orthogonalise_in, sharding)` returns an object with `moments` (names to LocalShards, all
+      that must be saved) and `step(step, lr_factor, scale, finite)`, which changes nothing unless `finite`.
+    - `documents()` yields the documents, as bytes of UTF-8, instead of text.files: the same ones at every call.
+    - `on_log(line)` gets each line that metrics.jsonl gets.
+
+    Each checkpoint names the parts that were used.
+    """
+    from llm.training.context import Parts
+    from llm.training.session import train as train_run
+
+    parts = Parts(model, optimizer, documents, on_log)
+    train_run(recipe, runs=Path(runs), parts=parts)
+    return open_run(recipe.run, runs=runs, model=model)
+
+
+def open_run(name: str | None = None, *, runs: str | Path = "runs", model: Callable[..., Any] | None = None) -> "Run":
+    """A trained run, at its best checkpoint: NAME, NAME/step-N, NAME/newest, or the run trained last.
+
+    `model` is needed again where the run was trained with one.
+    """
+    from llm.run_folder.loaded_run import open_run as open_folder
+
+    return Run(open_folder(name, runs=Path(runs), new_model=model))
+
+
+class Run:
+    """A trained run: `recipe`, `tokenizer`, `model`, `metrics`, and what can be done with them."""
+
+    def __init__(self, loaded: "LoadedRun") -> None:
+        self.loaded = loaded
+
+    def __repr__(self) -> str:
+        return f"<Run {self.loaded.name} in {self.folder}>"
+
+    @property
+    def folder(self) -> Path:
+        return self.loaded.folder
+
+    @property
+    def step(self) -> int:
+        return self.loaded.checkpoint.step
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        return self.loaded.tokenizer
+
+    @property
+    def model(self) -> "Transformer":
+        return self.loaded.model
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: steps, evaluations, samples and events, in their order."""
+        return list(atomic_io.read_lines(self.folder / "metrics.jsonl"))
+
+    def generate(self, prompt: str, tokens: int = 200, *, seed: int = 0, **sampling: float) -> str:
+        """The text that the model continues `prompt` with; `sampling` are the options of llm.sample, as top_p=0.9."""
+        from llm.inference.generation import continuations
+        from llm.inference.sampling import Sampling
+
+        tokenizer, choice = self.tokenizer, Sampling(**sampling)  # type: ignore[arg-type]
+        ids = [[tokenizer.bos, *tokenizer.encode(prompt)]]
+        return continuations(self.model, ids, tokens, choice, tokenizer.decode, seed, tokenizer.ends, tokenizer.banned)[
+            0
+        ]
+
+    def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
+        """Loss, bits per byte and perplexities of the run's held-out text, or of `texts`: files or named texts."""
+        from llm.inference import scoring
+
+        text = scoring.encode_files(self.loaded, list(texts)) if texts else scoring.validation_text(self.loaded)
+        score = scoring.score(self.loaded, text, rows)
+        names = ("loss", "bits_per_byte", "token_perplexity", "word_perplexity", "targets")
+        return {name: getattr(score, name) for name in names}

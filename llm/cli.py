@@ -1,0 +1,58 @@
+"""The console command `onetext`: `onetext train RECIPE`, and `onetext NAME` for each `python -m llm.NAME`."""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llm.base.errors import run
+
+COMMANDS = ("prepare", "sample", "evaluate", "export", "verify", "show")
+
+
+def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    """Train one recipe: the command of launch/train.py and of `onetext train`."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train one recipe, from its text to a model. The same command goes on where it was stopped.",
+        epilog="example: python launch/train.py recipes/quickstart.yaml train.tokens=200k run=try",
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml, or a packaged recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the recipe, such as train.steps=60 run=try"
+    )
+    parser.add_argument("--check", action="store_true", help="only check the recipe and print it with every default")
+    given = parser.parse_args(arguments)
+    from llm.api import load_recipe
+    from llm.config.reading import dump
+
+    recipe = load_recipe(given.recipe, given.overrides)  # refused before the slow imports, if at all
+    if given.check:
+        print(dump(recipe), end="")
+        return
+
+    from llm.data.prompts import example, quoted
+    from llm.distributed.process import say
+    from llm.interop.pretrained import ready
+    from llm.training.session import train as train_run
+
+    made: list[Any] = []
+
+    def prepare(recipe: Any) -> Any:
+        made[:] = ready(recipe, say)
+        return tuple(made)
+
+    folder = train_run(recipe, prepare)
+    prompt = quoted(example(*made))
+    say(f"the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt {prompt}")
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name == "train":
+        run(lambda: train(sys.argv[2:], "onetext train"))
+    if name in COMMANDS:
+        run(lambda: import_module(f"llm.{name}").main(sys.argv[2:]))
+    print(f"usage: onetext {{train,{','.join(COMMANDS)}}} ...\n\n`onetext NAME --help` tells what NAME takes.")
+    sys.exit(0 if name in ("-h", "--help") else 2)
