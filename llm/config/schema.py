@@ -115,7 +115,7 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto: the fastest that the device supports", "auto")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto: a fast one that the device supports", "auto")
     micro_batch: int | Auto = setting("windows that a process runs at once", "auto", least=1, below=1e9)
     stop_after: float = setting(
         "hours, such as 8h, after which the run saves and stops; 0: never", 0.0, least=0, below=1e6

@@ -90,5 +90,6 @@ def _number(name: str, value: str, *, whole: bool, words: list[str]) -> int | fl
         examples = "1000 or 10M" if whole else "0.05, 5% or 1e-3"
         raise RecipeError(f"{name} = {value[:80]!r}: expected {expected}, such as {examples}") from None
     if whole and (abs(number) > 10**18 or number != int(number)):
-        raise RecipeError(f"{name} = {value[:80]}: expected {expected}")
+        limit = " of at most 1e18" if abs(number) > 10**18 else ""
+        raise RecipeError(f"{name} = {value[:80]}: expected {expected}{limit}")
     return int(number) if whole else float(number)
