@@ -1,9 +1,9 @@
 """python -m llm.prepare RECIPE: make a text ready for training. python -m llm.prepare --wiki FILE: write one."""
 
-import argparse
 from pathlib import Path
 
 from llm.base import atomic_io
+from llm.base.command import Parser
 from llm.base.errors import RecipeError, run
 from llm.config.reading import load
 from llm.data.documents import wiki_documents
@@ -24,7 +24,7 @@ def write_wiki(path: Path, language: str, *, force: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     about = "Make a recipe's text ready for training: split it, train its tokenizer, write its token shards."
-    parser = argparse.ArgumentParser(prog="python -m llm.prepare", description=about)
+    parser = Parser("prepare", about)
     say = parser.add_argument
     say("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
     say("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's, as text.cache=data")

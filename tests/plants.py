@@ -1,4 +1,4 @@
-"""Faults, planted into a child of `llm.verify`, each of which real trainers have had."""
+"""Faults, planted into a child of `llm.training.proof`, each of which real trainers have had."""
 
 import os
 from pathlib import Path
@@ -15,9 +15,9 @@ from llm.distributed import sharding
 from llm.distributed.sharding import LocalShard
 from llm.model import transformer
 from llm.optim import optimizer
-from llm.run_folder import checkpoint
-from llm.training import trainer
-from llm.training.trainer import Trainer
+from llm.run_folder import checkpoint, tensor_files
+from llm.training import length
+from llm.training.step import GradientStep
 
 STARTED = {"steps": 0}  # updates of this process: state that no checkpoint knows of
 
@@ -52,32 +52,32 @@ def order_begins_anew() -> None:
 
 
 def rate_by_counter() -> None:
-    real = trainer.lr_factor
+    real = length.lr_factor
 
     def lr_factor(step: int, **of_run: Any) -> float:
         STARTED["steps"] += 1
         return real(STARTED["steps"], **of_run)
 
-    trainer.lr_factor = lr_factor
+    length.lr_factor = lr_factor
 
 
 def rate_one_step_off_after_resume() -> None:
-    real, off = trainer.lr_factor, int(_resumed())
-    trainer.lr_factor = lambda step, **of_run: real(step + off, **of_run)
+    real, off = length.lr_factor, int(_resumed())
+    length.lr_factor = lambda step, **of_run: real(step + off, **of_run)
 
 
 def lost_moments() -> None:
-    real = checkpoint.load_tensors
+    real = tensor_files.load_tensors
 
     def load_tensors(path: Path, into: dict[str, LocalShard]) -> None:
         if path.name != checkpoint.MOMENTS:
             real(path, into)
 
-    checkpoint.load_tensors = load_tensors
+    tensor_files.load_tensors = load_tensors
 
 
 def rounded_moments() -> None:
-    real = checkpoint.load_tensors
+    real = tensor_files.load_tensors
 
     def load_tensors(path: Path, into: dict[str, LocalShard]) -> None:
         real(path, into)
@@ -85,7 +85,7 @@ def rounded_moments() -> None:
             if path.name == checkpoint.MOMENTS:
                 rows.local.copy_(rows.local.bfloat16())
 
-    checkpoint.load_tensors = load_tensors
+    tensor_files.load_tensors = load_tensors
 
 
 def bias_correction_by_counter() -> None:
@@ -99,13 +99,13 @@ def bias_correction_by_counter() -> None:
 
 
 def local_token_count() -> None:
-    real = Trainer.accumulate
+    real = GradientStep.accumulate
 
-    def accumulate(self: Trainer, batches: list[batches.Batch]) -> Tensor:
+    def accumulate(self: GradientStep, batches: list[batches.Batch]) -> Tensor:
         loss, tokens = real(self, batches)
         return torch.stack([loss, tokens / max(1, sharding.size())])
 
-    Trainer.accumulate = accumulate
+    GradientStep.accumulate = accumulate
 
 
 def gradients_never_cleared() -> None:
@@ -123,8 +123,8 @@ def stale_shard() -> None:
 
 
 def last_micro_batch_only() -> None:
-    real = Trainer.accumulate
-    Trainer.accumulate = lambda self, batches: real(self, batches[-1:])
+    real = GradientStep.accumulate
+    GradientStep.accumulate = lambda self, batches: real(self, batches[-1:])
 
 
 FAULTS = [

@@ -18,7 +18,7 @@ from llm.base.errors import LLMError, RecipeError, RefusedError
 from llm.config.reading import load, with_checksum
 from llm.data.pipeline import prepare
 from llm.data.tokenizer import Tokenizer
-from llm.run_folder import checkpoint, loaded_run
+from llm.run_folder import checkpoint, loaded_run, tensor_files
 from tests.forks import digest, run, run_group, script, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
@@ -163,7 +163,7 @@ def swapped_within(folder: Path) -> str:
 def another_s_folder(folder: Path) -> str:
     shutil.rmtree(folder)
     shutil.copytree(folder.parent / "step-000004", folder)
-    return "holds another checkpoint, that of step 4"
+    return "holds the checkpoint of step 4: rename it to step-000004"
 
 
 def empty(folder: Path) -> str:
@@ -336,7 +336,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_a_newer_one(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a training run keeps fewer of them than a reader needs time."""
-    load_tensors, taken = checkpoint.load_tensors, []
+    load_tensors, taken = tensor_files.load_tensors, []
 
     def overtaken(path: Path, into: Any) -> None:
         if len(taken) < 2:
@@ -344,7 +344,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_a_newer_one(
             atomic_io.remove(path.parent)
         load_tensors(path, into)
 
-    monkeypatch.setattr(checkpoint, "load_tensors", overtaken)
+    monkeypatch.setattr(tensor_files, "load_tensors", overtaken)
     assert loaded_run.open_run("tiny").checkpoint.folder.name == "step-000005", "the best that is left"
     assert taken == ["step-000012", "step-000010"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm.base.errors import TextError
-from llm.evaluate import likelihoods, read_pairs
+from llm.inference.scoring import likelihoods, read_pairs
 from llm.insight.baselines import ngram_bits, yardsticks
 from llm.run_folder.loaded_run import open_run
 from tests.forks import SENTENCES, Ended, run, script, train, write_recipe, write_text

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+import llm.training.resume
 import llm.training.session
-import llm.training.trainer
 from llm.base import atomic_io, errors
 from llm.config.reading import load
 from llm.data.pipeline import prepare
@@ -53,13 +53,13 @@ def digests(folder: Path) -> dict[int, str]:
 
 def tells_of_saves(pipe: int) -> None:
     """This process writes a dot to `pipe` before each durable operation of its saves, and an e after each save."""
-    save = llm.training.trainer.Trainer.save
+    save = llm.training.resume.Checkpoints.save
 
-    def told(self: llm.training.trainer.Trainer) -> None:
+    def told(self: llm.training.resume.Checkpoints, *, evaluation_due: bool) -> None:
         with pytest.MonkeyPatch.context() as patch:
             for name in OPERATIONS:
                 patch.setattr(atomic_io, name, telling(getattr(atomic_io, name)))
-            save(self)
+            save(self, evaluation_due=evaluation_due)
         os.write(pipe, b"e")
 
     def telling(real: Callable[..., None]) -> Callable[..., None]:
@@ -70,7 +70,7 @@ def tells_of_saves(pipe: int) -> None:
 
         return operation
 
-    llm.training.trainer.Trainer.save = told  # type: ignore[method-assign]
+    llm.training.resume.Checkpoints.save = told  # type: ignore[method-assign]
 
 
 def kill_at_random(folder: Path, recipe: Path, world: int, chance: random.Random) -> tuple[str, bool]:
@@ -193,11 +193,11 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
     It is a process that has trained that is forked, so that a fault costs a copy and a save. `plans` is asked with the
     number of durable operations of the save.
     """
-    save = llm.training.trainer.Trainer.save
+    save = llm.training.resume.Checkpoints.save
 
-    def split(self: llm.training.trainer.Trainer) -> None:
+    def split(self: llm.training.resume.Checkpoints, *, evaluation_due: bool) -> None:
         if self.state.step != 2 * EVERY:
-            return save(self)
+            return save(self, evaluation_due=evaluation_due)
 
         def in_copy(plan: Plan) -> Path:
             copy = copies / "-".join(map(str, plan))
@@ -207,9 +207,9 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
                 os.chdir(copy)
 
                 def status() -> None:
-                    with llm.training.session._status(self.run):
+                    with llm.training.session._status(self.context.folder):
                         begun = faulty(*plan)
-                        save(self)
+                        save(self, evaluation_due=evaluation_due)
                         (copy / "begun.json").write_text(json.dumps(begun))
 
                 errors.run(status)
@@ -223,7 +223,7 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
         os._exit(0)
 
     def act() -> None:
-        llm.training.trainer.Trainer.save = split  # type: ignore[method-assign]
+        llm.training.resume.Checkpoints.save = split  # type: ignore[method-assign]
         train(recipe)()
 
     assert run(act, folder).status == 0, (folder / "err.txt").read_text()

@@ -24,6 +24,7 @@ from llm.config.reading import load
 from llm.interop.pretrained import ready
 from llm.run_folder import checkpoint
 from llm.training import session
+from llm.training.micro_batch import MicroBatches
 from llm.training.trainer import Trainer
 from tests.forks import Ended, digest, ended, run, script, start, train, write_recipe, write_text
 
@@ -323,16 +324,16 @@ def test_compiled_blocks_are_said_with_their_cost_or_done_without(
         "machine.compile": "true", "machine.recompute": recompute, "train.steps": 3, "train.warmup": 0})  # fmt: skip
 
     def act() -> None:
-        kept, first = [], Trainer._pass
+        kept, first = [], MicroBatches._forward_backward
 
-        def keeping(self: Trainer, micro_batch: int) -> None:
+        def keeping(self: MicroBatches, size: int) -> float:
             try:
-                first(self, micro_batch)
+                return first(self, size)
             except Exception as error:
                 kept.append(error)  # as a compiler's own threads may: what its frames hold must not live on with it
                 raise
 
-        Trainer._pass = keeping  # type: ignore[method-assign]
+        MicroBatches._forward_backward = keeping  # type: ignore[method-assign]
         if compiler == "missing":
             import torch._inductor.config
 
@@ -356,13 +357,13 @@ def test_a_run_in_a_process_of_ones_own_leaves_it_as_it_was(tmp_path: Path, text
     def act() -> None:
         models, init = [], Trainer.__init__
 
-        def kept(self: Trainer, *given: Any) -> None:
-            init(self, *given)
-            models.append(weakref.ref(self.model))
+        def kept(self: Trainer, *given: Any, **named: Any) -> None:
+            init(self, *given, **named)
+            models.append(weakref.ref(self.state.model))
 
         Trainer.__init__ = kept  # type: ignore[method-assign]
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
-        import_module("llm.corpus").lean_datasets()
+        import_module("llm.data.documents").lean_datasets()
         before, last = found(), None
         for precision, until in (("fp32", -1), ("bf16", -1), ("fp32", 1)):
             try:
@@ -388,7 +389,7 @@ def test_a_run_is_read_from_anywhere_and_after_a_move(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
 
     def read(folder: Path) -> None:
-        for words in (("verify", folder), ("evaluate", folder), ("show", folder, "--step", "0")):
+        for words in (("verify", folder), ("evaluate", folder), ("show", folder, "--step", "1")):
             done = run(script(f"module:llm.{words[0]}", *words[1:]), tmp_path / "elsewhere")
             assert done.status == 0, (words, done.out, done.err)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import llm.training.trainer
+import llm.training.stopping
 from tests.forks import ended, start, train, write_recipe, write_text
 
 BLOCK = 100  # steps between two looks
@@ -30,22 +30,22 @@ def looks(folder: Path, steps: int) -> list[dict[str, float]]:
     seen = folder / "looks.jsonl"
 
     def watched() -> None:
-        asked_to_stop = llm.training.trainer.Trainer.asked_to_stop
+        asked_to_stop = llm.training.stopping.StopRequest.agreed
 
-        def looked(self: llm.training.trainer.Trainer) -> bool:
-            if self.state.step % BLOCK == 0:
+        def looked(self: llm.training.stopping.StopRequest, step: int) -> bool:
+            if step % BLOCK == 0:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 look = {
-                    "step": self.state.step,
+                    "step": step,
                     "resident": pages * resource.getpagesize(),
                     "files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 (its own handle is counted each time)
                     "cpu": time.process_time(),
                 }
                 with seen.open("a") as file:
                     file.write(json.dumps(look) + "\n")
-            return asked_to_stop(self)
+            return asked_to_stop(self, step)
 
-        llm.training.trainer.Trainer.asked_to_stop = looked  # type: ignore[method-assign]
+        llm.training.stopping.StopRequest.agreed = looked  # type: ignore[method-assign]
         train(recipe)()
 
     child = ended(start(watched, folder), folder, seconds=3000)

@@ -11,6 +11,7 @@ import torch
 from llm.config.reading import load
 from llm.distributed.sharding import Sharding
 from llm.model import cost
+from llm.training.resume import Checkpoints
 from llm.training.trainer import Trainer
 from tests.forks import run_group, train, write_recipe, write_text
 
@@ -37,9 +38,9 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
     launch = train(recipe, f"machine.shard={shard}")
 
     def act() -> None:
-        make = Trainer.__init__
+        make, before = Trainer.__init__, []
 
-        def measured(self: Trainer, *arguments: object) -> None:
+        def measured(self: Trainer, *arguments: object, **keywords: object) -> None:
             # What is freed goes back at once: counted is what is held, not what the C library keeps for later, nor the
             # holes between what it cut from its heap (by which one of four ranks or another held 60 MB more).
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
@@ -49,16 +50,16 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
                 layer = Sharding(shard, torch.device("cpu")).shard_module(layer)
             layer(torch.ones(1, 8)).sum().backward()
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-            self.before = _status("VmRSS")
-            make(self, *arguments)
+            before.append(_status("VmRSS"))
+            make(self, *arguments, **keywords)
 
-        save = Trainer.save
+        save = Checkpoints.save
 
-        def saved(self: Trainer) -> None:
-            save(self)
-            Path(f"peak-{os.environ.get('RANK', '0')}").write_text(str(_status("VmHWM") - self.before))
+        def saved(self: Checkpoints, *, evaluation_due: bool) -> None:
+            save(self, evaluation_due=evaluation_due)
+            Path(f"peak-{os.environ.get('RANK', '0')}").write_text(str(_status("VmHWM") - before[-1]))
 
-        Trainer.__init__, Trainer.save = measured, saved
+        Trainer.__init__, Checkpoints.save = measured, saved
         launch()
 
     folder.mkdir()

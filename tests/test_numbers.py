@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from llm.base.errors import DivergedError
 from llm.data.batches import Batch
 from llm.run_folder import checkpoint
 from llm.run_folder.trace import read
-from llm.training.trainer import FP16_GROWTH_STEPS, FP16_MOST, FP16_SCALE, Trainer, TrainState
+from llm.training.context import TrainState
+from llm.training.monitor import Monitor
+from llm.training.step import FP16_GROWTH_STEPS, FP16_MOST, FP16_SCALE, GradientStep, rescale
 from tests.forks import ROOT, digest, run, run_group, script, train, write_recipe, write_text
 
 BAD = 5  # the update whose numbers are spoilt: its batch has this number less one
@@ -29,22 +33,23 @@ def spoilt(recipe: Path, where: str, rank: int = 0) -> Callable[[], None]:
     launch = script(ROOT / "launch" / "train.py", recipe)
 
     def child() -> None:
-        accumulate = Trainer.accumulate
+        accumulate = GradientStep.accumulate
 
-        def spoiling(self: Trainer, batches: list[Batch]) -> Tensor:
+        def spoiling(self: GradientStep, batches: list[Batch]) -> Tensor:
             bad = self.state.step + 1 == BAD
             if bad and where == "loss" and llm.distributed.process.rank() == rank:
-                forward = self.model.forward
-                self.model.forward = lambda *batch: forward(*batch) * float("inf")  # type: ignore[method-assign]
+                model = self.state.model
+                forward = model.forward
+                model.forward = lambda *batch: forward(*batch) * float("inf")  # type: ignore[method-assign]
                 result = accumulate(self, batches)
-                self.model.forward = forward  # type: ignore[method-assign]
+                model.forward = forward  # type: ignore[method-assign]
                 return result
             result = accumulate(self, batches)
             if bad and where == "gradient":
-                self.gradients()[3].local.view(-1)[0] = float("nan")
+                self._gradients()[3].local.view(-1)[0] = float("nan")
             return result
 
-        Trainer.accumulate = spoiling  # type: ignore[method-assign]
+        GradientStep.accumulate = spoiling  # type: ignore[method-assign]
         launch()
 
     return child
@@ -105,38 +110,36 @@ def test_under_skip_the_update_is_left_out_with_a_record_on_every_process_alike(
     assert run_group(train(recipe, "checkpoint.every=2"), tmp_path, world)[0].status == 0, "what was null is read again"
 
 
-def test_fp16s_scale_halves_after_an_overflow_and_doubles_after_many_sound_steps() -> None:
-    class Bare(Trainer):
-        def __init__(self) -> None:
-            self.scale, self.good_steps = torch.tensor(1024.0), torch.tensor(0.0)
+def scaled(scale: float, good_steps: float = 0.0, step: int = 0) -> TrainState:
+    """A state of which only the scale and the step are looked at."""
+    return TrainState(Any, Any, torch.tensor(scale), torch.tensor(good_steps), step)  # type: ignore[arg-type]
 
-    trainer, sound = Bare(), torch.tensor(True)
-    trainer.rescale(~sound)
-    assert trainer.scale == 512 and trainer.good_steps == 0
+
+def test_fp16s_scale_halves_after_an_overflow_and_doubles_after_many_sound_steps() -> None:
+    state, finite = scaled(1024.0), torch.tensor(True)
+    rescale(state, ~finite)
+    assert state.scale == 512 and state.good_steps == 0
     for _ in range(FP16_GROWTH_STEPS):
-        trainer.rescale(sound)
-    assert trainer.scale == 1024 and trainer.good_steps == 0
-    stored = json.loads(json.dumps([trainer.scale.item(), trainer.good_steps.item()]))
+        rescale(state, finite)
+    assert state.scale == 1024 and state.good_steps == 0
+    stored = json.loads(json.dumps([state.scale.item(), state.good_steps.item()]))
     assert stored == [1024.0, 0.0]
 
 
 def test_an_fp16_gradient_that_is_finite_at_no_scale_ends_the_run_as_diverged() -> None:
-    class Bare(Trainer):
-        def __init__(self) -> None:
-            self.scale, self.good_steps, self.sound = torch.tensor(FP16_SCALE), torch.tensor(0.0), []
-            self.state, self.run = TrainState(20), Path("runs/tiny")
-
-    trainer, sound = Bare(), torch.tensor(True)
+    state, finite = scaled(FP16_SCALE, step=20), torch.tensor(True)
+    context, gradient_step = SimpleNamespace(folder=Path("runs/tiny")), SimpleNamespace(finite_flags=[])
+    monitor = Monitor(context, state, gradient_step, None)  # type: ignore[arg-type]
     for _ in range(16):
-        trainer.rescale(~sound)
-        trainer.check()
-    assert trainer.scale == 1
-    trainer.rescale(~sound)
-    with pytest.raises(DivergedError, match=r"not finite in fp16 at step 20.*machine\.precision=bf16"):
-        trainer.check()
-    trainer.scale, trainer.good_steps = torch.tensor(FP16_MOST), torch.tensor(FP16_GROWTH_STEPS - 1.0)
-    trainer.rescale(sound)
-    assert trainer.scale == FP16_MOST, "a gradient of nothing but zeros lets it not grow without end"
+        rescale(state, ~finite)
+        monitor.check(-1)
+    assert state.scale == 1
+    rescale(state, ~finite)
+    with pytest.raises(DivergedError, match=r"step 20 is not finite in fp16.*machine\.precision=bf16"):
+        monitor.check(-1)
+    state = scaled(FP16_MOST, FP16_GROWTH_STEPS - 1.0)
+    rescale(state, finite)
+    assert state.scale == FP16_MOST, "a gradient of nothing but zeros lets it not grow without end"
 
 
 def test_a_spike_is_recorded_with_its_step(tmp_path: Path, text: Path) -> None:

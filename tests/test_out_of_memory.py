@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm.training.micro_batch import MicroBatches
 from llm.training.trainer import Trainer
 from tests.forks import run, run_group, train, write_recipe, write_text
 from tests.test_memory import M_MMAP_THRESHOLD
@@ -45,19 +46,19 @@ def limited(recipe: Path, headroom: int, at: int, *overrides: str) -> Callable[[
     def act() -> None:
         # What is freed goes back at once: else the C library may keep enough of a pass for the next one.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK)
-        update, rehearse = Trainer.update, Trainer.rehearse
+        update, rehearse = Trainer.update, MicroBatches.rehearse
 
         def short(self: Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             if step == at:
                 limit()
             return update(self, step)
 
-        def short_before(self: Trainer) -> float:
+        def short_before(self: MicroBatches) -> float:
             if at < 0 and os.environ.get("RANK", "0") != "0":
                 limit()
             return rehearse(self)
 
-        Trainer.update, Trainer.rehearse = short, short_before  # type: ignore[method-assign]
+        Trainer.update, MicroBatches.rehearse = short, short_before  # type: ignore[method-assign]
         train(recipe, *overrides)()
 
     return act

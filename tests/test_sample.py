@@ -19,7 +19,7 @@ import torch
 
 from llm.base.errors import RecipeError
 from llm.inference.sampling import Sampling
-from llm.training.trainer import SAMPLE_TOKENS
+from llm.training.evaluation import SAMPLE_TOKENS
 from tests.forks import run, script, train, write_recipe, write_text
 
 PASTED = "The river rises.\n\nIt flows to the sea,\n\n  and on."

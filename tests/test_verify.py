@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llm import verify
-from llm.run_folder import checkpoint
-from llm.run_folder.trace import differences
+from llm.run_folder import checkpoint, verification
+from llm.run_folder.trace import compare_runs
+from llm.training import proof
 from tests import plants
 from tests.forks import run, run_group, script, train, write_recipe, write_text
 
@@ -30,12 +30,12 @@ def verdicts(folder: Path, text: Path, fault: Callable[[], None] | None = None, 
             if fault is not None:
                 fault()
             sys.argv = ["-c", *arguments]
-            verify.child()
+            proof.child()
 
         for ended in run_group(act, folder, world):
             assert ended.status == status, ended.err
 
-    found = verify.verify_recipe(recipe, list(overrides), 6, start)
+    found = proof.verify_recipe(recipe, list(overrides), 6, start)
     return {verdict.promise: verdict.fault for verdict in found}
 
 
@@ -121,9 +121,9 @@ def test_show_names_the_first_step_at_which_two_runs_part(tmp_path: Path, text: 
         ended = run(train(recipe, override, f"run={name}"), tmp_path)
         assert ended.status == 0, ended.err
     runs = tmp_path / "runs"
-    assert "agree to the bit in all 12 common steps" in differences(runs / "a", runs / "same")[-1]
+    assert "agree to the bit in all 12 common steps" in compare_runs(runs / "a", runs / "same")[-1]
     for number, (override, step, what) in enumerate(CHANGES):
-        *keys, last = differences(runs / "a", runs / f"b{number}")
+        *keys, last = compare_runs(runs / "a", runs / f"b{number}")
         assert any(key.startswith(override.partition("=")[0]) for key in keys), override
         assert f"part at step {step}: " in last and what in last, (override, last)
 
@@ -133,14 +133,14 @@ def test_verify_reads_a_run_again_and_names_what_is_damaged(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(train(write_recipe(tmp_path, text)), tmp_path).status == 0
-    assert not any(verdict.fault for verdict in verify.verify_run("tiny"))
+    assert not any(verdict.fault for verdict in verification.verify_run("tiny"))
     path = checkpoint.folders(Path("runs/tiny"))[1] / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
     path.write_bytes(data)
     record = Path("runs/tiny/fingerprints.jsonl")
     record.write_text(record.read_text().replace('"step": 3,', '"step": 3, "x": 1,'))
-    faults = [verdict.fault for verdict in verify.verify_run("tiny") if verdict.fault]
+    faults = [verdict.fault for verdict in verification.verify_run("tiny") if verdict.fault]
     assert len(faults) == 2 and "model.safetensors is damaged" in faults[0] and "step 3" in faults[1]
 
 
@@ -150,7 +150,7 @@ def test_a_run_extended_from_its_stable_phase_is_the_longer_run(tmp_path: Path, 
     assert run(train(recipe), tmp_path).status == 0
     assert run(train(recipe, "run=longer", "train.steps=40"), tmp_path).status == 0
     assert run(train(recipe, "run=extended", "train.steps=40", "from=tiny/step-000004"), tmp_path).status == 0
-    last = differences(tmp_path / "runs/longer", tmp_path / "runs/extended")[-1]
+    last = compare_runs(tmp_path / "runs/longer", tmp_path / "runs/extended")[-1]
     assert "agree to the bit in all 36 common steps" in last
     newest = checkpoint.newest(tmp_path / "runs/extended", print)
     assert newest is not None

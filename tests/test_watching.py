@@ -15,11 +15,14 @@ import pytest
 from torch import Tensor
 
 import llm.distributed.coordinator
+import llm.training.evaluation
 import llm.training.session
 import llm.training.trainer
 from llm.base import atomic_io, errors
 from llm.distributed import environment
 from llm.run_folder import checkpoint
+from llm.training.evaluation import Evaluator
+from llm.training.resume import Checkpoints
 from llm.training.trainer import Trainer
 from tests.forks import ROOT, digest, ended, run, run_group, script, start, train, write_recipe, write_text
 from tests.test_kills import FAULTS, faulty
@@ -179,9 +182,9 @@ def test_what_fails_in_an_evaluation_or_a_sample_is_an_event(
             raise IndexError("the moon is full")
             yield
 
-        llm.training.trainer.continuations = fails
+        llm.training.evaluation.continuations = fails
         if llm.distributed.process.rank() == world - 1:
-            llm.training.trainer.whole = no_windows
+            llm.training.evaluation.eval_batches = no_windows
         train(recipe)()
 
     for each in run_group(act, tmp_path, world):
@@ -207,18 +210,21 @@ def test_a_dealt_model_in_bf16_speaks(tmp_path: Path, text: Path, shard: str) ->
 # ---------------------------------------------------------------------------------- a checkpoint and its evaluation
 
 
+METHODS = {"evaluate": Evaluator, "_samples": Evaluator, "complete": Checkpoints}
+
+
 def killed_at(recipe: Path, step: int, method: str, rank: int = 0) -> Callable[[], None]:
     """The launch script, in which process `rank` ends as by SIGKILL where it begins this method after `step` updates."""
 
     def act() -> None:
-        real = getattr(Trainer, method)
+        real = getattr(METHODS[method], method)
 
-        def dies(self: Trainer, *given: Any) -> Any:
+        def dies(self: Any, *given: Any) -> Any:
             if self.state.step == step and llm.distributed.process.rank() == rank:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(self, *given)
 
-        setattr(Trainer, method, dies)
+        setattr(METHODS[method], method, dies)
         train(recipe)()
 
     return act
@@ -243,8 +249,8 @@ def same_run(folder: Path, whole: Path) -> None:
     [
         ("evaluate", 12, 1),
         ("complete", 5, 1),
-        pytest.param("samples", 12, 1, marks=pytest.mark.slow),
-        pytest.param("samples", 10, 2, marks=pytest.mark.slow),
+        pytest.param("_samples", 12, 1, marks=pytest.mark.slow),
+        pytest.param("_samples", 10, 2, marks=pytest.mark.slow),
         pytest.param("complete", 12, 2, marks=pytest.mark.slow),
     ],
 )
@@ -272,9 +278,9 @@ def test_a_fault_at_any_operation_of_adding_an_evaluation_leaves_the_checkpoint_
 ) -> None:
     recipe = recipe_of(tmp_path, text)
     (tmp_path / "run").mkdir()
-    complete = Trainer.complete
+    complete = Checkpoints.complete
 
-    def split(self: Trainer) -> None:
+    def split(self: Checkpoints) -> None:
         if self.state.step != 10:
             return complete(self)
 
@@ -286,7 +292,7 @@ def test_a_fault_at_any_operation_of_adding_an_evaluation_leaves_the_checkpoint_
                 os.chdir(copy)
 
                 def status() -> None:
-                    with llm.training.session._status(self.run):
+                    with llm.training.session._status(self.context.folder):
                         begun = faulty(at, kind, when)
                         complete(self)
                         (copy / "begun.json").write_text(json.dumps(begun))
@@ -301,7 +307,7 @@ def test_a_fault_at_any_operation_of_adding_an_evaluation_leaves_the_checkpoint_
         os._exit(0)
 
     def act() -> None:
-        Trainer.complete = split  # type: ignore[method-assign]
+        Checkpoints.complete = split  # type: ignore[method-assign]
         train(recipe)()
 
     assert run(act, tmp_path / "run").status == 0

@@ -44,7 +44,7 @@ class Process:
     """Encodes in a process of its own, which remembers words of its own."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        code = "import sys; sys.path.insert(0, sys.argv[1]); from llm.encoders import serve; serve(sys.argv[2])"
+        code = "import sys; sys.path.insert(0, sys.argv[1]); from llm.data.encoding import serve; serve(sys.argv[2])"
         command = [sys.executable, "-c", code, str(Path(__file__).parent.parent), dtype.name]
         self._dtype = dtype
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)

@@ -27,8 +27,9 @@ from llm import __version__
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RecipeError, RefusedError
 from llm.config.schema import Recipe, flat
+from llm.distributed import coordinator as coordination
 from llm.distributed import process, threads
-from llm.distributed.coordinator import HUNG, Coordinator
+from llm.distributed.coordinator import Coordinator
 
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
@@ -54,7 +55,7 @@ def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
         return recipe.machine.threads
     if recipe.machine.exact and "threads" in known:  # part of what decides the bits
         return int(known["threads"])
-    return threads.share()
+    return threads.threads_per_process()
 
 
 def parents_line() -> list[str]:
@@ -235,7 +236,7 @@ def _meet() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(process.place().local_rank)
     try:
-        torch.distributed.init_process_group("nccl" if has_accelerator() else "gloo", timeout=HUNG)
+        torch.distributed.init_process_group("nccl" if has_accelerator() else "gloo", timeout=coordination.HUNG)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise GroupError(

@@ -1,7 +1,7 @@
-"""A run as one GGUF file for llama.cpp, with a Modelfile for Ollama beside it: our ids, our BOS, our spaces.
+"""A run as one GGUF file for llama.cpp, with a Modelfile for Ollama: the same ids, BOS and spaces as here.
 
-The only module that imports gguf. llama.cpp's "llama" vocabulary joins pieces by score as sentencepiece's BPE does, so
-scores, byte pieces and symbols are carried over and nothing else; its "qwen3" model is ours, rotary halves included.
+The only module that imports gguf. llama.cpp's "llama" vocabulary joins pieces by score, as sentencepiece's BPE does, so
+only scores, byte pieces and symbols are carried over. Its "qwen3" model is our architecture, rotary halves included.
 """
 
 import json
@@ -39,14 +39,16 @@ PARAMETER num_ctx {context}
 
 
 def write(folder: Path, opened: LoadedRun, kind: str) -> None:
-    """RUN-KIND.gguf, Modelfile and the model card in `folder`."""
+    """Write RUN-KIND.gguf, Modelfile and the model card to `folder`."""
     library, tokenizer = _gguf(), opened.tokenizer
-    if not tokenizer.is_exact_bpe or json.loads(_beside(opened, "config.json"))["model_type"] != "qwen3":
+    if not tokenizer.is_exact_bpe or json.loads(_small_file(opened, "config.json"))["model_type"] != "qwen3":
         raise RecipeError(
             "--gguf is for models with a vocabulary of our own, byte-fallback BPE: export a folder instead"
         )
-    if texts := overlaps(symbols_of(tokenizer)):  # it takes the longest first, all others the leftmost
-        raise RefusedError(f"llama.cpp would split {texts[0]!r} in another way: tokenizer.terms overlap in it")
+    if texts := overlaps(symbols_of(tokenizer)):  # llama.cpp takes the longest first, all others the leftmost
+        raise RefusedError(
+            f"llama.cpp would split {texts[0]!r} in another way, as two of tokenizer.terms overlap in it"
+        )
     path = file_of(folder, opened, kind)
     writer = library.GGUFWriter(path, "qwen3")
     for add, value in settings(opened).items():
@@ -59,25 +61,25 @@ def write(folder: Path, opened: LoadedRun, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    atomic_io.write_at(path, [])  # which makes it durable
+    atomic_io.write_at(path, [])  # flushes the file to the disk
     shape, name = opened.model.shape, opened.folder.name
     atomic_io.write_bytes(
         folder / "Modelfile", MODELFILE.format(name=name.lower(), file=path.name, context=shape.context).encode()
     )
     if FILE_NAME in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
-        atomic_io.write_bytes(folder / FILE_NAME, _beside(opened, FILE_NAME))
+        atomic_io.write_bytes(folder / FILE_NAME, _small_file(opened, FILE_NAME))
 
 
 def check(folder: Path, opened: LoadedRun, kind: str) -> Iterator[str]:
-    """Lines on what agrees between the run and the file: read again by gguf, and by llama.cpp where that is there."""
+    """Lines on what agrees between the run and the file, read again by gguf and, if installed, by llama.cpp."""
     library, path = _gguf(), file_of(folder, opened, kind)
     found = {tensor.name: tensor for tensor in library.GGUFReader(path).tensors}
     wanted = {name_of(name): p.detach() for name, p in opened.model.named_parameters()}
     if odd := sorted(found.keys() ^ wanted.keys()):
         raise RefusedError(f"the tensors of {path.name} and the run differ, first in {odd[0]}")
     for name, tensor in wanted.items():
-        again = torch.from_numpy(library.quants.dequantize(found[name].data, found[name].tensor_type).copy())
-        if again.shape != tensor.shape or (again - tensor).abs().max() > tensor.abs().max() * _rounding(found[name]):
+        read = torch.from_numpy(library.quants.dequantize(found[name].data, found[name].tensor_type).copy())
+        if read.shape != tensor.shape or (read - tensor).abs().max() > tensor.abs().max() * _rounding(found[name]):
             raise RefusedError(f"{name} of {path.name} is not the run's")
     stored = sorted({tensor.tensor_type.name.lower() for tensor in found.values()})
     yield f"gguf: {len(found)} tensors as {', '.join(stored)}, each the run's within its rounding"
@@ -98,7 +100,7 @@ def name_of(name: str) -> str:
 
 
 def stored_as(library: Any, kind: str, shape: tuple[int, ...]) -> Any:
-    """Vectors stay f32, as llama.cpp wants them; rows that q8_0's blocks of 32 do not fill are f16."""
+    """gguf's type for a tensor: f32 for vectors (llama.cpp requires it), f16 where rows do not fill q8_0's blocks."""
     if len(shape) == 1:
         kind = "f32"
     elif kind == "q8_0" and shape[-1] % 32:
@@ -107,9 +109,9 @@ def stored_as(library: Any, kind: str, shape: tuple[int, ...]) -> Any:
 
 
 def settings(opened: LoadedRun) -> dict[str, Any]:
-    """What the file says of the model and its vocabulary, by gguf's names."""
+    """The metadata of the model and its vocabulary, by gguf's names."""
     shape, tokenizer = opened.model.shape, opened.tokenizer
-    config = json.loads(_beside(opened, "config.json"))
+    config = json.loads(_small_file(opened, "config.json"))
     tokens, scores, types = vocabulary(tokenizer)
     return {
         "name": opened.folder.name,
@@ -141,7 +143,7 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
 
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int]]:
-    """Name, score and type of each piece; symbols, which are found in the text as it is, with plain spaces."""
+    """Name, score and type of each piece. Symbols, which match the raw text, are named with plain spaces."""
     ids = range(tokenizer.vocabulary)
     names = [tokenizer.piece(id) for id in ids]
     pieces = set(names[tokenizer.first_piece :])
@@ -150,7 +152,7 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int
         names[id], types[id] = names[id].replace(SPACE, " "), USER_DEFINED
     for id, kind in ((tokenizer.unknown, UNKNOWN), *((id, CONTROL) for id in tokenizer.controls)):
         types[id] = kind
-        # llama.cpp would take pieces that join to this name for the piece itself.
+        # llama.cpp would merge pieces that join to this name into the special piece itself.
         while any({names[id][:cut], names[id][cut:]} <= pieces for cut in range(1, len(names[id]))):
             names[id] = f"<{names[id]}>"
     scores = [float(tokenizer.first_piece - id) if id >= tokenizer.first_piece else 0.0 for id in ids]
@@ -158,11 +160,11 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int
 
 
 def _rounding(tensor: Any) -> float:
-    """The largest error, as a share of the largest number, that this type of storage brings about."""
+    """The largest rounding error of this storage type, relative to the largest number."""
     return {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 220}[tensor.tensor_type.name]
 
 
-def _beside(opened: LoadedRun, name: str) -> bytes:
+def _small_file(opened: LoadedRun, name: str) -> bytes:
     return (opened.checkpoint.folder / name).read_bytes()
 
 

@@ -1,8 +1,8 @@
-"""The files that make a checkpoint a Hugging Face model folder, written as plain JSON, without their library.
+"""The JSON files that make a checkpoint a Hugging Face model folder, written without their library.
 
-The architecture is Qwen3's, which is exactly ours, or Llama's for weights that were. Our tokenizer is written as
-byte-fallback BPE, whose ids are those of sentencepiece on any text: its pieces hold plain spaces, so that a literal
-U+2581 is no piece and becomes bytes there as here; a borrowed one goes along as it came.
+The architecture is Qwen3's, which equals ours, or Llama's for weights of that family. Our tokenizer is written as
+byte-fallback BPE, which gives sentencepiece's ids on any text. Its pieces hold plain spaces, so a literal U+2581 is no
+piece and becomes bytes there as here. A borrowed tokenizer is copied unchanged.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from llm.model.transformer import Family
 
 def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str, bytes]:
     """config.json and generation_config.json of a resolved shape, by name."""
-    # A document ends where the next begins, and where those who made the model let theirs end.
+    # A document ends where the next begins, and at the end tokens of the original model.
     end = tokenizer.bos if tokenizer.ends == (tokenizer.bos,) else list(tokenizer.ends)
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": end}
     config = {
@@ -49,7 +49,7 @@ def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str,
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json, by name; nothing for a vocabulary that is no byte-fallback BPE."""
+    """tokenizer.json and tokenizer_config.json, by name; none for a vocabulary that is not byte-fallback BPE."""
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.files
     if not tokenizer.is_exact_bpe:
@@ -94,7 +94,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "eos_token": bos,
         "unk_token": unknown,
         "clean_up_tokenization_spaces": False,
-        # A text that says "<s>" means these three characters.
+        # The text "<s>" means these three characters.
         "split_special_tokens": True,
         "model_max_length": 1_000_000_000,
     }
@@ -102,7 +102,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, in the order in which sentencepiece would join them."""
+    """Every pair of pieces that joins to a piece, in the order in which sentencepiece would join them."""
     pieces = {piece for piece, id in vocabulary.items() if id >= tokenizer.first_piece}
     merges = []
     for piece in (piece for piece in vocabulary if piece in pieces):  # by id, which is by rank

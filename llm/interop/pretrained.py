@@ -1,7 +1,7 @@
-"""Somebody else's weights: a folder of the Qwen3 or the Llama family, read from safetensors and JSON, nothing executed.
+"""Foreign weights: a folder of the Qwen3 or the Llama family, read from safetensors and JSON; nothing is executed.
 
-What our model does not do (scaled rotary positions, biases, sliding windows, code of the folder's own) is refused by
-name rather than left out, as is a folder that could be read in two ways.
+Features that our model lacks (scaled rotary positions, biases, sliding windows, the folder's own code) are refused by
+name, never ignored, and so is a folder that could be read in two ways.
 """
 
 from dataclasses import replace
@@ -21,14 +21,14 @@ from llm.data.tokenizer import Tokenizer
 from llm.distributed.sharding import LocalShard
 from llm.model.cost import parameters
 from llm.model.hf_config import FIELDS, read_config
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def shaped(recipe: Recipe) -> Recipe:
-    """The recipe with the shape of the folder model.from. RecipeError where it says another."""
+    """The recipe with the shape of the folder model.from. RecipeError where the recipe asks for another."""
     assert recipe.model.from_ is not None
     config = read_config(atomic_io.expanded(recipe.model.from_))
     shape, plain = recipe.model, Model(context=recipe.model.context)
@@ -43,13 +43,13 @@ def shaped(recipe: Recipe) -> Recipe:
         raise RecipeError(f"model.context = {shape.context} is more than the {most} tokens of {shape.from_}")
     recipe = resolve(replace(recipe, model=replace(shape, **theirs)))
     there = sum(path.stat().st_size for path in atomic_io.expanded(str(shape.from_)).glob("*.safetensors"))
-    if (numbers := parameters(recipe.model, config["vocab_size"])) > there:  # before room is made for them
+    if (numbers := parameters(recipe.model, config["vocab_size"])) > there:  # before memory is allocated for them
         raise RefusedError(f"{shape.from_} lacks weights: {there:,} bytes of safetensors only for {numbers:,} numbers")
     return recipe
 
 
 def prepare_for(recipe: Recipe, say: Say = print, verify: bool = False) -> tuple[Recipe, Prepared]:
-    """Prepare the recipe's text. Under model.from the folder gives the shape and the tokenizer."""
+    """Prepare the recipe's text; model.from, if given, provides the shape and the tokenizer."""
     if not recipe.model.from_:
         return recipe, prepare(recipe, say, verify=verify)
     folder = atomic_io.expanded(recipe.model.from_)
@@ -57,45 +57,47 @@ def prepare_for(recipe: Recipe, say: Say = print, verify: bool = False) -> tuple
 
 
 def ready(recipe: Recipe, say: Say = print) -> tuple[Recipe, Tokenizer, Shards]:
-    """The same for the trainer, with what depends on the text in the recipe: its length in steps, its prompts."""
+    """Prepare for the trainer, and complete the recipe by its length in steps and its prompts."""
     recipe, prepared = prepare_for(recipe, say)
     recipe = prompts.settled(recipe, prepared.tokenizer, prepared.shards)
     return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
 
 
 def load(folder: Path, into: dict[str, LocalShard]) -> str:
-    """Copy this process's rows of the folder's weights, whatever floating type they are of; a digest of their files.
+    """Copy this process's rows of the folder's weights, of any floating type; return a digest of their files.
 
-    RefusedError where one is missing, left over, or of another shape.
+    RefusedError where a tensor is missing, left over, or of another shape.
     """
     names = _files(folder)
     wanted, heads = dict(into), []
     for name in names:
         if not (folder / name).is_file():
             raise RefusedError(f"{folder / name} is missing: weights are read from safetensors only")
-        there = checkpoint.tensor_names(folder / name)
+        there = tensor_files.tensor_names(folder / name)
         for each in sorted(there - wanted.keys()):
             if each in into:
                 raise RefusedError(f"{folder / name} holds {each}, which another file holds too")
-            if each != HEAD and not each.endswith("rotary_emb.inv_freq"):  # what others keep, and nobody reads
+            if each != HEAD and not each.endswith("rotary_emb.inv_freq"):  # redundant tensors that some libraries save
                 raise RefusedError(f"{folder / name} holds {each}, which the model here has no place for")
         heads += [name] if HEAD in there - into.keys() else []
-        checkpoint.load_tensors(folder / name, {each: wanted.pop(each) for each in there & wanted.keys()}, more=True)
+        tensor_files.load_tensors(
+            folder / name, {each: wanted.pop(each) for each in there & wanted.keys()}, allow_extra=True
+        )
     if wanted:
         raise RefusedError(f"{folder} lacks {sorted(wanted)[0]}")
-    for name in heads:  # of a model that is tied: others keep a head that differs
+    for name in heads:  # of a tied model: its head must equal the embedding
         head = into[EMBEDDING].like(torch.empty_like(into[EMBEDDING].local))
-        checkpoint.load_tensors(folder / name, {HEAD: head}, more=True)
+        tensor_files.load_tensors(folder / name, {HEAD: head}, allow_extra=True)
         if not torch.equal(head.local, into[EMBEDDING].local):
             raise RefusedError(
                 f"{folder / name} holds another {HEAD} than {EMBEDDING}, while config.json says tie_word_embeddings = "
-                f"true: make it false"
+                f"true: set it to false"
             )
     return atomic_io.digest_of([atomic_io.sha256(folder / name) for name in names])
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of the files of weights. RefusedError where one lies outside of the folder, or none can be made out."""
+    """Names of the files of weights. RefusedError where the index is damaged, ambiguous or leaves the folder."""
     index = folder / INDEX
     if not index.is_file():
         return [checkpoint.WEIGHTS]
@@ -107,5 +109,5 @@ def _files(folder: Path) -> list[str]:
     if odd := [name for name in names if Path(name).name != name]:
         raise RefusedError(f"{index} names {odd[0][:80]!r}, a file outside of its folder: refused")
     if checkpoint.WEIGHTS not in names and (folder / checkpoint.WEIGHTS).exists():
-        raise RefusedError(f"{folder} holds {checkpoint.WEIGHTS} and another model in {INDEX}: take one away")
+        raise RefusedError(f"{folder} holds {checkpoint.WEIGHTS} and another model in {INDEX}: remove one of them")
     return names

@@ -1,4 +1,4 @@
-"""config.json of a Qwen3 or Llama folder, ours or somebody else's: fields that our model obeys or refuses."""
+"""config.json of a Qwen3 or Llama folder, ours or foreign: every field is either obeyed by our model or refused."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,15 @@ from llm.base.errors import RecipeError, RefusedError
 from llm.config.schema import Recipe
 from llm.model.transformer import Family
 
+MOST_SIZE = 1 << 24
 FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 DEFAULTS: dict[str, dict[str, Any]] = {"qwen3": {"head_dim": 128, "num_key_value_heads": 32}, "llama": {}}
 FIELDS = {
     "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn_dim": "intermediate_size",
     "tied": "tie_word_embeddings"}  # fmt: skip
-# Fields by which a configuration could ask for another computation, each with the values that ask for ours. Null, and a
-# field that is not there, ask for ours too.
+# Fields by which a configuration could ask for another computation, with the values that mean ours. Null and a missing
+# field mean ours too.
 OURS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
     "is_causal": (True,), "partial_rotary_factor": (1,), "per_layer_config": ({},), "quantization_config": (),
@@ -23,13 +24,21 @@ OURS: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json with the families' defaults in it. RefusedError names what the model here does not do."""
+    """config.json, completed by its family's defaults. RefusedError names a field that our model does not support."""
     path = folder / "config.json"
     if not path.is_file():
         raise RecipeError(f"{path} is not there: name a model folder with config.json and safetensors")
     config = atomic_io.read_json(path, most_bytes=1 << 20)
     if not isinstance(config, dict):
-        raise RefusedError(f"{path} is no configuration of a model")
+        raise RefusedError(f"{path} is not the configuration of a model")
+    _refuse_unsupported(path, config)
+    complete = _with_defaults(config) | {"rope_theta": _rope_theta(path, config)}
+    _check_types(path, complete)
+    return complete
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    """RefusedError where the folder asks for code, another architecture, another computation or an adapter."""
     if config.get("auto_map") or config.get("trust_remote_code"):
         raise RefusedError(f"{path} asks for code of its own (auto_map), which is not run here")
     family = config.get("model_type")
@@ -40,58 +49,67 @@ def read_config(folder: Path) -> dict[str, Any]:
     if layers is not None and not (isinstance(layers, list) and all(each == "full_attention" for each in layers)):
         odd.append("layer_types")
     if odd:
-        raise RefusedError(f"{path}: {odd[0]} = {_shown(config[odd[0]])} asks for what the model here does not do")
-    if (folder / "adapter_config.json").exists():
-        raise RefusedError(f"{folder / 'adapter_config.json'} asks for an adapter, which is not applied here: merge it")
-    theta = _rope_theta(path, config)
+        raise RefusedError(f"{path}: {odd[0]} = {_shown(config[odd[0]])} is not supported by the model here")
+    adapter = path.with_name("adapter_config.json")
+    if adapter.exists():
+        raise RefusedError(f"{adapter} asks for an adapter, which is not applied here: merge it")
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are not null, and transformers' defaults for the others."""
     heads = config.get("num_attention_heads")
-    given: dict[str, Any] = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "num_key_value_heads": heads}
-    given |= {name: value for name, value in DEFAULTS[family].items() if name not in config}
-    given |= {name: value for name, value in config.items() if value is not None} | {"rope_theta": theta}
-    if "head_dim" not in given and _is_size(heads) and _is_size(given.get("hidden_size")):
-        given["head_dim"] = given["hidden_size"] // heads
-    for name, value in (
-        (name, given.get(name)) for name in [*FIELDS.values(), "vocab_size", "max_position_embeddings"]
-    ):
-        if not (isinstance(value, bool) if name == "tie_word_embeddings" else _is_size(value)):
-            raise RefusedError(f"{path}: {name} = {_shown(value)} is not what a model has there")
+    complete: dict[str, Any] = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "num_key_value_heads": heads}
+    complete |= {name: value for name, value in DEFAULTS[config["model_type"]].items() if name not in config}
+    complete |= {name: value for name, value in config.items() if value is not None}
+    if "head_dim" not in complete and _is_size(heads) and _is_size(complete.get("hidden_size")):
+        complete["head_dim"] = complete["hidden_size"] // heads
+    return complete
+
+
+def _check_types(path: Path, config: dict[str, Any]) -> None:
+    for name in (*FIELDS.values(), "vocab_size", "max_position_embeddings"):
+        value = config.get(name)
+        is_flag = name == "tie_word_embeddings"
+        if not (isinstance(value, bool) if is_flag else _is_size(value)):
+            rule = "true or false" if is_flag else f"a whole number from 1 to {MOST_SIZE:,}"
+            raise RefusedError(f"{path}: {name} = {_shown(value)}: {rule} is expected")
     for name in ("rope_theta", "rms_norm_eps"):
-        if isinstance(given[name], bool) or not isinstance(given[name], int | float) or not 0 < given[name] < 1e12:
-            raise RefusedError(f"{path}: {name} = {_shown(given[name])}: a number above 0 is expected")
-    return given
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+            raise RefusedError(f"{path}: {name} = {_shown(value)}: a number above 0 is expected")
 
 
 def _rope_theta(path: Path, config: dict[str, Any]) -> Any:
-    """The base of the rotary positions, wherever it stands. RefusedError unless all that is said of them is ours."""
-    said = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}  # of late, of old
-    for name, rope in said.items():
+    """The base of the rotary positions. RefusedError where they are scaled, partial, or given twice and differently."""
+    given = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}  # new, old name
+    for name, rope in given.items():
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise RefusedError(f"{path}: {name} = {_shown(rope)} is not what a model has there")
+            raise RefusedError(f"{path}: {name} = {_shown(rope)}: an object of plain values is expected")
         for key, ours in {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}.items():
             if rope.get(key, ours) != ours:
                 raise RefusedError(
                     f"{path}: {name} = {_shown(rope)} asks for rotary positions that are scaled (rope_scaling) or turn "
-                    f"a part of a head, which the model here does not do"
+                    f"a part of a head, which the model here does not support"
                 )
-    if len(said) > 1 and said["rope_parameters"] != said["rope_scaling"]:
-        raise RefusedError(f"{path} says rope_parameters and another rope_scaling: leave one out")
-    bases = [each["rope_theta"] for each in (config, *said.values()) if each.get("rope_theta") is not None]
+    if len(given) > 1 and given["rope_parameters"] != given["rope_scaling"]:
+        raise RefusedError(f"{path} has rope_parameters and a different rope_scaling: leave one out")
+    bases = [each["rope_theta"] for each in (config, *given.values()) if each.get("rope_theta") is not None]
     if bases and bases[0] != bases[-1]:
-        raise RefusedError(f"{path} says rope_theta = {_shown(bases[0])} and {_shown(bases[-1])}: leave one out")
+        raise RefusedError(f"{path} has rope_theta = {_shown(bases[0])} and {_shown(bases[-1])}: leave one out")
     return bases[0] if bases else 10_000.0
 
 
 def _shown(value: Any) -> str:
-    """A value of somebody else's JSON in a message."""
+    """A foreign JSON value, shortened for a message."""
     return repr(value)[:60]
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 24
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_SIZE
 
 
 def read_family(folder: Path) -> Family:
-    """What no recipe says of the model in a folder: a checkpoint's of ours, or somebody else's."""
+    """The properties of the model in a folder, ours or foreign, that no recipe states."""
     config = read_config(folder)
     theta, eps, positions = (config[name] for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings"))
     return Family(config["model_type"], float(theta), float(eps), positions)

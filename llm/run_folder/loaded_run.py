@@ -1,4 +1,4 @@
-"""A run folder opened for use: which run, which checkpoint, and the model in it."""
+"""Opens a run: finds its folder and a checkpoint, and loads recipe, tokenizer and model."""
 
 import os
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from llm.distributed.process import warn
 from llm.distributed.sharding import local_shard
 from llm.model import hf_config
 from llm.model.transformer import Transformer
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.checkpoint import Checkpoint
 
 
@@ -34,9 +34,9 @@ class LoadedRun:
 
 
 def find(name: str | None) -> tuple[Path, str]:
-    """Folder of a run, and which of its checkpoints: "best" unless `name` ends in /step-N, /newest or /best.
+    """The folder of a run, and the checkpoint asked for: "best" unless `name` ends in /step-N or /newest.
 
-    `name` is a run under runs/ or a path; None is the run that was trained last. RecipeError where there is none.
+    `name` is a run under runs/ or a path; None means the run trained last. RecipeError where there is no such run.
     """
     root = Path("runs")
     if name is None:
@@ -53,7 +53,7 @@ def find(name: str | None) -> tuple[Path, str]:
     if path.name == "checkpoints":
         path = path.parent
     for folder in (root / path, path):
-        if os.path.isdir(folder):  # noqa: PTH112  # pathlib's fails where a name is too long to be one
+        if os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
             if not checkpoint.folders(folder):
                 raise RecipeError(f"{folder} has no checkpoint yet")
             return folder, which
@@ -65,9 +65,9 @@ def find(name: str | None) -> tuple[Path, str]:
 
 
 def open_run(name: str | None, device: torch.device | None = None) -> LoadedRun:
-    """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names what is damaged."""
+    """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names a damaged file."""
     folder, which = find(name)
-    torch.set_num_threads(min(torch.get_num_threads(), threads.share()))  # torch heeds no quota
+    torch.set_num_threads(min(torch.get_num_threads(), threads.threads_per_process()))  # torch heeds no quota
     threads.yield_to_neighbours()
     while True:
         there = set(checkpoint.folders(folder))
@@ -75,7 +75,7 @@ def open_run(name: str | None, device: torch.device | None = None) -> LoadedRun:
             return _open(folder, which, device)
         except (RefusedError, FileNotFoundError):
             if there <= set(checkpoint.folders(folder)):
-                raise  # else a training run put a newer one in the place of what was being read
+                raise  # otherwise training has replaced the checkpoint being read by a newer one
 
 
 def _open(folder: Path, which: str, device: torch.device | None) -> LoadedRun:
@@ -101,7 +101,7 @@ def _open(folder: Path, which: str, device: torch.device | None) -> LoadedRun:
         )
     model = Transformer(recipe.model, tokenizer.vocabulary, recipe.seed, family=hf_config.read_family(found.folder))
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
-    checkpoint.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
+    tensor_files.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
     return LoadedRun(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)
 
 

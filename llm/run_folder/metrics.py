@@ -1,7 +1,7 @@
-"""What a run says: the console, metrics.jsonl, and W&B or TensorBoard through accelerate's trackers.
+"""Logging of a run: the console, metrics.jsonl, and W&B or TensorBoard through accelerate's trackers.
 
-metrics.jsonl is the record: one object a line, its steps only ever rising, also across stops. The trackers are copies
-for the eye, and none of them can end the run.
+metrics.jsonl is the record: one object a line, with steps that only rise, across stops too. The trackers are copies for
+people to look at, and none of them can end the run.
 """
 
 import importlib
@@ -39,14 +39,14 @@ def readable(seconds: float) -> str:
 
 
 def _is_finite(value: float | None) -> bool:
-    """Whether a number of the record is one: others are null there, or NaN where an earlier version wrote it."""
+    """Whether a number of the record is finite: others are null, or NaN where an earlier version wrote the line."""
     return value is not None and math.isfinite(value)
 
 
 class Tracker:
-    """The main process's voice. `step` is where the run goes on: later lines of the record are taken out of it.
+    """Logs for the main process of a run that continues after `step`; later lines of the record are removed.
 
-    With `again`, the evaluation of this very step is taken out too, as it is done again.
+    With `again`, the evaluation of `step` itself is removed too, as it will be repeated.
     """
 
     def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any], again: bool = False) -> None:
@@ -56,8 +56,8 @@ class Tracker:
 
         path = run / "metrics.jsonl"
         lines = list(atomic_io.read_lines(path)) if path.exists() else []
-        # What a killed run told its trackers beyond its checkpoint comes again, with the same values: it is sent once,
-        # from this step on. W&B, which may have lost the last ones, says itself.
+        # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values
+        # from this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
         self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
         self.record = atomic_io.Lines(path, keep=keep)
         lines = list(filter(keep, lines))
@@ -78,16 +78,16 @@ class Tracker:
             self._guard("wandb", lambda: self._start_wandb(run, recipe, config, lines))
 
     def plan(self, steps: int) -> None:
-        """The run is to have `steps` in all."""
+        """Set the number of steps of the whole run."""
         self.steps = self.bar.total = steps
 
     def say(self, text: str) -> None:
-        """A line on the console that leaves the progress bar whole."""
+        """Print a line without breaking the progress bar."""
         with self.bar.external_write_mode(file=sys.stdout):
             tell(text, sys.stdout)
 
     def log(self, step: int, **values: Any) -> None:
-        """Record `values` of `step`; tensors are read here, so this is where the device is waited for."""
+        """Record `values` of `step`. Reads tensors, so this waits for the device."""
         numbers = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
         recent = [loss for at, loss in self.losses if at > step * (1 - RECENT)]
         if "val_loss" in numbers and recent:
@@ -99,12 +99,12 @@ class Tracker:
         if "val_loss" in numbers:
             self.evaluations.append({"step": step, **numbers})
             best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
-            beside = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
+            best_text = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
             trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
             self.say(
                 f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}"
                 f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte\n"
-                f"  {numbers['epochs_seen']:.2f} epochs seen  ({'best so far' if numbers.get('best') else beside})"
+                f"  {numbers['epochs_seen']:.2f} epochs seen  ({'best so far' if numbers.get('best') else best_text})"
             )
         elif self.bar.disable:
             self.say(
@@ -137,13 +137,13 @@ class Tracker:
             self.losses.append((step, loss))
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Record something out of the ordinary."""
+        """Record an unusual event."""
         self.record.append({"step": step, "event": event, **details})
         self.say(f"step {step}: {event}" + "".join(f"\n  | {text!r}" for text in details.get("texts", [])))
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
-        """Record what the model makes of each of the recipe's prompts."""
-        if not self.evaluations:  # else they stand below one
+        """Record the model's continuation of each of the recipe's prompts."""
+        if not self.evaluations:  # otherwise they follow an evaluation's line
             self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  samples:")
         for prompt, text in texts.items():
             self.record.append({"step": step, "prompt": prompt, "sample": text})
@@ -154,7 +154,7 @@ class Tracker:
             self._guard("wandb", partial(log, "samples", columns=["step", "prompt", "text"], data=self.texts))
 
     def flush(self) -> None:
-        """Make the record durable, as a checkpoint is about to rest on it."""
+        """Flush the record to the disk before a checkpoint relies on it."""
         self.record.flush()
 
     def close(self) -> None:
@@ -164,10 +164,10 @@ class Tracker:
             self._guard(name, tracker.finish)
 
     def _guard(self, name: str, act: Callable[[], Any]) -> None:
-        """A tracker that fails is named once and left behind: it is a copy of the record, never worth the run."""
+        """Run `act`; a tracker that fails is reported once and dropped, as it is only a copy of the record."""
         try:
             act()
-        except Exception as error:  # they raise what they like, and no number depends on them
+        except Exception as error:  # trackers raise anything, and no number depends on them
             self.trackers.pop(name, None)
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             self.say(f"{name} is left out from here on ({reason}); metrics.jsonl goes on")
@@ -186,7 +186,7 @@ class Tracker:
         self.trackers["tensorboard"] = tracker
 
     def _start_wandb(self, run: Path, recipe: Recipe, config: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-        """Of W&B's own variables, WANDB_MODE can make it quieter than the recipe says; WANDB_PROJECT and _NAME hold."""
+        """Start W&B. Of its variables, WANDB_MODE can only restrict the recipe's mode; PROJECT and NAME apply."""
         import wandb
         from accelerate.tracking import WandBTracker
 
@@ -194,9 +194,9 @@ class Tracker:
         if wanted == "disabled":
             return
         id = _wandb_id(run)
-        for kind in ("CACHE", "DATA"):  # else it leaves files in the home folder
+        for kind in ("CACHE", "DATA"):  # otherwise it writes to the home folder
             os.environ.setdefault(f"WANDB_{kind}_DIR", str((run / "wandb").resolve()))
-        if os.path.expanduser("~") == "~":  # noqa: PTH111  # a user without a home: it would look for one
+        if os.path.expanduser("~") == "~":  # noqa: PTH111  # no home folder, which W&B would look for
             os.environ["HOME"] = str((run / "wandb").resolve())
         quiet = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off")
         wandb.setup(settings=quiet)
@@ -219,11 +219,11 @@ class Tracker:
                 settings=quiet,
             )
             tracker.start()
-            # Curves over our steps, whichever of W&B's own counts a sync makes of several starts.
+            # Plot over our steps: W&B's own step counts do not survive a sync of several starts.
             tracker.run.define_metric("step")
             tracker.run.define_metric("*", step_metric="step")
             self.trackers["wandb"] = tracker
-            # A kill takes along what was neither uploaded nor written: it is sent again out of the record.
+            # A killed process loses lines that were neither uploaded nor written: send them again from the record.
             self.told["wandb"] = 1 + (_kept_offline(run) if mode == "offline" else tracker.run.step - 1)
             for line in lines:
                 if line["step"] >= self.told["wandb"] and line.keys() & {"loss", "val_loss"}:
@@ -235,12 +235,12 @@ class Tracker:
             if mode == "offline":
                 raise
             self.say(f"wandb cannot be reached ({' '.join(str(error).split())[:120]}): the run is kept offline")
-            wandb.teardown()  # its service would refuse the id, which the attempt still holds
+            wandb.teardown()  # the failed attempt still holds the id
             start("offline")
 
 
 def _wandb_id(run: Path) -> str:
-    """W&B's name of this run; where wandb.json is damaged, the one of the last folder that W&B made."""
+    """W&B's id of this run; if wandb.json is damaged, that of the last folder that W&B made."""
     path = run / "wandb.json"
     with suppress(OSError, RefusedError, LookupError, TypeError):
         return str(atomic_io.read_json(path)["id"])
@@ -251,9 +251,9 @@ def _wandb_id(run: Path) -> str:
 
 
 def _kept_offline(run: Path) -> int:
-    """The last step in W&B's own files of a run, 0 where there is none; a killed process leaves them unfinished."""
+    """The last step in W&B's own files of a run, or 0. A killed process leaves them unfinished."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the version that it was made with
+        warnings.simplefilter("ignore")  # about the protobuf version it was generated with
         messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     last = 0
@@ -266,7 +266,7 @@ def _kept_offline(run: Path) -> int:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """The whole records of a log as LevelDB writes it: a head of 7 bytes, then blocks of 32 KiB with parts of them."""
+    """The complete records of a log in LevelDB's format: a head of 7 bytes, then blocks of 32 KiB with their parts."""
     at, parts = 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
@@ -274,8 +274,8 @@ def _records(data: bytes) -> Iterator[bytes]:
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])  # after a checksum
         at += 7 + length
-        if at > len(data) or kind not in (1, 2, 3, 4):  # never whole: its writer was killed
+        if at > len(data) or kind not in (1, 2, 3, 4):  # incomplete: its writer was killed
             return
         parts = data[at - length : at] if kind in (1, 2) else parts + data[at - length : at]
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a full record, or its last part
             yield parts

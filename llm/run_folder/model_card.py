@@ -1,6 +1,6 @@
 """The model card: README.md of a checkpoint, made from the run alone, so that equal runs leave equal bytes.
 
-No dates, no speeds and no paths: what a bystander has to know of the model and nothing of the machine.
+It has no dates, speeds or paths: it describes the model, not the machine.
 """
 
 from pathlib import Path
@@ -27,10 +27,10 @@ Curve = list[list[float]]  # of each evaluation: step, bits per byte
 
 
 def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, curve: Curve, numbers: int) -> bytes:
-    """README.md of the checkpoint after `step`, of a model of so many numbers; `recipe` has its length in steps."""
+    """README.md of the checkpoint after `step`; `numbers` counts the model's parameters, `recipe` has its length."""
     shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
     texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.files)
-    began = f" on from `{_plain(Path(recipe.model.from_).name)}`" if recipe.model.from_ else ""
+    began = f", starting from `{_plain(Path(recipe.model.from_).name)}`," if recipe.model.from_ else ""
     family = "Qwen3's" if not recipe.model.from_ else "as it came"
     only = "" if recipe.model.from_ else " and on nothing else"
     at_step = [bits for at, bits in curve if at == step]
@@ -45,7 +45,7 @@ tags: [causal-lm, {recipe.run}]
 
 # {recipe.run}
 
-A language model that goes on with a text, trained{began} on the text below{only}.
+A language model that continues a text, trained{began} on the text below{only}.
 
 | | |
 |---|---|
@@ -69,9 +69,9 @@ seed {recipe.seed} |
 {say}
 ## Limits
 
-It continues texts of the kind it was trained on; it answers no questions and follows no instructions. What it says may
-be false, and may repeat its text to the letter. It reads {shape.context:,} tokens at once. Nothing was done against
-bias in the text. Whoever passes it on minds the licence of the text.
+It continues texts of the kind it was trained on; it answers no questions and follows no instructions. Its text may be
+false, and may repeat the training text word for word. It reads {shape.context:,} tokens at once. Bias in the text was
+not reduced. The licence of the text applies when you pass the model on.
 """.encode()
 
 
@@ -81,7 +81,7 @@ tokenizer.model that the run keeps.
 
 
 def thinned(curve: Curve) -> Curve:
-    """Of a long curve every second evaluation and the last, so that it stays short however long the run."""
+    """Every second evaluation of a long curve, and the last, so that the curve of a long run stays short."""
     return curve if len(curve) < 64 else [*curve[:-1:2], curve[-1]]
 
 
@@ -100,10 +100,10 @@ def _side(side: Split) -> str:
 
 
 def _name(text: str) -> str:
-    """A named text as it is; of a path the file's name, as folders tell of the machine."""
+    """The name of a text; of a path only the file's name, as folders describe the machine."""
     return text if text.startswith("hub:") else Path(text).name
 
 
 def _plain(text: str) -> str:
-    """The text without what Markdown, HTML or a table would take for its own."""
+    """The text without characters that have a meaning in Markdown, HTML or a table."""
     return "".join(each if each.isprintable() and each not in '|`<>"\\' else "?" for each in text)

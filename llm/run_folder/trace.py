@@ -1,4 +1,4 @@
-"""A rolling record of a run, by which two runs can be compared to the first step at which they part.
+"""The trace: a record of a run by which two runs are compared, to the first step at which they diverge.
 
 fingerprints.jsonl has one line each `tracking.every` steps: the windows read since the line before, the loss to the
 last bit, a checksum of all weights, and a digest that chains the line to all before it.
@@ -20,31 +20,31 @@ from llm.data.shuffle import WindowShuffle
 from llm.distributed.sharding import LocalShard, Sharding, gather
 
 FILE = "fingerprints.jsonl"
-ODD = -7046029254386353131  # 0x9E3779B97F4A7C15: spreads a row's number over 64 bits
+ODD = -7046029254386353131  # 0x9E3779B97F4A7C15: the golden ratio spreads a row's number over 64 bits
 
 
 def checksum(weights: dict[str, LocalShard], sharding: Sharding) -> Tensor:
-    """A number for each tensor, in the order of their names, that a changed bit changes: int64, on the device.
+    """A checksum of each tensor, in the order of their names: int64, on the device. One changed bit changes it.
 
-    Sums wrap and do not depend on how rows are dealt.
+    Sums wrap around, and do not depend on how rows are sharded.
     """
     sums = []
-    for _, rows in sorted(weights.items()):
-        local = rows.flat
+    for _, shard in sorted(weights.items()):
+        local = shard.flat
         row_sums = local.view(torch.int32).sum(1, dtype=torch.int64)
-        numbers = torch.arange(rows.low, rows.low + len(local), device=local.device) * 2 + 1
+        numbers = torch.arange(shard.low, shard.low + len(local), device=local.device) * 2 + 1
         sums.append((row_sums * (numbers * ODD)).sum())
     total = torch.stack(sums)
     return gather(total, sharding.shard_group).sum(0) if sharding.sharded else total
 
 
 def windows(order: WindowShuffle, positions: np.ndarray) -> str:
-    """Digest of which windows stand at `positions`."""
+    """Digest of the windows at `positions`."""
     return f"{mix(*order.starts(positions).tolist()):016x}"
 
 
 class Trace:
-    """The record of a run that goes on after `step`."""
+    """Writes the trace of a run that continues after `step`; later lines are removed."""
 
     def __init__(self, run: Path, step: int) -> None:
         self.lines = atomic_io.Lines(run / FILE, keep=lambda line: line.get("step", 0) <= step)
@@ -65,12 +65,12 @@ class Trace:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's record; none where it keeps none."""
+    """The lines of a run's trace; none where it keeps no trace."""
     return list(atomic_io.read_lines(run / FILE)) if (run / FILE).exists() else []
 
 
 def verify_chain(run: Path) -> int:
-    """How many lines the record has. RefusedError names the first that does not follow from those before it."""
+    """The number of lines in the trace. RefusedError names the first that does not follow from those before it."""
     chain = ""
     lines = read(run)
     for line in lines:
@@ -85,29 +85,25 @@ def _link(chain: str, step: int, values: dict[str, Any]) -> str:
     return atomic_io.digest_of([chain, step, values])[:32]
 
 
-def differences(a: Path, b: Path) -> list[str]:
-    """Lines that say which keys of two runs' recipes differ, and from which step on the runs do."""
+def compare_runs(a: Path, b: Path) -> list[str]:
+    """Lines that name the keys in which two runs' recipes differ, and the first step at which their traces do."""
     recipes = [flat(load(folder / "recipe.yaml")) for folder in (a, b)]
-    lines = [
-        f"{name}: {recipes[0].get(name)} | {recipes[1].get(name)}"
-        for name in recipes[0]
-        if recipes[0].get(name) != recipes[1].get(name)
-    ]
-    records = [{line["step"]: line for line in read(folder)} for folder in (a, b)]
-    common = sorted(records[0].keys() & records[1].keys())
+    values = {name: [recipe.get(name) for recipe in recipes] for name in recipes[0]}
+    lines = [f"{name}: {ours} | {theirs}" for name, (ours, theirs) in values.items() if ours != theirs]
+    traces = [{line["step"]: line for line in read(folder)} for folder in (a, b)]
+    common = sorted(traces[0].keys() & traces[1].keys())
     if not common:
         return [*lines, f"{a.name} and {b.name} have no step in common in their records"]
     for before, step in zip([None, *common], common, strict=False):
-        what = parted(records[0][step], records[1][step])
-        if what:
+        if difference := first_difference(traces[0][step], traces[1][step]):
             since = f"they agree up to step {before}" if before is not None else "they never agreed"
-            return [*lines, f"{a.name} and {b.name} part at step {step}: {what}; {since}"]
+            return [*lines, f"{a.name} and {b.name} part at step {step}: {difference}; {since}"]
     last = f"all {len(common)} common steps of their records, up to step {common[-1]}"
     return [*lines, f"{a.name} and {b.name} agree to the bit in {last}"]
 
 
-def parted(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """What differs first between two lines of the record: windows, loss or weights; empty where nothing does."""
+def first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """The first difference between two lines of the trace: windows, loss or weights; empty where there is none."""
     if a["windows"] != b["windows"]:
         return "they read other windows"
     if a["loss"] != b["loss"]:

@@ -13,14 +13,14 @@ from llm.run_folder import trace
 from llm.run_folder.metrics import Tracker
 from llm.training.context import RunContext, TrainState
 from llm.training.length import Length
-from llm.training.step import FP16_LEAST, Update
+from llm.training.step import FP16_LEAST, GradientStep
 
 
 class Monitor:
     """Metrics, trace and events. The main rank writes them; on the others every method but `check` does nothing."""
 
-    def __init__(self, context: RunContext, state: TrainState, update: Update, length: Length) -> None:
-        self.context, self.state, self.update, self.length = context, state, update, length
+    def __init__(self, context: RunContext, state: TrainState, gradient_step: GradientStep, length: Length) -> None:
+        self.context, self.state, self.gradient_step, self.length = context, state, gradient_step, length
         self.tracker: Tracker | None = None
         self.trace: trace.Trace | None = None
 
@@ -55,7 +55,7 @@ class Monitor:
         Records each. DivergedError under train.on_nonfinite = stop: no update since has touched the weights. `saved` is
         the step of the newest checkpoint, -1 before there is one.
         """
-        flags, last = self.update.finite_flags, self.state.step
+        flags, last = self.gradient_step.finite_flags, self.state.step
         finite = torch.stack(flags).tolist() if flags else []
         flags.clear()
         kept = f"{self.context.folder / 'checkpoints'} holds what was saved before"

@@ -14,7 +14,7 @@ from llm.distributed import process
 from llm.interop import pretrained
 from llm.interop.hf_files import model_files, tokenizer_files
 from llm.model import hf_config
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.checkpoint import Checkpoint
 from llm.run_folder.model_card import FILE_NAME as CARD
 from llm.run_folder.model_card import model_card
@@ -61,9 +61,9 @@ class Checkpoints:
             weights=self.state.weights(),
             moments=self.state.optimizer.moments,
             manifest=self._manifest(),
-            beside=self.extra_files if evaluation_due else {**self.extra_files, **card},
-            loose=card if evaluation_due else {},
-            council=self.context.coordinator,
+            extra_files=self.extra_files if evaluation_due else {**self.extra_files, **card},
+            unlisted_files=card if evaluation_due else {},
+            coordinator=self.context.coordinator,
             sharding=self.context.sharding,
         )
         self.saved = self.state.step
@@ -203,8 +203,8 @@ class Checkpoints:
             bound = oldest
 
     def _load(self, source: Checkpoint) -> None:
-        checkpoint.load_tensors(source.folder / checkpoint.WEIGHTS, self.state.weights())
-        checkpoint.load_tensors(source.folder / checkpoint.MOMENTS, self.state.optimizer.moments)
+        tensor_files.load_tensors(source.folder / checkpoint.WEIGHTS, self.state.weights())
+        tensor_files.load_tensors(source.folder / checkpoint.MOMENTS, self.state.optimizer.moments)
         self.state.step = source.step
         scale, good_steps = source.manifest["scale"]
         self.state.scale.fill_(scale)

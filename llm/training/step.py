@@ -18,7 +18,7 @@ FP16_SCALE, FP16_GROWTH_STEPS = 65536.0, 2000
 FP16_LEAST, FP16_MOST = 1.0, 2.0**60  # of the scale; at 1 it is the gradient itself that fp16 cannot hold
 
 
-class Update:
+class GradientStep:
     """Does updates of `state`. `wrapped` is the model as DDP or FSDP2 runs it."""
 
     def __init__(self, context: RunContext, state: TrainState, wrapped: Any) -> None:

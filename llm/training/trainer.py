@@ -27,7 +27,7 @@ from llm.training.memory import within_memory
 from llm.training.micro_batch import MicroBatches
 from llm.training.monitor import Monitor
 from llm.training.resume import Checkpoints
-from llm.training.step import FP16_SCALE, Update
+from llm.training.step import FP16_SCALE, GradientStep
 from llm.training.stopping import StopRequest
 
 
@@ -38,9 +38,9 @@ class Trainer:
         self.context, self.recipe = context, context.recipe
         self.state = new_state(context)
         wrapped = wrap(context, self.state.model)
-        self.update = Update(context, self.state, wrapped)
+        self.gradient_step = GradientStep(context, self.state, wrapped)
         self.length = Length(context)
-        self.monitor = Monitor(context, self.state, self.update, self.length)
+        self.monitor = Monitor(context, self.state, self.gradient_step, self.length)
         self.micro_batches = MicroBatches(context, self.state, wrapped, self.monitor.event)
         self.evaluator = Evaluator(context, self.state, self.monitor)
         self.checkpoints = Checkpoints(
@@ -58,7 +58,8 @@ class Trainer:
             self.evaluate()
         while state.step < self.steps and not self.stop.agreed(state.step):
             clock.start()
-            loss, norm = self.train_step()
+            loss, norm = self.update(state.step)
+            self.advance()
             if self.is_due("tracking"):
                 self.monitor.check(self.checkpoints.saved)
                 self.monitor.record(loss)
@@ -76,16 +77,17 @@ class Trainer:
             self.save_and_stop()
         return state
 
-    def train_step(self) -> tuple[Tensor, Tensor]:
-        """One update; mean loss (nats a token) and norm of the gradient."""
-        step = self.state.step
-        sums = self.micro_batches.accumulate(step, self.update.accumulate)
-        loss, norm = self.update.apply(sums, self.length.lr_factor(step))
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
+        """Do update `step`, counted from 0; mean loss (nats a token) and norm of the gradient, of the whole group."""
+        sums = self.micro_batches.accumulate(step, self.gradient_step.accumulate)
+        return self.gradient_step.apply(sums, self.length.lr_factor(step))
+
+    def advance(self) -> None:
+        """Count the update that was just done."""
         self.state.step += 1
         self.evaluator.metrics = {}
         if self.state.step == self.steps:
             self.length.finish()
-        return loss, norm
 
     @property
     def steps(self) -> int:

@@ -34,7 +34,7 @@ def serve() -> None:
     from llm.model.transformer import Transformer
     from llm.optim.optimizer import Optimizer, gradient_norm
 
-    torch.set_num_threads(threads.share())
+    torch.set_num_threads(threads.threads_per_process())
     threads.yield_to_neighbours()
     recipe = with_steps(load(Path("recipes/quickstart.yaml"), ["train.learning_rate=0"]), 1_400_000)
     vocabulary, sharding = recipe.tokenizer.vocabulary, Sharding()

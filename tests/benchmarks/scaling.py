@@ -1,4 +1,4 @@
-"""The arithmetic of launch/README.md: python tests/benchmarks/scaling.py. Formulas of llm.cost, nothing is measured.
+"""The arithmetic of launch/README.md: python tests/benchmarks/scaling.py. Formulas of llm.model.cost, nothing is measured.
 
 Assumed of each GPU: 150 TFLOP/s in the model's products; 200 GB/s to the others of its node; 6.25 GB/s to other nodes
 (400 Gb/s shared by 8). Nothing of the exchange is hidden behind work, which is the worst case.

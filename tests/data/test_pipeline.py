@@ -402,8 +402,8 @@ def test_a_prepared_text_is_opened_and_trained_on_without_what_it_does_not_need(
         import sys
         from pathlib import Path
         from llm.interop.pretrained import ready
-        from llm.recipe import load
-        from llm.session import train
+        from llm.config.reading import load
+        from llm.training.session import train
         train(load(Path(sys.argv[1]), sys.argv[2:]), ready)
         spared = "torch.distributed.tensor", "torch.distributed.fsdp", "pandas", "datasets", "wandb", "transformers"
         sys.exit(", ".join(name for name in spared if name in sys.modules) or None)
@@ -454,7 +454,7 @@ LONG_LINE = """if True:
     import resource, sys
     from pathlib import Path
     from llm.data.pipeline import prepare
-    from llm.recipe import load
+    from llm.config.reading import load
     peaks = []
     for name in ("text.txt", "line.txt"):
         prepare(load(Path(sys.argv[1]), [*sys.argv[3:], f"text.files=[{sys.argv[2]}/{name}]"]))

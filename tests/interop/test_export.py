@@ -16,9 +16,9 @@ from torch import Tensor
 
 from llm import export
 from llm.base.errors import RefusedError
-from llm.interop import gguf
+from llm.interop import folder_export, gguf
 from llm.interop.parity import check_folder
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.loaded_run import LoadedRun, open_run
 from tests.forks import Ended, run, script, start, train, write_recipe, write_text
 
@@ -131,15 +131,15 @@ PLANTS: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("tiny", "tensors", transposed),
     ("tiny", "tensors", interleaved),
     ("untied", "tensors", head_is_embedding),
-    ("tiny", "files_beside", json_changed("config.json", lambda config: config.update(tie_word_embeddings=False))),
-    ("untied", "files_beside", json_changed("config.json", lambda config: config.update(tie_word_embeddings=True))),
-    ("tiny", "files_beside", json_changed("config.json", lambda config: config.update(bos_token_id=2))),
-    ("tiny", "files_beside", json_changed("config.json", lambda config: config.update(rope_theta=500_000.0))),
-    ("tiny", "files_beside", json_changed("generation_config.json", lambda config: config.update(eos_token_id=3))),
-    ("tiny", "files_beside", json_changed("tokenizer.json", lambda whole: whole.update(post_processor=None))),
-    ("tiny", "files_beside", json_changed("tokenizer.json", no_symbols)),
-    ("tiny", "files_beside", json_changed("tokenizer.json", special_symbols)),
-    ("tiny", "files_beside", json_changed("tokenizer.json", lambda whole: whole["model"]["merges"].reverse())),
+    ("tiny", "small_files", json_changed("config.json", lambda config: config.update(tie_word_embeddings=False))),
+    ("untied", "small_files", json_changed("config.json", lambda config: config.update(tie_word_embeddings=True))),
+    ("tiny", "small_files", json_changed("config.json", lambda config: config.update(bos_token_id=2))),
+    ("tiny", "small_files", json_changed("config.json", lambda config: config.update(rope_theta=500_000.0))),
+    ("tiny", "small_files", json_changed("generation_config.json", lambda config: config.update(eos_token_id=3))),
+    ("tiny", "small_files", json_changed("tokenizer.json", lambda whole: whole.update(post_processor=None))),
+    ("tiny", "small_files", json_changed("tokenizer.json", no_symbols)),
+    ("tiny", "small_files", json_changed("tokenizer.json", special_symbols)),
+    ("tiny", "small_files", json_changed("tokenizer.json", lambda whole: whole["model"]["merges"].reverse())),
 ]
 WHAT = ["names", "a lost name", "transposition", "rotary layout", "untied head", "tying", "tying of untied", "BOS", "rotary base",
         "end", "BOS of the tokenizer", "added tokens", "special added tokens", "merges"]  # fmt: skip
@@ -149,21 +149,19 @@ WHAT = ["names", "a lost name", "transposition", "rotary layout", "untied head",
 def test_a_planted_error_is_caught(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str, plant: Callable[[Any], Any]
 ) -> None:
-    real = getattr(export, place)
-    monkeypatch.setattr(export, place, lambda opened, kind: plant(real(opened, kind)))
+    real = getattr(folder_export, place)
+    monkeypatch.setattr(folder_export, place, lambda opened, kind: plant(real(opened, kind)))
     opened = open_run(str(here / "runs" / name))
     for kind, shard in (("fp32", export.SHARD), ("bf16", 20_000)):
-        export.write_folder(tmp_path / kind, opened, kind, shard)
+        folder_export.write_folder(tmp_path / kind, opened, kind, shard)
         with pytest.raises(RefusedError):
             print(list(check_folder(tmp_path / kind, opened.model, opened.tokenizer, kind)))
 
 
 def test_a_caught_error_is_status_4_in_one_line_and_leaves_no_folder(here: Path, tmp_path: Path) -> None:
     def plant() -> None:
-        from llm.run_folder import checkpoint
-
-        real = checkpoint.write_tensors
-        checkpoint.write_tensors = lambda path, tensors: real(path, transposed(tensors))
+        real = tensor_files.write_tensors
+        tensor_files.write_tensors = lambda path, tensors: real(path, transposed(tensors))
 
     ended = exported(here, "tiny", "--to", tmp_path / "out", plant=plant)
     assert ended.status == 4 and ended.err.count("\n") == 1, ended.err

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from llm.base.errors import RecipeError, RefusedError
 from llm.config.reading import load
 from llm.data import hf_tokenizer
+from llm.data.hf_tokenizer import borrow
+from llm.data.tokenizer import Tokenizer
 from llm.distributed.sharding import local_shard
 from llm.inference import generation
 from llm.interop import pretrained
@@ -34,6 +36,10 @@ VOCABULARY = 331  # of the model: more than the tokenizer has pieces
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 48, "max_position_embeddings": 96, "rms_norm_eps": 1e-5, "head_dim": 8}  # fmt: skip
+
+
+def tokenizer_of(source: Path) -> Tokenizer:
+    return borrow(source, hf_config.read_config(source))
 
 
 def write_tokenizer(folder: Path, *, bos: bool) -> None:
@@ -82,7 +88,7 @@ def theirs_of(folder: Path) -> Any:
 def ours_of(folder: Path, source: Path) -> Transformer:
     recipe = pretrained.shaped(load(recipe_of(folder, source)))
     vocabulary = hf_config.read_config(source)["vocab_size"]
-    ours = Transformer(recipe.model, vocabulary, family=hf_config.family(source))
+    ours = Transformer(recipe.model, vocabulary, family=hf_config.read_family(source))
     pretrained.load(source, {name: local_shard(p) for name, p in ours.named_parameters()})
     return ours
 
@@ -135,7 +141,7 @@ def test_a_run_on_others_weights_resumes_to_the_bit_and_on_two_processes(tmp_pat
 
 def test_their_ids_and_bytes_are_kept(tmp_path: Path) -> None:
     source = made(tmp_path / "source")
-    ours, theirs = pretrained.tokenizer_of(source), transformers.AutoTokenizer.from_pretrained(source)
+    ours, theirs = tokenizer_of(source), transformers.AutoTokenizer.from_pretrained(source)
     texts = tough_texts(ours, 1_000)
     assert [ids.tolist() for ids in ours.encode_batch(texts, 1)] == theirs(texts, add_special_tokens=False)["input_ids"]
     assert ours.lossless and ours.bos == 1 and ours.vocabulary == VOCABULARY and 330 in ours.banned
@@ -156,7 +162,7 @@ def test_what_was_exported_here_is_somebody_elses_there(tmp_path: Path) -> None:
     assert run(train(write_recipe(tmp_path, text, **{"run": "first", "model.context": 32})), tmp_path).status == 0
     assert run(script("module:llm.export", "first", "--to", "source"), tmp_path).status == 0
     first = open_run(str(tmp_path / "runs/first"))
-    again = pretrained.tokenizer_of(tmp_path / "source")
+    again = tokenizer_of(tmp_path / "source")
     assert first.tokenizer.lossless and again.lossless
     texts = [*tough_texts(again, 400), *HOSTILE]
     assert sum("\u2581" in text for text in texts) > 20
@@ -171,7 +177,7 @@ def test_what_was_exported_here_is_somebody_elses_there(tmp_path: Path) -> None:
 
 
 def test_without_a_beginning_of_its_own_a_document_begins_with_their_end(tmp_path: Path) -> None:
-    assert pretrained.tokenizer_of(made(tmp_path / "source", "qwen3")).bos == 0
+    assert tokenizer_of(made(tmp_path / "source", "qwen3")).bos == 0
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500_000.0}
@@ -271,7 +277,7 @@ def test_a_folder_that_could_be_read_in_two_ways_or_none_is_refused(tmp_path: Pa
     shutil.copy(source / "model.safetensors", source / "other.safetensors")
     with pytest.raises(RefusedError):
         ours_of(tmp_path, source)
-        pretrained.tokenizer_of(source)
+        tokenizer_of(source)
 
 
 def test_a_tensor_that_two_files_hold_is_refused(tmp_path: Path) -> None:
@@ -294,12 +300,12 @@ def test_a_null_in_their_settings_is_no_piece_of_that_name(tmp_path: Path) -> No
     (source / "tokenizer.json").write_text(json.dumps(whole))
     for value in (None, True, 7, {"content": None}, ["None"]):
         changed("tokenizer_config.json", bos_token=value)(source)
-        found = pretrained.tokenizer_of(source)
+        found = tokenizer_of(source)
         assert (found.bos, found.ends) == (0, (0,))
     changed("config.json", bos_token_id=1)(source)  # with a null in the tokenizer's settings, as Qwen3 has it
-    assert pretrained.tokenizer_of(source).bos == 1
+    assert tokenizer_of(source).bos == 1
     changed("config.json", bos_token_id=50)(source)  # an ordinary piece: left over from the defaults of a family
-    assert pretrained.tokenizer_of(source).bos == 0
+    assert tokenizer_of(source).bos == 0
 
 
 @pytest.mark.parametrize("value", ["0", True, [0, "1"], VOCABULARY, -1, {"id": 1}])
@@ -309,7 +315,7 @@ def test_an_end_that_is_no_id_is_refused_by_name(tmp_path: Path, value: object) 
         before = (source / name).read_text()
         changed(name, eos_token_id=value)(source)
         with pytest.raises(RefusedError, match=r"eos_token_id = .* is no id"):
-            pretrained.tokenizer_of(source)
+            tokenizer_of(source)
         (source / name).write_text(before)
 
 
@@ -357,7 +363,7 @@ def test_with_a_sentencepiece_vocabulary_alone_a_text_ends_at_its_own_end(tmp_pa
     assert ended.status == 0 and "0 tokens in" in ended.err, ended.err
     changed("config.json", bos_token_id=5)(source)
     with pytest.raises(RefusedError, match=r"begins a text with piece 1, the model with 5: put its tokenizer\.json"):
-        pretrained.tokenizer_of(source)
+        tokenizer_of(source)
 
 
 def changed(name: str, **keys: Any) -> Callable[[Path], None]:

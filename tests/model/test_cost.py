@@ -81,9 +81,9 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
         counted: list[int] = []
 
         def counting(self: llm.training.trainer.Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            self.council.largest(0)
+            self.context.coordinator.largest(0)
             counted.append(sent())
-            self.council.largest(0)  # nobody goes on while another counts
+            self.context.coordinator.largest(0)  # nobody goes on while another counts
             if len(counted) == steps + 1:
                 traffic = self.costs()[1]
                 said.write_text(
@@ -108,8 +108,8 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
     if ended.status == NOT_ALLOWED:
         pytest.skip("bytes are counted in a network namespace, which may not be made here")
     assert ended.status == 0, ended.err
-    found, shards, copies = json.loads((folder / "counted-0.json").read_text())
-    return found, cost.Traffic(shards, copies)
+    found, shards, replicas = json.loads((folder / "counted-0.json").read_text())
+    return found, cost.Traffic(shards, replicas)
 
 
 def sent() -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm.model.dropout import dropout, hashed_mask, keep_mask
 from llm.model.transformer import Block
-from llm.training.trainer import clear_tracebacks
+from llm.training.memory import clear_tracebacks
 from tests import tiny
 
 TOKENS, DIM = 31, 33  # an odd number of elements, so that a window does not end with a word of bits

@@ -116,7 +116,7 @@ import re, sys
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from llm.loss import cross_entropy_sum
+from llm.model.loss import cross_entropy_sum
 
 def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -16,7 +16,7 @@ import pytest
 import llm.run_folder.metrics
 from llm.config.reading import load
 from llm.run_folder import checkpoint
-from llm.training.trainer import Trainer
+from llm.training.monitor import Monitor
 from tests.forks import Ended, ended, run, start, train, write_recipe, write_text
 
 KEY = "ab12" * 10  # of the form of a real one
@@ -51,15 +51,15 @@ def recipe(folder: Path, text: Path, wandb: str = '"off"', **changes: object) ->
 
 def killed(recipe: Path, after: int, folder: Path) -> None:
     """Run until step `after` is logged, then end as by a power cut."""
-    log = Trainer.log
+    log = Monitor.log
 
     def act() -> None:
-        def last(self: Trainer, *given: Any) -> None:
+        def last(self: Monitor, *given: Any) -> None:
             log(self, *given)
             if self.state.step == after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Trainer.log = last  # type: ignore[method-assign]
+        Monitor.log = last  # type: ignore[method-assign]
         train(recipe)()
 
     assert ended(start(act, folder), folder).status == -signal.SIGKILL

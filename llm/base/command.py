@@ -1,0 +1,51 @@
+"""The command-line parser that all commands share. It never imports torch, so that `--help` answers at once."""
+
+import argparse
+from typing import Any
+
+from llm.base.errors import RecipeError
+
+RUN_HELP = "name of a run, or RUN/step-N, RUN/newest; default: the best checkpoint of the last run"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser for `python -m llm.NAME`."""
+
+    def __init__(self, name: str, description: str, **options: Any) -> None:
+        super().__init__(prog=f"python -m llm.{name}", description=description, **options)
+
+    def add_run(self) -> None:
+        """Add the optional positional argument RUN."""
+        self.add_argument("run", nargs="?", help=RUN_HELP)
+
+    def add_number(
+        self,
+        flag: str,
+        *,
+        help: str,
+        default: float | None = None,
+        least: float = 0,
+        most: float = float("inf"),
+        kind: type = int,
+        metavar: str | None = None,
+    ) -> None:
+        """Add an option that takes a number of `kind` with least <= value <= most; RecipeError names the rule."""
+
+        def number(text: str) -> Any:
+            return checked(flag, text, kind, least, most)
+
+        self.add_argument(flag, type=number, default=default, metavar=metavar, help=help)
+
+
+def checked(flag: str, text: str, kind: type, least: float, most: float) -> Any:
+    """`text` as a number within its bounds. NaN is outside of any bounds."""
+    try:
+        value = kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        raise RecipeError(f"{flag} = {text[:40]!r}: {expected} is expected") from None
+    if not least <= value <= most:
+        upper = f"{most:,}" if isinstance(most, int) else f"{most:,.10g}"
+        rule = f"at least {least:g}" + (f" and at most {upper}" if most < float("inf") else "")
+        raise RecipeError(f"{flag} = {text[:40]}: {rule} is expected")
+    return value

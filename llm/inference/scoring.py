@@ -1,0 +1,183 @@
+"""How well a run predicts text: its loss over a whole text, and the log-probability of single sentences."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llm.base.constants import IGNORED
+from llm.base.errors import TextError
+from llm.data.batches import Tokens, eval_batches
+from llm.data.documents import Corpus, holds_rows
+from llm.data.shards import Split, of_run
+from llm.distributed.process import warn
+from llm.run_folder.loaded_run import LoadedRun
+
+PAIR_KEYS = (("good", "bad"), ("sentence_good", "sentence_bad"))  # of a pair in .jsonl; the second are BLiMP's
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text in the tokens of a run: all documents joined, the start of each, and their own bytes."""
+
+    name: str
+    tokens: Split | Tokens
+    starts: list[int]
+    size: int  # bytes
+    documents: list[bytes]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The sum of the losses over a text, and the counts that it is divided by."""
+
+    nats: float
+    targets: int
+    size: int  # bytes
+    words: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.targets
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / self.size / math.log(2)
+
+    @property
+    def token_perplexity(self) -> float:
+        return _exp(self.loss)
+
+    @property
+    def word_perplexity(self) -> float:
+        return _exp(self.nats / self.words)
+
+
+def score(run: LoadedRun, text: EncodedText, rows: int = 8, *, alone: bool = False) -> Score:
+    """The loss of `text`, `rows` windows at once; with `alone`, no document sees the one before it.
+
+    BOS is a target only where documents are joined. TextError where there is nothing to predict.
+    """
+    if alone:
+        documents = [text.tokens.read(*bounds) for bounds in pairwise([*text.starts, text.tokens.tokens])]
+        nats = sum(_nats_alone(run, document, rows) for document in documents)
+        targets = sum(map(len, documents)) - len(documents)
+    else:
+        nats, targets = _nats(run, text.tokens, rows), text.tokens.tokens - 1
+    if not targets:
+        raise TextError(f"{text.name}: nothing to predict: name a longer text")
+    # As lm-eval counts words: all that stands between runs of Unicode whitespace, empty strings at the ends included.
+    words = sum(len(re.split(r"\s+", document.decode())) for document in text.documents)
+    return Score(nats, targets, text.size, words)
+
+
+def encode_files(run: LoadedRun, files: list[str]) -> EncodedText:
+    """Texts, split into documents as the run's own text was."""
+    corpus = Corpus(replace(run.recipe.text, files=tuple(files)))
+    for line in corpus.repeated:
+        warn(f"text: {line}")
+    documents = list(corpus.documents())
+    encoded = [_encode(run, document.decode()) for document in documents]
+    starts = np.cumsum([0, *map(len, encoded[:-1])]).tolist()
+    tokens = Tokens(np.concatenate([np.empty(0, np.uint32), *encoded]))
+    return EncodedText(", ".join(files), tokens, starts, sum(map(len, documents)), documents)
+
+
+def validation_text(run: LoadedRun) -> EncodedText:
+    """The validation side that the run was evaluated on."""
+    side = of_run(run.folder).validation.verified()
+    if not side.tokens:
+        raise TextError(f"run {run.folder.name} has no validation side (text.validation = 0): name a text with --text")
+    starts = side.document_starts().tolist()
+    ids = (side.read(*bounds).tolist() for bounds in pairwise([*starts, side.tokens]))
+    documents = [run.tokenizer.decode(each).encode() for each in ids]
+    return EncodedText("validation side", side, starts, side.text_bytes, documents)
+
+
+def count_preferred(run: LoadedRun, pairs: list[tuple[str, str]], rows: int = 8) -> tuple[int, int]:
+    """In how many pairs the good sentence is strictly likelier than the bad one, and how many pairs there are."""
+    found = likelihoods(run, [sentence for pair in pairs for sentence in pair], rows)
+    return sum(good > bad for good, bad in zip(found[::2], found[1::2], strict=True)), len(pairs)
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """The good and the bad sentence of each line. TextError names a line without a pair."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise TextError(f"--pairs = {path} cannot be read as text: {cause}") from None
+    pairs = [_pair(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not pairs:
+        raise TextError(f"{path} holds no pairs: write GOOD, a tab and BAD on a line")
+    return pairs
+
+
+def _pair(path: Path, number: int, line: str) -> tuple[str, str]:
+    try:
+        if holds_rows(path):
+            value = json.loads(line)
+        else:
+            value = dict(zip(PAIR_KEYS[0], line.rstrip("\r").split("\t"), strict=True))
+        pair = next((value[good], value[bad]) for good, bad in PAIR_KEYS if good in value)
+        if not all(isinstance(sentence, str) for sentence in pair):  # null is not the sentence "None"
+            raise TypeError
+        return pair
+    except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
+        raise TextError(
+            f"{path}, line {number}: GOOD, a tab and BAD are expected, or .jsonl with good and bad"
+        ) from None
+
+
+@torch.no_grad()
+def likelihoods(run: LoadedRun, sentences: list[str], rows: int = 8) -> list[float]:
+    """Log-probability (nats) of each sentence as a whole document."""
+    context, device, found = run.recipe.model.context, run.model.lm_head.weight.device, []
+    encoded = [torch.from_numpy(_encode(run, sentence).astype("int64")) for sentence in sentences]
+    if (longest := max(map(len, encoded))) > context + 1:
+        raise TextError(f"a sentence of {longest - 1} tokens is longer than the context of {context}: shorten it")
+    for low in range(0, len(encoded), rows):
+        padded = torch.nn.utils.rnn.pad_sequence(encoded[low : low + rows], batch_first=True, padding_value=-1)
+        inputs, targets = padded[:, :-1].to(device), padded[:, 1:].to(device)
+        logits = run.model.logits(inputs.clamp(min=0)).float().log_softmax(-1)
+        chosen = logits.gather(2, targets[..., None].clamp(min=0))[..., 0]
+        found += chosen.double().masked_fill(targets < 0, 0).sum(1).tolist()
+    return found
+
+
+@torch.no_grad()
+def _nats(run: LoadedRun, tokens: Split | Tokens, rows: int) -> float:
+    nats, device = 0.0, run.model.lm_head.weight.device
+    for batch in eval_batches(tokens, run.recipe.model.context, rows):
+        batch = batch.to(device)
+        nats += run.model(batch.tokens, batch.targets).item()
+    return nats
+
+
+@torch.no_grad()
+def _nats_alone(run: LoadedRun, document: np.ndarray, rows: int) -> float:
+    """The loss of one document. Its last window reaches back to fill the context, as in lm-eval."""
+    rest = (len(document) - 1) % run.recipe.model.context
+    nats = _nats(run, Tokens(document[: len(document) - rest]), rows)
+    if rest:
+        last = torch.from_numpy(document[-run.recipe.model.context - 1 :].astype("int64"))[None]
+        last = last.to(run.model.lm_head.weight.device)
+        targets = last[:, 1:].clone()
+        targets[:, :-rest] = IGNORED
+        nats += run.model(last[:, :-1], targets).item()
+    return nats
+
+
+def _encode(run: LoadedRun, text: str) -> np.ndarray:
+    """BOS and the ids of a text."""
+    return np.array([run.tokenizer.bos, *run.tokenizer.encode(text)], np.uint32)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,26 @@
+"""Sends an exported folder to the Hugging Face hub."""
+
+from pathlib import Path
+
+from llm.base.errors import RecipeError
+from llm.data.documents import network_errors
+
+
+def push(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload the folder; its address on the hub. RecipeError, without the token, where that fails."""
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        raise RecipeError("--push needs huggingface_hub: pip install huggingface_hub") from None
+    disable_progress_bars()
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repository))
+    except network_errors() as error:
+        # Only the kind of the error: its text may contain the request, and with it the token.
+        raise RecipeError(
+            f"{repository} was not sent to the hub ({type(error).__name__}): connect to the network and run "
+            f"`hf auth login`; {folder} is whole"
+        ) from None
