@@ -76,9 +76,9 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def _override(given: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
-    name, value = name.strip(), value.strip()
+    name, value = name.strip()[:80], value.strip()  # no key is as long
     if not equals:
-        raise RecipeError(f"override {override!r}: write it as key=value, for example train.steps=60")
+        raise RecipeError(f"override {override[:80]!r}: write it as key=value, for example train.steps=60")
     if name in LENGTHS:
         for other in LENGTHS:
             given.pop(other, None)
