@@ -174,7 +174,11 @@ def science(recipe: Recipe) -> dict[str, Any]:
 @cache
 def sections() -> dict[str, type]:
     """The sections of a recipe, with the dataclass of each."""
-    return {name: kind for name, kind in typing.get_type_hints(Recipe).items() if is_dataclass(kind)}
+    return {
+        name: kind
+        for name, kind in typing.get_type_hints(Recipe).items()
+        if isinstance(kind, type) and is_dataclass(kind)
+    }
 
 
 def top_keys() -> tuple[str, ...]:
