@@ -1,7 +1,7 @@
-"""The only module that makes files durable: write beside, flush, rename. Whatever bears its final name is whole.
+"""Durable files: write a draft, flush it, rename it. A file or folder under its final name is always complete.
 
-Every durable operation goes through `_write`, `_write_at`, `_flush`, `_rename` and `_remove`, so that a test can let
-each single one of them fail.
+Every durable operation goes through `_write`, `_write_at`, `_flush`, `_rename` or `_remove`, so that tests can make
+any single one fail. No other module makes files durable.
 """
 
 import errno
@@ -20,8 +20,12 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from llm.base.errors import RecipeError, RefusedError
 
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # as a file system says it cannot do that
-DRAFT = ".draft-"  # what begins with this is unfinished work, to be ignored and swept away
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # the file system lacks the operation
+DRAFT = ".draft-"  # prefix of unfinished files and folders: ignore them, sweep them away
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f"{DRAFT}{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -57,7 +61,7 @@ def _remove(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, where folders can be opened and flushed (not everywhere)."""
+    """Make the names in `folder` durable, on systems that can flush a folder."""
     if os.name != "nt":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -70,15 +74,15 @@ def flush_folder(folder: Path) -> None:
 
 
 def expanded(name: str | Path) -> Path:
-    """`name` as a path, with `~` as the user's home. RecipeError where the user has none."""
+    """`name` as a path with `~` expanded. RecipeError if the user has no home folder."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise RecipeError(f"{name}: there is no home here for ~ (HOME is not set): write the whole path") from error
+        raise RecipeError(f"{name}: ~ has no home folder here (HOME is not set): write the full path") from error
 
 
 def make_folder(folder: Path) -> None:
-    """`folder` is there, and so are the names of whatever had to be made above it."""
+    """Create `folder` and its missing parents durably."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -86,14 +90,14 @@ def make_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """`path` holds all of `data`, or what it held before."""
+    """Replace the content of `path` by `data`: all of it, or nothing changes."""
     write_chunks(path, [data])
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """`path` holds all `chunks` one after the other, or what it held before."""
+    """Replace the content of `path` by the concatenated `chunks`: all of them, or nothing changes."""
     make_folder(path.parent)
-    draft = path.with_name(f"{DRAFT}{path.name}-{uuid.uuid4().hex[:8]}")
+    draft = _draft_of(path)
     try:
         with _named(path):
             _write(draft, chunks)
@@ -105,14 +109,14 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def write_at(path: Path, chunks: Iterable[tuple[int, bytes | memoryview]]) -> None:
-    """Write each chunk of an existing draft at its offset, durably; other processes may write the rest of the file."""
+    """Write each chunk at its offset in an existing draft, durably. Other processes may write the rest of the file."""
     with _named(path):
         _write_at(path, chunks)
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What fails in the block says at which file: a full disk does not."""
+    """Add `path` to an OSError raised in the block; the error of a full disk names no file."""
     try:
         yield
     except OSError as error:
@@ -121,12 +125,12 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as readable JSON, in the order given, under the promise of `write_bytes`."""
+    """Write `value` as `as_json` gives it, with the promise of `write_bytes`."""
     write_bytes(path, as_json(value))
 
 
 def as_json(value: Any) -> bytes:
-    """`value` as readable JSON, in the order given; ValueError where a number is not finite, which JSON cannot say."""
+    """`value` as indented JSON with its keys in the order given. ValueError if a number is not finite."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -166,14 +170,14 @@ def _parsed(path: Path, data: bytes) -> Any:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 @contextmanager
 def draft_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill; at the end of the block it is flushed and bears the name `final`, or nothing of it is left."""
+    """A draft folder to fill. After the block it has the name `final`, durably; if the block fails it is removed."""
     make_folder(final.parent)
-    draft = final.with_name(f"{DRAFT}{final.name}-{uuid.uuid4().hex[:8]}")
+    draft = _draft_of(final)
     draft.mkdir()
     try:
         yield draft
@@ -184,7 +188,7 @@ def draft_folder(final: Path) -> Iterator[Path]:
 
 
 def settle(draft: Path, final: Path) -> None:
-    """Give the filled folder `draft` its name, durably, in place of what bore it."""
+    """Rename the filled folder `draft` to `final`, durably, replacing whatever has that name."""
     flush_folder(draft)
     if final.exists():
         remove(final)
@@ -193,22 +197,22 @@ def settle(draft: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take `path`, a file or a folder, away; what is removed never looks half there, as it loses its name first."""
+    """Remove a file or folder. It is renamed first, so that it never appears half removed."""
     if path.name.startswith(DRAFT):
         return _remove(path)
-    doomed = path.with_name(f"{DRAFT}{path.name}-{uuid.uuid4().hex[:8]}")
+    doomed = _draft_of(path)
     _rename(path, doomed)
     _remove(doomed)
 
 
 def sweep(folder: Path, of: str = "") -> None:
-    """Remove the drafts (`of` a name) that a killed process left in `folder`. The caller holds the lock of these."""
+    """Remove the drafts (of the name `of`) that a killed process left in `folder`. The caller must hold their lock."""
     for draft in folder.glob(f"{DRAFT}{of}*"):
         _remove(draft)
 
 
 def sha256(path: Path) -> str:
-    """Digest of the file's bytes, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -217,17 +221,16 @@ def sha256(path: Path) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Digest of a JSON value that does not depend on the order of its keys, in hexadecimal."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    ).hexdigest()
+    """SHA-256 of a JSON value, independent of the order of its keys, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock file `path`, which the kernel frees when its holder dies. Yields False where it is another's.
+    """Hold the lock file `path`, which the kernel releases if the holder dies. Yields False if another holds it.
 
-    Where the file system knows no locks, a file beside it names the holder; one of a dead process does not count.
+    On a file system without locks a second file names the holder, and is ignored if that process is dead.
     """
     make_folder(path.parent)
     file_lock: BaseFileLock = FileLock(path)
@@ -249,10 +252,10 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 class Lines:
-    """A file of JSON lines that grows; a line that a killed process left unfinished is dropped at the next opening."""
+    """A growing file of JSON lines. Opening it drops a line that a killed process left unfinished."""
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> None:
-        """Keep the whole lines of `path` for which `keep` holds, drop the others."""
+        """Open `path`, keeping its complete lines for which `keep` is true."""
         make_folder(path.parent)
         if path.exists():
             text = "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line)).encode()
@@ -261,7 +264,7 @@ class Lines:
         self.path, self.file = path, path.open("a", encoding="utf-8", newline="\n")
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add one line. It reaches the operating system at once, and the disk by `flush`."""
+        """Add one line. It reaches the operating system at once, and the disk with `flush`."""
         with _named(self.path):
             self.file.write(_line(line))
             self.file.flush()
@@ -275,13 +278,13 @@ class Lines:
 
 
 def _line(values: dict[str, Any]) -> str:
-    """A line of JSON, in which a number that is not finite is null."""
-    known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-    return json.dumps(known, allow_nan=False) + "\n"
+    """A line of JSON with null in place of a number that is not finite."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON objects."""
+    """The valid lines of a file of JSON objects."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             with suppress(ValueError, RecursionError):

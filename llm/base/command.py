@@ -43,9 +43,9 @@ def checked(flag: str, text: str, kind: type, least: float, most: float) -> Any:
         value = kind(text)
     except ValueError:
         expected = "a whole number" if kind is int else "a number"
-        raise RecipeError(f"{flag} = {text[:40]!r}: {expected} is expected") from None
+        raise RecipeError(f"{flag} = {text[:40]!r}: expected {expected}") from None
     if not least <= value <= most:
         upper = f"{most:,}" if isinstance(most, int) else f"{most:,.10g}"
         rule = f"at least {least:g}" + (f" and at most {upper}" if most < float("inf") else "")
-        raise RecipeError(f"{flag} = {text[:40]}: {rule} is expected")
+        raise RecipeError(f"{flag} = {text[:40]}: must be {rule}")
     return value

@@ -1,3 +1,3 @@
 """Values that several rooms share."""
 
-IGNORED = -100  # a target that does not count
+IGNORED = -100  # target value of positions without a loss

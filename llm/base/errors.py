@@ -1,7 +1,7 @@
-"""What a user can cause, each with its exit status. A message names who, value, rule and mend, in one line.
+"""Errors that a user can cause, each with an exit status. A message is one line: who, value, rule and remedy.
 
-Raised where the fact is known, caught once, in `run`: one line on stderr, no traceback. What we got wrong ourselves
-stays an assertion and keeps its traceback.
+They are raised where the fact is known and caught once, in `run`, which prints the line to stderr without a traceback.
+Our own mistakes are assertions and keep their traceback.
 """
 
 import errno
@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 
 
 class LLMError(Exception):
-    """One line for the user, whatever a name or a value in it holds; `status` is what the process exits with."""
+    """An error whose message prints as one line, even if a value in it is unprintable. `status` is the exit status."""
 
     status = 1
 
@@ -27,78 +27,78 @@ class LLMError(Exception):
 
 
 class RecipeError(LLMError):
-    """The recipe, or a command's argument, cannot be meant."""
+    """The recipe or a command-line argument is wrong."""
 
     status = 2
 
 
 class TextError(LLMError):
-    """The text cannot be read, or is too little."""
+    """The text cannot be read or is too small."""
 
     status = 2
 
 
 class DivergedError(LLMError):
-    """A loss or a gradient that is not finite ended the run."""
+    """The run ended at a loss or a gradient that is not finite."""
 
     status = 3
 
 
 class RefusedError(LLMError):
-    """A checkpoint, a tokenizer or shards are damaged, or do not belong to this run."""
+    """A checkpoint, tokenizer or shard is damaged or does not belong to this run."""
 
     status = 4
 
 
 class DiskError(LLMError):
-    """The disk is full or fails."""
+    """The disk is full or failed."""
 
     status = 5
 
 
 class GroupError(LLMError):
-    """A process failed, also for want of memory, or the group is not what was asked for."""
+    """A process failed or ran out of memory, or the process group is not the requested one."""
 
     status = 6
 
 
 class StoppedError(LLMError):
-    """Asked to stop: everything is saved, the same command goes on."""
+    """The run was asked to stop and saved everything; the same command resumes it."""
 
     status = 75
 
 
 def as_disk_error(error: OSError) -> LLMError | None:
-    """The DiskError that this failure of the system is, None where neither disk nor permissions are to blame."""
-    mends = {
+    """`error` as a DiskError, or None if neither the disk nor permissions caused it."""
+    remedies = {
         **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run the same command again"),
-        **dict.fromkeys((errno.EIO, errno.EROFS), "mend it or name another place, and run the same command again"),
-        **dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.ESTALE), "name a place on another disk"),
-        **dict.fromkeys((errno.EACCES, errno.EPERM), "allow writing there, or run it in a folder of your own"),
+        **dict.fromkeys((errno.EIO, errno.EROFS), "repair it or choose another place, and run the same command again"),
+        **dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.ESTALE), "choose a place on another disk"),
+        **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or run in a folder of your own"),
     }
-    if error.errno not in mends:
+    if error.errno not in remedies:
         return None
     where, found = f" at {error.filename}" if error.filename else "", ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename:
         there = next((folder for folder in Path(error.filename).absolute().parents if folder.exists()), None)
         found = f", {shutil.disk_usage(there).free / 1e6:,.1f} MB are free" if there else ""
-    return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}{found}; {mends[error.errno]}")
+    return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}{found}; {remedies[error.errno]}")
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what an error is, of whatever kind."""
+    """Any exception in one line."""
     name = type(error).__name__
     said = str(error) if isinstance(error, LLMError) else " ".join(f"{name}: {error}".split())[:300].removesuffix(":")
     return said or name
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with what `main` returns, or with one line and the status of the LLMError that it raised."""
+    """Exit with the status that `main` returns, or print the LLMError that it raises and exit with its status."""
     grouped = os.environ.get("WORLD_SIZE", "1") != "1"
     _open_console()
     try:
         status = main() or 0
-        sys.stdout.flush()  # here, where it may fail, rather than at the interpreter's end
+        sys.stdout.flush()  # fails here, where it is handled, not at interpreter exit
     except LLMError as error:
         if str(error):
             who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
@@ -123,12 +123,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         tell(traceback.format_exc(), sys.stderr)
         status = 1
-    for name in ("SIGTERM", "SIGUSR1"):  # the end is decided: one that comes late must not change its status
+    for name in ("SIGTERM", "SIGUSR1"):  # a late signal must not change the status
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if grouped:
-        # The threads of the exchange may call into an interpreter that is shutting down, which aborts the process, or
-        # wait for a peer that hangs. All that must last is on the disk by now.
+        # Skip the interpreter's shutdown: communication threads would abort in it or wait for a peer that hangs.
+        # Everything durable is on disk by now.
         for output in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 output.flush()
@@ -137,28 +137,28 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def tell(text: str, output: TextIO) -> None:
-    """Print a line; no run ends for want of a reader, of a letter or of room."""
+    """Print a line without failing if the reader is gone, the encoding lacks a character, or the disk is full."""
     try:
-        known = getattr(output, "encoding", None) or "utf-8"
-        print(text.encode(known, "backslashreplace").decode(known), file=output, flush=True)
+        encoding = getattr(output, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=output, flush=True)
     except OSError:
         _silence(output)
 
 
 def _silence(output: TextIO) -> None:
-    """Let what is printed there from here on go nowhere, so that it fails no more."""
+    """Redirect the stream to the null device, so that later prints do not fail."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
 
 
 def _has_no_reader(output: TextIO) -> bool:
-    poll = select.poll()  # a system without it (Windows) has another error for a pipe that is broken
+    poll = select.poll()  # Windows has no poll, but reports a broken pipe by another error
     poll.register(output.fileno(), 0)
     return bool(poll.poll(0))
 
 
 def _open_console() -> None:
-    """Every letter can be printed, and where stdout or stderr were closed there is one that goes nowhere."""
+    """Make stdout and stderr escape characters they cannot encode, and open a null device in place of a closed one."""
     for name in ("stdout", "stderr"):
         output = getattr(sys, name)
         if output is None:

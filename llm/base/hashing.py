@@ -1,10 +1,10 @@
-"""Integer hashing: the numbers from which order, initial weights and dropout are drawn."""
+"""Integer hashing, the source of all randomness: data order, initial weights and dropout."""
 
 MASK = (1 << 64) - 1
 
 
 def mix(*words: int) -> int:
-    """A 64-bit hash of whole numbers (the finaliser of SplitMix64, chained)."""
+    """A 64-bit hash of integers: SplitMix64's finalizer, chained."""
     state = 0
     for word in words:
         state = (state + (word & MASK) + 0x9E3779B97F4A7C15) & MASK

@@ -1,4 +1,7 @@
-"""Reading and writing recipes: strict YAML with overrides."""
+"""Read and write recipes: strict YAML, and overrides such as `train.steps=60`.
+
+YAML gives only a tree of strings; values.py reads each by the type of its key. Nothing in a file can run code.
+"""
 
 import difflib
 import hashlib
@@ -13,94 +16,137 @@ import yaml
 
 from llm.base.errors import RecipeError, RefusedError
 from llm.config.resolving import counted_from_1, resolve
-from llm.config.schema import LENGTHS, TAKEN, Recipe, flat, keys, keys_of, sections, single_keys
+from llm.config.schema import LENGTHS, RESERVED_NAMES, Recipe, all_keys, flat, section_keys, sections, top_keys
 from llm.config.values import convert
 
-MOST_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst of that size
-NOTHING = ("", "~", "null", "Null", "NULL")  # unquoted, no value
-FORMAT = 2  # of a recipe; in format 1, which runs kept without saying so, train.skip counted steps from 0
+MAX_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst one of this size
+NULLS = ("", "~", "null", "Null", "NULL")  # where unquoted
+FORMAT = 2  # in format 1, which did not say so in the file, train.skip counted steps from 0
 
 
-def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe in `path` with overrides such as `train.steps=60`, checked and resolved but for a length in epochs.
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path` with `overrides` applied, checked and resolved, except for a length in epochs.
 
-    RecipeError for what cannot be meant, before anything is built.
+    RecipeError if the file or an override is wrong, RefusedError if a run's own recipe was changed.
     """
     given = _read(path)
     if (form := given.pop("format", None) or str(FORMAT)) not in ("1", str(FORMAT)):
-        raise RecipeError(f"{path} has format = {form!r}: this version reads 1 and {FORMAT}; leave the key out")
+        raise RecipeError(f"{path} has format = {form!r}: this version reads 1 and {FORMAT}; remove the key")
     if form == "1" and given.get("train.skip"):
         given["train.skip"] = counted_from_1(given["train.skip"])
     given.setdefault("run", path.stem)
     for override in overrides:
-        name, equals, value = override.partition("=")
-        name = name.strip()
-        if not equals:
-            raise RecipeError(f"override {override!r}: write it as key=value, for example train.steps=60")
-        if name in LENGTHS:
-            for other in LENGTHS:
-                given.pop(other, None)
-        given[name] = _flow(name, value.strip())
+        _override(given, override)
     recipe = resolve(_build(given))
-    if form != "1" and re.fullmatch(TAKEN, recipe.run):  # earlier versions trained such runs: theirs are read
+    if form != "1" and re.fullmatch(RESERVED_NAMES, recipe.run):  # runs of earlier versions may have such a name
         raise RecipeError(
-            f"run = {recipe.run!r}: RUN/best, RUN/newest and RUN/step-N name checkpoints, so no run can have such a "
+            f"run = {recipe.run!r}: RUN/best, RUN/newest and RUN/step-N name checkpoints, so a run cannot have this "
             f"name: say run=my-{recipe.run}"
         )
-    if (
-        size := len(with_checksum(dump(recipe)).encode())
-    ) > MOST_BYTES:  # the run keeps it, and must be able to read it again
-        raise RecipeError(f"{path} has {size} bytes when it is written out, {MOST_BYTES} at most: shorten its lists")
+    size = len(with_checksum(dump(recipe)).encode())  # as the run keeps it, and must be able to read it again
+    if size > MAX_BYTES:
+        raise RecipeError(f"{path} takes {size} bytes when written out, more than {MAX_BYTES}: shorten its lists")
     return recipe
 
 
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `load` reads back as an equal recipe."""
+    tree: dict[str, Any] = {"format": FORMAT}
+    for name, value in flat(recipe).items():
+        if value is not None and not (name in LENGTHS and not value):
+            *above, leaf = name.split(".")
+            (tree.setdefault(above[0], {}) if above else tree)[leaf] = value
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def with_checksum(text: str) -> str:
+    """The text of a recipe followed by a comment with its digest, which `load` verifies."""
+    return f"{text}# sha256 of the lines above: {hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes and escapes unprintable text: PyYAML's plain styles lose some line ends."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _override(given: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    name, value = name.strip()[:80], value.strip()  # no key is as long
+    if not equals:
+        raise RecipeError(f"override {override[:80]!r}: write it as key=value, for example train.steps=60")
+    if name in LENGTHS:
+        for other in LENGTHS:
+            given.pop(other, None)
+    if value.startswith("["):
+        node = _compose(f"override {name}", value)
+        assert node is not None
+        given[name] = _value(node, name)
+    else:
+        given[name] = None if value in NULLS else value
+
+
+# ---------------------------------------------------------------------------------------------- file to dotted keys
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """Dotted keys of the YAML file, each with a string, a list of strings, or None."""
+    """The dotted keys of a YAML file, each with a string, a list of strings, or None."""
+    data = _bytes(path)
+    old = _check_checksum(path, data)
+    try:
+        root = _compose(str(path), data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
+    if root is None or (isinstance(root, yaml.ScalarNode) and root.value in NULLS):
+        raise RecipeError(f"{path} is empty: a recipe needs at least text.files and one of {', '.join(LENGTHS)}")
+    given: dict[str, Any] = {"format": "1"} if old else {}
+    for name, node in _pairs(root, str(path)):
+        section, _, key = name.partition(".")
+        if isinstance(node, yaml.MappingNode) and name in sections():
+            given.update({f"{name}.{key}": _value(leaf, f"{name}.{key}") for key, leaf in _pairs(node, name)})
+        elif isinstance(node, yaml.MappingNode) and name not in all_keys():
+            raise _unknown(name, [*sections(), *all_keys()])
+        elif name in sections() and _value(node, name) is None:
+            continue
+        elif key and name in all_keys() and not isinstance(node, yaml.MappingNode):
+            raise RecipeError(f"{name}: in a file, write `{key}` under `{section}:`, indented")
+        else:
+            given[name] = _value(node, name)
+    return given
+
+
+def _bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(f"{path} is not there: name a recipe, for example recipes/quickstart.yaml") from None
+        raise RecipeError(f"{path} does not exist: name a recipe, for example recipes/quickstart.yaml") from None
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder: name a recipe file in it") from None
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise RecipeError(f"{str(path)[:200]} cannot be read: {reason}; name a recipe file") from None
-    if len(data) > MOST_BYTES:
-        raise RecipeError(f"{path} has more than {MOST_BYTES} bytes: that is no recipe")
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{path} has more than {MAX_BYTES} bytes, too many for a recipe: name a recipe file")
+    return data
+
+
+def _check_checksum(path: Path, data: bytes) -> bool:
+    """RefusedError if a recipe that a run keeps was changed. True if it is of format 1."""
     *_, last = data.rstrip(b"\n").rpartition(b"\n")
-    kept = last.startswith(b"# sha2") or re.fullmatch(rb"#.*[0-9a-f]{64}", last)  # by a run
-    old = kept and not re.search(rb"(?m)^format:", data)
-    if kept and data != with_checksum(data[: -len(last) - 1].decode(errors="replace")).encode():
+    if not (last.startswith(b"# sha2") or re.fullmatch(rb"#.*[0-9a-f]{64}", last)):
+        return False
+    old = not re.search(rb"(?m)^format:", data)
+    if data != with_checksum(data[: -len(last) - 1].decode(errors="replace")).encode():
         raise RefusedError(
-            f"{path} is damaged, or was edited: it does not match the digest in its last line. Where you edited it, "
-            f"take that line out{' and put `format: 1` there' if old else ''}"
+            f"{path} is damaged or was edited: it does not match the digest in its last line. If you edited it, "
+            f"delete that line{' and write `format: 1` there' if old else ''}"
         )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    root = _compose(str(path), text)
-    if root is None or (isinstance(root, yaml.ScalarNode) and root.value in NOTHING):
-        raise RecipeError(f"{path} is empty: a recipe needs at least text.files and one of {', '.join(LENGTHS)}")
-    given: dict[str, Any] = {"format": "1"} if old else {}
-    for name, node in _pairs(root, str(path)):
-        if isinstance(node, yaml.MappingNode):
-            if name not in sections():
-                raise (
-                    _unknown(name, [*sections(), *keys()])
-                    if name not in keys()
-                    else RecipeError(f"{name} has keys under it, but is one value")
-                )
-            given.update({f"{name}.{key}": _value(leaf, f"{name}.{key}") for key, leaf in _pairs(node, name)})
-        elif name in sections() and _value(node, name) is None:
-            continue
-        elif "." in name and name in keys():
-            section, _, key = name.partition(".")
-            raise RecipeError(f"{name}: in a file, write `{key}` under `{section}:`, indented")
-        else:
-            given[name] = _value(node, name)
-    return given
+    return old
 
 
 def _compose(where: str, text: str) -> yaml.Node | None:
@@ -108,13 +154,14 @@ def _compose(where: str, text: str) -> yaml.Node | None:
         return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(
-            f"{where}{line} is not YAML: {' '.join(str(error.problem or error.context).split())}"
-        ) from None
+        problem = " ".join(str(error.problem or error.context).split())
+        raise RecipeError(f"{where}{line} is not YAML: {problem}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
-        raise RecipeError(f"{where} is nested too deeply: a recipe has keys and keys under them, no more") from None
+        raise RecipeError(
+            f"{where} is nested too deeply: a recipe has sections with keys, and no more levels"
+        ) from None
     except (ValueError, OverflowError):
         raise RecipeError(f"{where} is not YAML: the number in an escape or a directive is out of range") from None
 
@@ -122,76 +169,71 @@ def _compose(where: str, text: str) -> yaml.Node | None:
 def _pairs(node: yaml.Node, where: str) -> Iterator[tuple[str, yaml.Node]]:
     _check_tag(node, where)
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{where} is not a list of keys: write `key: value` lines")
+        raise RecipeError(f"{where} does not consist of keys: write `key: value` lines")
     seen = set()
     for key, value in node.value:
         _check_tag(key, where)
+        line = f"{where}, line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode) or len(key.value) > 80:
-            raise RecipeError(f"{where}, line {key.start_mark.line + 1}: a key is one word")
+            raise RecipeError(f"{line}: a key must be one word")
         if key.value in seen:
-            raise RecipeError(f"{where}, line {key.start_mark.line + 1}: {key.value} stands there twice; keep one")
+            raise RecipeError(f"{line}: {key.value} appears twice; keep one")
         seen.add(key.value)
         yield key.value, value
 
 
 def _check_tag(node: yaml.Node, where: str) -> None:
-    """Refuse every tag: BaseLoader gives a node that has none of its own the tag of its form."""
+    """Refuse every explicit tag; BaseLoader gives untagged nodes the tag of their form."""
     if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
         raise RecipeError(f"{where}: the tag {node.tag[:80]!r} is refused: a recipe holds plain values only")
 
 
 def _value(node: yaml.Node, name: str) -> Any:
-    """String, list of strings, or None."""
+    """A string, a list of strings, or None."""
     _check_tag(node, name)
     if isinstance(node, yaml.SequenceNode):
         items = [_value(item, name) if isinstance(item, yaml.ScalarNode) else item for item in node.value]
         if not all(isinstance(item, str) for item in items):
-            raise RecipeError(f"{name}: a list here holds single values, none of them empty or a list")
+            raise RecipeError(f"{name}: each item of this list must be a single value, not empty and not a list")
         return items
     if not isinstance(node, yaml.ScalarNode):
-        raise RecipeError(f"{name} has keys under it, but is one value")
-    return None if node.style is None and node.value in NOTHING else node.value
+        raise RecipeError(f"{name} takes one value, but has keys under it")
+    return None if node.style is None and node.value in NULLS else node.value
 
 
-def _flow(name: str, value: str) -> Any:
-    """The value of an override: a list where it is written as one, else the very string."""
-    if value.startswith("["):
-        node = _compose(f"override {name}", value)
-        assert node is not None
-        return _value(node, name)
-    return None if value in NOTHING else value
+# ---------------------------------------------------------------------------------------------- dotted keys to recipe
 
 
 def _build(given: dict[str, Any]) -> Recipe:
     for name in given:
         if name in sections():
-            raise RecipeError(f"{name} is a section: give its keys their values, such as {keys_of(name)[0]}")
-        if name not in keys():
-            raise _unknown(name, keys())
+            raise RecipeError(f"{name} is a section: set its keys instead, such as {section_keys(name)[0]}")
+        if name not in all_keys():
+            raise _unknown(name, all_keys())
+    return _section(Recipe, "", given)
 
-    def section(cls: type, prefix: str) -> Any:
-        hints, values = typing.get_type_hints(cls), {}
-        for each in fields(cls):
-            name = prefix + each.name.rstrip("_")
-            if is_dataclass(hints[each.name]):
-                values[each.name] = section(hints[each.name], f"{name}.")
-            elif given.get(name) is not None:
-                values[each.name] = convert(name, given[name], hints[each.name], each)
-            elif each.default is MISSING:
-                raise RecipeError(f"{name} is missing: it has no default ({each.metadata['unit']})")
-            elif name in given and each.default is not None:
-                raise RecipeError(f"{name} has no value: give it one, or leave it out for its default")
-        return cls(**values)
 
-    return section(Recipe, "")
+def _section(cls: type, prefix: str, given: dict[str, Any]) -> Any:
+    hints, values = typing.get_type_hints(cls), {}
+    for each in fields(cls):
+        name = prefix + each.name.rstrip("_")
+        if is_dataclass(hints[each.name]):
+            values[each.name] = _section(hints[each.name], f"{name}.", given)
+        elif given.get(name) is not None:
+            values[each.name] = convert(name, given[name], hints[each.name], each)
+        elif each.default is MISSING:
+            raise RecipeError(f"{name} is missing and has no default: set it ({each.metadata['description']})")
+        elif name in given and each.default is not None:
+            raise RecipeError(f"{name} has no value: give it one, or remove the key to use its default")
+    return cls(**values)
 
 
 def _unknown(name: str, known: Sequence[str]) -> RecipeError:
-    """Names the key that was meant: near as a whole, of the same name in another section, or near beside it."""
+    """Suggests a similar dotted key, else the same key of another section, else a similar key of this one."""
     name = name[:80]
     section, _, leaf = name.rpartition(".")
-    beside = keys_of(section) if section in sections() else known
-    leaves = {key.rpartition(".")[2]: key for key in reversed(beside)}
+    siblings = section_keys(section) if section in sections() else known
+    leaves = {key.rpartition(".")[2]: key for key in reversed(siblings)}
     near = (
         difflib.get_close_matches(name, known, 1, 0.85)
         or [key for key in known if key.endswith(f".{leaf}")]
@@ -199,33 +241,6 @@ def _unknown(name: str, known: Sequence[str]) -> RecipeError:
     )
     if near:
         return RecipeError(f"{name}: did you mean {near[0]}?")
-    if beside is known:
-        return RecipeError(f"{name!r} is no key of a recipe: they are {', '.join([*sections(), *single_keys()])}")
-    return RecipeError(f"{name} is no key of a recipe: {section} has {', '.join(leaf for leaf in reversed(leaves))}")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes and escapes whatever is not printable, since PyYAML's plain styles do not give every line end back."""
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
-    ),
-)
-
-
-def with_checksum(text: str) -> str:
-    """The text of a recipe and, as a comment, its digest, which is held against it when it is read."""
-    return f"{text}# sha256 of the lines above: {hashlib.sha256(text.encode()).hexdigest()}\n"
-
-
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that `load` reads to the same recipe."""
-    tree: dict[str, Any] = {"format": FORMAT}
-    for name, value in flat(recipe).items():
-        if value is not None and not (name in LENGTHS and not value):
-            *above, leaf = name.split(".")
-            (tree.setdefault(above[0], {}) if above else tree)[leaf] = value
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    if siblings is known:
+        return RecipeError(f"{name!r} is not a recipe key: use one of {', '.join([*sections(), *top_keys()])}")
+    return RecipeError(f"{name} is not a recipe key: {section} has {', '.join(reversed(leaves))}")

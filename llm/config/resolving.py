@@ -1,46 +1,60 @@
-"""Resolving a recipe: what follows from other keys is filled in, and what contradicts them is refused."""
+"""Resolve a recipe: fill in the keys that follow from others, and refuse combinations that cannot work."""
 
 import math
 import re
 from dataclasses import replace
 
 from llm.base.errors import RecipeError
-from llm.config.schema import LENGTHS, NAME, STEP, Epochs, Recipe
+from llm.config.schema import LENGTHS, MIN_VOCAB_SIZE, RUN_NAME, STEP, Epochs, Model, Recipe, Train
 
-MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # what dropout = auto comes to where the text is read more often than this
-FORGOTTEN_AFTER = 0.7  # epochs: the time constant of weight_decay = auto
-MOST_DECAY = 3.2  # that a time constant may ask for
+MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # above this many epochs, model.dropout = auto is this
+FORGOTTEN_AFTER = 0.7  # epochs: the time constant of train.weight_decay = auto
+MAX_DECAY = 3.2  # per step, however short the time constant
 _RANGE = re.compile(r"\s*([0-9]{1,12})(?:-([0-9]{1,12}))?\s*")
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Fill in what follows from other keys and refuse what cannot be together.
+    """The recipe with its dependent keys filled in and its contradictions refused.
 
-    A length in epochs stays, as it needs the text.
+    A length in epochs or hours stays, since it depends on the text or on the machine.
     """
-    model, train = recipe.model, recipe.train
-    if not re.fullmatch(NAME, recipe.run):
+    _check_names(recipe)
+    _check_one_length(recipe.train)
+    model = _resolve_model(recipe.model)
+    _check_batch(recipe)
+    _check_vocab_size(recipe)
+    skipped(recipe)
+    return replace(recipe, from_=checkpoint_name(recipe.from_), model=model, train=_resolve_length(recipe))
+
+
+def _check_names(recipe: Recipe) -> None:
+    if not re.fullmatch(RUN_NAME, recipe.run):
         raise RecipeError(
-            f"run = {recipe.run[:120]!r}: at most 100 of a to z, A to Z, 0 to 9, '_', '.' and '-' are expected, the "
-            f"last two not first, as it names a folder under runs/: say run=NAME"
+            f"run = {recipe.run[:120]!r}: expected at most 100 letters (a to z, A to Z), digits, '_', '.' and '-', "
+            f"beginning with neither '.' nor '-', because it names a folder under runs/: say run=NAME"
         )
-    if recipe.from_ is not None and not re.fullmatch(f"{NAME}/{STEP}", recipe.from_):
-        raise RecipeError(f"from = {recipe.from_[:120]!r}: RUN/step-N is expected, such as quickstart/step-000400")
+    if recipe.from_ is not None and not re.fullmatch(f"{RUN_NAME}/{STEP}", recipe.from_):
+        raise RecipeError(f"from = {recipe.from_[:120]!r}: expected RUN/step-N, such as quickstart/step-000400")
     if not recipe.text.files:
         raise RecipeError("text.files is empty: name at least one text")
     if any(not term or "\n" in term for term in recipe.tokenizer.terms):
-        raise RecipeError("tokenizer.terms: a term is a word or some words on one line, not empty")
-    if model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
-        raise RecipeError("model.from takes its tokenizer along: leave tokenizer.path and tokenizer.terms out")
-    recipe = replace(recipe, from_=checkpoint_name(recipe.from_))
-    lengths = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
-    if len(lengths) != 1:
+        raise RecipeError("tokenizer.terms: each term must be one or more words on one line, and not empty")
+    if recipe.model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
+        raise RecipeError("model.from brings its own tokenizer: remove tokenizer.path and tokenizer.terms")
+
+
+def _check_one_length(train: Train) -> None:
+    given = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
+    if len(given) != 1:
         raise RecipeError(
-            f"{' and '.join(lengths) or 'no length'} given: a run has exactly one of {', '.join(LENGTHS)}"
+            f"{' and '.join(given) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}"
         )
+
+
+def _resolve_model(model: Model) -> Model:
     if not model.head_dim and model.dim % model.heads:
         raise RecipeError(
-            f"model.dim = {model.dim} cannot be split into model.heads = {model.heads}: set model.head_dim, "
+            f"model.dim = {model.dim} is not divisible by model.heads = {model.heads}: set model.head_dim, "
             f"for example {max(2, model.dim // model.heads // 2 * 2)}"
         )
     head_dim = model.head_dim or model.dim // model.heads
@@ -52,63 +66,74 @@ def resolve(recipe: Recipe) -> Recipe:
     if model.heads % kv_heads:
         fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
         raise RecipeError(
-            f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: one of {fitting} does"
+            f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: use one of {fitting}"
         )
-    if train.tokens_per_step % model.context:
-        near = max(1, round(train.tokens_per_step / model.context)) * model.context
+    ffn_dim = model.ffn_dim or -(-model.dim * 8 // 3 // 64) * 64
+    return replace(model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=ffn_dim)
+
+
+def _check_batch(recipe: Recipe) -> None:
+    tokens, context, micro_batch = recipe.train.tokens_per_step, recipe.model.context, recipe.machine.micro_batch
+    if tokens % context:
         raise RecipeError(
-            f"train.tokens_per_step = {train.tokens_per_step} is no multiple of model.context = {model.context}: "
-            f"try {near}"
+            f"train.tokens_per_step = {tokens} is not a multiple of model.context = {context}: "
+            f"try {max(1, round(tokens / context)) * context}"
         )
-    windows = train.tokens_per_step // model.context
-    if isinstance(recipe.machine.micro_batch, int) and windows % recipe.machine.micro_batch:
+    windows = recipe.windows_per_step
+    if isinstance(micro_batch, int) and windows % micro_batch:
         divisors = {d for n in range(1, math.isqrt(windows) + 1) if windows % n == 0 for d in (n, windows // n)}
-        near = max(divisor for divisor in divisors if divisor <= recipe.machine.micro_batch)
         raise RecipeError(
-            f"machine.micro_batch = {recipe.machine.micro_batch} does not divide the {windows} windows of a step "
-            f"(train.tokens_per_step / model.context): try {near}"
+            f"machine.micro_batch = {micro_batch} does not divide the {windows} windows of a step "
+            f"(train.tokens_per_step / model.context): try {max(d for d in divisors if d <= micro_batch)}"
         )
-    if recipe.tokenizer.vocabulary < 264 + len(recipe.tokenizer.terms):
+
+
+def _check_vocab_size(recipe: Recipe) -> None:
+    vocab_size, terms = recipe.tokenizer.vocabulary, len(recipe.tokenizer.terms)
+    if vocab_size < MIN_VOCAB_SIZE + terms:
         raise RecipeError(
-            f"tokenizer.vocabulary = {recipe.tokenizer.vocabulary} is too small for 256 bytes and "
-            f"{len(recipe.tokenizer.terms)} terms: at least {264 + len(recipe.tokenizer.terms)}"
+            f"tokenizer.vocabulary = {vocab_size} is too small for 256 bytes and {terms} terms: "
+            f"use at least {MIN_VOCAB_SIZE + terms}"
         )
-    model = replace(
-        model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=model.ffn_dim or -(-model.dim * 8 // 3 // 64) * 64
-    )
-    skipped(recipe)
+
+
+def _resolve_length(recipe: Recipe) -> Train:
+    """The schedule with a length in tokens turned into steps."""
+    train = recipe.train
     if train.tokens:
         steps = -(-train.tokens // train.tokens_per_step)
         refuse_short(recipe, "train.tokens", train.tokens, steps, train.tokens_per_step)
         train = replace(train, tokens=0, steps=steps)
     elif train.steps:
         refuse_short(recipe, "train.steps", train.steps, train.steps, 1)
-    if train.steps and train.warmup > train.steps * (1 - train.decay) + 1e-6:
+    before_decay = train.steps * (1 - train.decay) + 1e-6
+    if train.steps and train.warmup > before_decay:
         raise RecipeError(
             f"train.warmup = {train.warmup} steps and train.decay = {train.decay:g} of the run overlap in a run of "
-            f"{train.steps} steps: at most train.warmup={max(0, int(train.steps * (1 - train.decay) + 1e-6))}"
+            f"{train.steps} steps: use at most train.warmup={max(0, int(before_decay))}"
         )
-    return replace(recipe, model=model, train=train)
+    return train
 
 
-def refuse_short(recipe: Recipe, name: str, length: float, steps: int, step: float) -> None:
-    """RecipeError where a run of this length, one of LENGTHS, ends before it has gone beyond `from`.
+def refuse_short(recipe: Recipe, name: str, length: float, steps: int, per_step: float) -> None:
+    """RecipeError if a run of `length`, the value of the key `name`, ends at or before the checkpoint it starts from.
 
-    A `step` is that much of the length.
+    `steps` is the length in steps; `per_step` is the part of the length that one step takes.
     """
     if recipe.from_ and steps <= recipe.from_step:
         also = "" if name == "train.steps" else f", {steps:,} steps,"
         raise RecipeError(
-            f"{name} = {length:,.10g}{also} does not go beyond from = {recipe.from_}: lengths count from step 0; "
-            f"say {name}={math.ceil(1000 * (recipe.from_step * step + length)) / 1000:.12g} to train as much again"
+            f"{name} = {length:,.10g}{also} does not go beyond from = {checkpoint_name(recipe.from_)}: lengths count "
+            f"from step 0; say {name}={math.ceil(1000 * (recipe.from_step * per_step + length)) / 1000:.12g} "
+            f"to train as much again"
         )
 
 
 def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
-    """The recipe with all that depends on the text settled, for a training side of `tokens_per_epoch` tokens.
+    """The recipe with everything resolved that depends on the text, given the tokens of its training side.
 
-    That is a length in epochs, weight decay in epochs, and what is `auto` by the number of epochs (few, in a run whose
-    length is a time).
+    These are a length or a weight decay in epochs, and each `auto` by the number of epochs. A run whose length is a
+    time counts as one of few epochs.
     """
     model, train = recipe.model, recipe.train
     steps = train.steps
@@ -121,21 +146,21 @@ def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
     decay = train.weight_decay
     if decay == "auto":
         decay = Epochs(f"{FORGOTTEN_AFTER} epochs") if epochs > 1 else 0.1
-    if isinstance(decay, str):  # 1 / (rate x decay) steps are the time constant
+    if isinstance(decay, str):  # the time constant is 1 / (rate x decay) steps
         tokens = max(1e-9, train.learning_rate) * tokens_per_epoch * float(decay.split()[0])
-        decay = float(f"{min(MOST_DECAY, train.tokens_per_step / tokens):.6g}")
+        decay = float(f"{min(MAX_DECAY, train.tokens_per_step / tokens):.6g}")
     return resolve(replace(recipe, model=model, train=replace(train, epochs=0.0, steps=steps, weight_decay=decay)))
 
 
 def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
-    """The ranges of train.skip, first and last step each; RecipeError for one that is none."""
+    """The ranges of train.skip as (first step, last step). RecipeError if one is malformed or overlaps another."""
     ranges: list[tuple[int, int]] = []
     for text in recipe.train.skip:
         match = _RANGE.fullmatch(text)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if high < low or low < 1 or any(low <= other[1] and other[0] <= high for other in ranges):
             raise RecipeError(
-                f"train.skip = {text!r}: ranges that do not overlap are expected, such as 1200-1210; "
+                f"train.skip = {text!r}: expected ranges that do not overlap, such as 1200-1210; "
                 "steps count from 1, as in the messages of a run"
             )
         ranges.append((low, high))
@@ -143,12 +168,12 @@ def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
 
 
 def checkpoint_name(from_: str | None) -> str | None:
-    """RUN/step-74 as RUN/step-000074, the name of its folder: both are one checkpoint."""
+    """RUN/step-74 as RUN/step-000074, the name of the checkpoint's folder."""
     return from_ and re.sub(r"(?<=/step-)[0-9]{1,15}$", lambda step: f"{int(step[0]):06d}", from_)
 
 
 def counted_from_1(ranges: str | list[str]) -> list[str]:
-    """A train.skip of format 1, which counted steps from 0, with the same steps counted from 1."""
+    """A train.skip of recipe format 1, whose steps counted from 0, as the same steps counted from 1."""
     ranges = [ranges] if isinstance(ranges, str) else ranges
     return [
         "-".join(str(int(step) + 1) for step in match.groups() if step) if (match := _RANGE.fullmatch(text)) else text

@@ -1,6 +1,7 @@
-"""The keys of a recipe, with their types, units, bounds and defaults.
+"""Every key of a recipe: its type, description, default and bounds.
 
-Science decides the loss curve; machine decides only how fast and where it is computed.
+The keys fall into two halves. Science decides the loss curve; machine decides only how fast the run goes, where it runs
+and where its files are.
 """
 
 import typing
@@ -9,14 +10,15 @@ from functools import cache
 from typing import Any, Literal, TypeAlias
 
 Auto: TypeAlias = Literal["auto"]
-Epochs = typing.NewType("Epochs", str)  # such as "0.7 epochs": a time constant, counted in passes over the text
-LEAST_VOCABULARY = 264  # every byte, the pieces without text, and some room
-NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a run: never a way out of runs/
+Epochs = typing.NewType("Epochs", str)  # a time constant in passes over the text, such as "0.7 epochs"
+
+MIN_VOCAB_SIZE = 264  # 256 bytes, the pieces without text, and a few to spare
+RUN_NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # cannot lead out of runs/
 STEP = "step-([0-9]{1,15})"  # a checkpoint's folder
-TAKEN = "best|newest|checkpoints|step-.*"  # what stands behind RUN/ for its checkpoints: no run's name
+RESERVED_NAMES = "best|newest|checkpoints|step-.*"  # RUN/best and the like name checkpoints
 AUTO_PROMPTS = ("auto",)
-LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.hours")  # a recipe names exactly one
-# Which keys cannot change the curve. Where the text lies is of this half too: its content has a fingerprint of its own.
+LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.hours")  # a recipe sets exactly one
+# The text's location is machine too: its content has a fingerprint of its own.
 MACHINE_HALF = (
     "run",
     "text.files",
@@ -29,114 +31,111 @@ MACHINE_HALF = (
 )
 
 
-def setting(default: Any = MISSING, *, unit: str, least: float | None = None, below: float | None = None) -> Any:
-    """A key of the recipe: its unit, and the bounds least <= value < below of a number."""
-    return field(default=default, metadata={"unit": unit, "least": least, "below": below})
+def setting(description: str, default: Any = MISSING, *, least: float | None = None, below: float | None = None) -> Any:
+    """A key of the recipe. A number must satisfy least <= number < below."""
+    return field(default=default, metadata={"description": description, "least": least, "below": below})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    files: tuple[str, ...] = setting(unit="paths, globs, or named texts such as wiki-leads")
-    documents: str = setting("auto", unit="auto, headings, blank-lines, blocks, lines, files, or: marker LINE")
-    validation: float = setting(0.05, unit="share of the documents that is held out", least=0, below=1)
-    field: str = setting("text", unit="the field of a .jsonl line that holds the text")
-    cache: str | None = setting(None, unit="folder of prepared text; data/ where none is named")
+    files: tuple[str, ...] = setting("paths, globs or named texts such as wiki-leads")
+    documents: str = setting("auto, headings, blank-lines, blocks, lines, files, or: marker LINE", "auto")
+    validation: float = setting("fraction of the documents held out", 0.05, least=0, below=1)
+    field: str = setting("field of a .jsonl line that holds the text", "text")
+    cache: str | None = setting("folder for prepared text; data/ by default", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    vocabulary: int = setting(4096, unit="pieces", least=LEAST_VOCABULARY, below=1 << 24)
-    terms: tuple[str, ...] = setting((), unit="words that stay whole")
-    path: str | None = setting(None, unit="an existing sentencepiece .model, used instead of training one")
+    vocabulary: int = setting("number of pieces", 4096, least=MIN_VOCAB_SIZE, below=1 << 24)
+    terms: tuple[str, ...] = setting("words that are never split", ())
+    path: str | None = setting("existing sentencepiece .model to use instead of training one", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    dim: int = setting(256, unit="features", least=1, below=1 << 20)
-    layers: int = setting(6, unit="blocks", least=1, below=1 << 12)
-    heads: int = setting(4, unit="query heads", least=1, below=1 << 12)
-    kv_heads: int = setting(0, unit="key and value heads; 0: as many as heads", least=0, below=1 << 12)
-    head_dim: int = setting(0, unit="features a head; 0: dim / heads", least=0, below=1 << 20)
+    dim: int = setting("features", 256, least=1, below=1 << 20)
+    layers: int = setting("blocks", 6, least=1, below=1 << 12)
+    heads: int = setting("query heads", 4, least=1, below=1 << 12)
+    kv_heads: int = setting("key and value heads; 0: as many as heads", 0, least=0, below=1 << 12)
+    head_dim: int = setting("features per head; 0: dim / heads", 0, least=0, below=1 << 20)
     ffn_dim: int = setting(
-        0, unit="features inside the MLP; 0: 8/3 dim, up to a multiple of 64", least=0, below=1 << 22
+        "features inside the MLP; 0: 8/3 dim, rounded up to a multiple of 64", 0, least=0, below=1 << 22
     )
-    context: int = setting(512, unit="tokens", least=2, below=1 << 20)
-    dropout: float | Auto = setting(0.0, unit="share of the features; auto: by the number of epochs", least=0, below=1)
-    tied: bool = setting(True, unit="input and output embeddings are one matrix")
-    from_: str | None = setting(None, unit="folder of a Qwen3 or Llama model, whose weights and tokenizer are taken")
+    context: int = setting("tokens", 512, least=2, below=1 << 20)
+    dropout: float | Auto = setting("fraction of the features; auto: by the number of epochs", 0.0, least=0, below=1)
+    tied: bool = setting("input and output embeddings share one matrix", True)
+    from_: str | None = setting("folder of a Qwen3 or Llama model whose weights and tokenizer to start from", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    steps: int = setting(0, unit="optimizer updates", least=1, below=1e15)
-    tokens: int = setting(0, unit="target tokens", least=1, below=1e15)
-    epochs: float = setting(0.0, unit="passes over the training side", least=1e-6, below=1e6)
-    hours: float = setting(0.0, unit="hours of training, such as 8h or 90min", least=1e-4, below=1e5)
-    tokens_per_step: int = setting(8192, unit="tokens", least=1, below=1e10)
+    steps: int = setting("optimizer updates", 0, least=1, below=1e15)
+    tokens: int = setting("target tokens", 0, least=1, below=1e15)
+    epochs: float = setting("passes over the training side", 0.0, least=1e-6, below=1e6)
+    hours: float = setting("hours of training, such as 8h or 90min", 0.0, least=1e-4, below=1e5)
+    tokens_per_step: int = setting("tokens", 8192, least=1, below=1e10)
     optimizer: Literal["muon", "adamw"] = setting(
-        "muon", unit="muon: Muon for the blocks' matrices, AdamW for the rest"
+        "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"
     )
-    learning_rate: float = setting(0.02, unit="of Muon's matrices, or of AdamW", least=0, below=10)
-    warmup: int = setting(0, unit="steps from zero to the full rate", least=0, below=1e12)
+    learning_rate: float = setting("of Muon's matrices, or of AdamW", 0.02, least=0, below=10)
+    warmup: int = setting("steps from zero to the full rate", 0, least=0, below=1e12)
     decay: float = setting(
-        0.4, unit="share of the run, at its end, in which the rate falls to zero", least=0, below=1.0001
+        "fraction of the run, at its end, over which the rate falls to zero", 0.4, least=0, below=1.0001
     )
     weight_decay: float | Epochs | Auto = setting(
-        0.1, unit="a step, times the rate; or over how many epochs weights forget, as 0.7 epochs", least=0, below=100
-    )
-    clip: float = setting(1.0, unit="largest norm of the gradient; 0: none", least=0, below=1e9)
-    skip: tuple[str, ...] = setting((), unit="ranges of steps, such as 1200-1210, whose windows are left out")
-    on_nonfinite: Literal["stop", "skip"] = setting("stop", unit="what a loss or gradient that is not finite does")
+        "per step, times the rate; or the epochs over which weights are forgotten, such as 0.7 epochs; auto: by the "
+        "number of epochs", 0.1, least=0, below=100,
+    )  # fmt: skip
+    clip: float = setting("largest norm of the gradient; 0: no clipping", 1.0, least=0, below=1e9)
+    skip: tuple[str, ...] = setting("ranges of steps whose windows are left out, such as 1200-1210", ())
+    on_nonfinite: Literal["stop", "skip"] = setting("reaction to a loss or gradient that is not finite", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    every: int = setting(500, unit="steps", least=1, below=1e12)
+    every: int = setting("steps", 500, least=1, below=1e12)
     prompts: tuple[str, ...] = setting(
-        (), unit="texts to go on with after each evaluation; auto: how a document of the text begins"
+        "texts to continue after each evaluation; auto: the opening of a document of the text", ()
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    every: int = setting(500, unit="steps", least=1, below=1e12)
-    keep: int = setting(2, unit="newest checkpoints kept, beside the best", least=1, below=1e6)
+    every: int = setting("steps", 500, least=1, below=1e12)
+    keep: int = setting("number of newest checkpoints to keep, besides the best", 2, least=1, below=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
-    every: int = setting(10, unit="steps", least=1, below=1e12)
-    wandb: Literal["off", "offline", "online"] = setting("off", unit="online needs a key; offline where there is none")
-    tensorboard: bool = setting(False, unit="needs the package tensorboard")
+    every: int = setting("steps", 10, least=1, below=1e12)
+    wandb: Literal["off", "offline", "online"] = setting("online needs a key, and is offline without one", "off")
+    tensorboard: bool = setting("needs the package tensorboard", False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", unit="auto: what the device multiplies fast")
-    micro_batch: int | Auto = setting("auto", unit="windows a process runs at once", least=1, below=1e9)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto: a fast one that the device supports", "auto")
+    micro_batch: int | Auto = setting("windows that a process runs at once", "auto", least=1, below=1e9)
     stop_after: float = setting(
-        0.0, unit="hours, such as 8h, after which the run saves and stops; 0: never", least=0, below=1e6
+        "hours, such as 8h, after which the run saves and stops; 0: never", 0.0, least=0, below=1e6
     )
-    threads: int | Auto = setting("auto", unit="CPU threads a process", least=1, below=4096)
-    shard: Literal["none", "full", "hybrid"] = setting(
-        "none", unit="none, full: among all processes, hybrid: in a node"
-    )
-    exact: bool = setting(False, unit="the same bits on 1, 2, 4 ... processes, for more memory and exchange")
-    recompute: bool = setting(
-        False, unit="forget each block's activations and compute them again: less memory, a third slower"
-    )
+    threads: int | Auto = setting("CPU threads per process", "auto", least=1, below=4096)
+    shard: Literal["none", "full", "hybrid"] = setting("full: across all processes, hybrid: within a node", "none")
+    exact: bool = setting("the same bits on 1, 2, 4 ... processes, for more memory and traffic", False)
+    recompute: bool = setting("recompute activations in the backward pass: less memory, a third slower", False)
     compile: bool = setting(
-        False, unit="compile each block, on a GPU the loss too; pays on long runs, needs a C++ compiler or Triton"
+        "compile each block, and on a GPU the loss; pays off in long runs, needs a C++ compiler or Triton", False
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run. `from_` is the key `from`, here and under `model`."""
+    """One run. The attribute `from_` is the key `from`, here and under `model`."""
 
-    run: str = setting(unit="name of the folder under runs/")
-    seed: int = setting(1, unit="any whole number", least=0, below=1 << 32)
-    from_: str | None = setting(None, unit="RUN/step-N: start from that checkpoint")
+    run: str = setting("name of the folder under runs/")
+    seed: int = setting("any whole number", 1, least=0, below=1 << 32)
+    from_: str | None = setting("RUN/step-N: start from that checkpoint", None)
     text: Text
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     model: Model = field(default_factory=Model)
@@ -152,42 +151,47 @@ class Recipe:
 
     @property
     def from_step(self) -> int:
-        """Updates that are done before the run's first one."""
+        """Updates done before this run's first one."""
         return int(self.from_.rpartition("-")[2]) if self.from_ else 0
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """Every key, dotted, with its value as JSON knows it."""
+    """Every dotted key with its value as a JSON type."""
     values: dict[str, Any] = {}
-    for each in fields(recipe):
-        value = getattr(recipe, each.name)
+    for name, value in vars(recipe).items():
         if is_dataclass(value):
-            values.update({f"{each.name}.{leaf.name.rstrip('_')}": getattr(value, leaf.name) for leaf in fields(value)})
+            values.update({f"{name}.{leaf.rstrip('_')}": each for leaf, each in vars(value).items()})
         else:
-            values[each.name.rstrip("_")] = value
+            values[name.rstrip("_")] = value
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def science(recipe: Recipe) -> dict[str, Any]:
-    """The half that decides the curve, flat."""
+    """The keys that decide the loss curve, flat."""
     return {name: value for name, value in flat(recipe).items() if not name.startswith(MACHINE_HALF)}
 
 
 @cache
-def sections() -> tuple[str, ...]:
-    return tuple(name for name, kind in typing.get_type_hints(Recipe).items() if is_dataclass(kind))
+def sections() -> dict[str, type]:
+    """The sections of a recipe, with the dataclass of each."""
+    return {
+        name: kind
+        for name, kind in typing.get_type_hints(Recipe).items()
+        if isinstance(kind, type) and is_dataclass(kind)
+    }
 
 
-@cache
-def keys_of(section: str) -> tuple[str, ...]:
-    return tuple(f"{section}.{each.name.rstrip('_')}" for each in fields(typing.get_type_hints(Recipe)[section]))
-
-
-def single_keys() -> tuple[str, ...]:
+def top_keys() -> tuple[str, ...]:
+    """The keys outside any section."""
     return tuple(each.name.rstrip("_") for each in fields(Recipe) if each.name not in sections())
 
 
+def section_keys(section: str) -> tuple[str, ...]:
+    """The dotted keys of one section."""
+    return tuple(f"{section}.{each.name.rstrip('_')}" for each in fields(sections()[section]))
+
+
 @cache
-def keys() -> tuple[str, ...]:
-    """Every key of a recipe, dotted."""
-    return single_keys() + tuple(key for section in sections() for key in keys_of(section))
+def all_keys() -> tuple[str, ...]:
+    """Every dotted key."""
+    return top_keys() + tuple(key for section in sections() for key in section_keys(section))

@@ -20,7 +20,7 @@ import sentencepiece
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError, TextError
-from llm.config.schema import LEAST_VOCABULARY
+from llm.config.schema import MIN_VOCAB_SIZE
 
 sentencepiece.set_min_log_level(3)  # what goes wrong is raised, and said by us
 
@@ -111,7 +111,7 @@ class Tokenizer:
                 required_chars=SPACE)  # without a piece of its own a space would be read back as a U+2581  # fmt: skip
         except RuntimeError as error:
             if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
-                fits = f", or at most tokenizer.vocabulary={most[1]}" if int(most[1]) >= LEAST_VOCABULARY else ""
+                fits = f", or at most tokenizer.vocabulary={most[1]}" if int(most[1]) >= MIN_VOCAB_SIZE else ""
                 raise TextError(
                     f"tokenizer.vocabulary = {vocabulary} is too large for so little text: use more text{fits}"
                 ) from error

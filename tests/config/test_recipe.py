@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llm.base.errors import RecipeError, RefusedError
 from llm.config.reading import dump, load, with_checksum
-from llm.config.resolving import MANY_EPOCHS_DROPOUT, MOST_DECAY, with_steps
+from llm.config.resolving import MANY_EPOCHS_DROPOUT, MAX_DECAY, with_steps
 from llm.config.schema import Evaluate, Recipe, Text, Train, flat, science
 
 MUTATED = 300  # recipes in the fast suite
@@ -269,13 +269,13 @@ def test_any_text_comes_back_out_of_the_written_recipe(
         ("dropout: 5%\n", "dropout: did you mean model.dropout?"),
         ("model.dim: 8\n", "write `dim` under `model:`"),
         ("model: {dim.x: 8}\n", "model.dim.x: did you mean model.dim?"),
-        ("model: {rope: 8}\n", "model.rope is no key of a recipe: model has dim, layers, heads,"),
-        ("colour: red\n", "'colour' is no key of a recipe: they are text, tokenizer, model,"),
+        ("model: {rope: 8}\n", "model.rope is not a recipe key: model has dim, layers, heads,"),
+        ("colour: red\n", "'colour' is not a recipe key: use one of text, tokenizer, model,"),
         ("from_: a/step-1\n", "from_: did you mean from?"),
-        ('"a\\nb": 1\n', "'a\\nb' is no key"),
-        ('model: {"\\e[31m": 1}\n', "model.\\x1b[31m is no key"),
-        ("<<: {seed: 5}\n", "'<<' is no key"),
-        ("model: {<<: {dim: 8}}\n", "model.<< has keys under it, but is one value"),
+        ('"a\\nb": 1\n', "'a\\nb' is not a recipe key"),
+        ('model: {"\\e[31m": 1}\n', "model.\\x1b[31m is not a recipe key"),
+        ("<<: {seed: 5}\n", "'<<' is not a recipe key"),
+        ("model: {<<: {dim: 8}}\n", "model.<< takes one value, but has keys under it"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path, text: str, words: str) -> None:
@@ -287,8 +287,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path, te
     [
         ("train.stepz=4", "train.stepz: did you mean train.steps?"),
         ("stepz=4", "stepz: did you mean train.steps?"),
-        ("model=4", "model is a section: give its keys their values, such as model.dim"),
-        ("=4", "'' is no key of a recipe"),
+        ("model=4", "model is a section: set its keys instead, such as model.dim"),
+        ("=4", "'' is not a recipe key"),
         ("train.steps", "override 'train.steps': write it as key=value, for example train.steps=60"),
         ("--check", "override '--check': write it as key=value"),
         ("", "override '': write it as key=value"),
@@ -301,10 +301,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path, te
         ("evaluate.prompts=[!!python/name:os.system x]", "python/name:os.system' is refused"),
         ("evaluate.prompts=[*a]", "undefined alias"),
         ("evaluate.prompts=" + "[" * 100_000, "nested too deeply"),
-        ("seed=[1, 2]", "seed is one value, not a list of 2"),
-        ("seed=\ud800", "seed holds a NUL or half a character"),
-        ("x" * 100_000 + "=1", "is no key of a recipe"),
-        ("seed=" + "9" * 100_000, "a whole number is expected"),
+        ("seed=[1, 2]", "seed takes one value, not a list of 2"),
+        ("seed=\ud800", "seed contains a NUL or half a character"),
+        ("x" * 100_000 + "=1", "is not a recipe key"),
+        ("[" * 2_000 + "=[" + "[" * 2_000, "nested too deeply"),
+        ("x" * 2_000 + "=[!!int 1]", "is refused: a recipe holds plain values only"),
+        ("x" * 2_000, "write it as key=value"),
+        ("seed=" + "9" * 100_000, "expected a whole number"),
         ("evaluate.prompts=" + "x" * 70_000, "shorten its lists"),
     ],
     ids=lambda text: text[:30],
@@ -316,38 +319,38 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path: Path, override: s
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("seed=many", "seed = 'many': a whole number is expected, such as 1000 or 10M"),
-        ("machine.stop_after=8h30m", "machine.stop_after = '8h30m': a time is expected, such as 8h, 90min or 2d"),
-        ("machine.stop_after=h", "a time is expected"),
-        ("train.weight_decay=1e9epochs", "a time constant of 0.001 to 1,000,000 epochs is expected"),
-        ("seed=1.5", "seed = 1.5: a whole number is expected"),
-        ("seed=1e-3", "a whole number is expected"),
-        ("seed=5%", "a whole number is expected"),
-        ("seed=0x10", "a whole number is expected"),
-        ("seed=1:30", "a whole number is expected"),
-        ("seed=-1", "seed = -1: at least 0 and below 4,294,967,296 is expected"),
-        ("seed=1e999999999", "a whole number is expected"),
-        ("seed=1e30", "a whole number is expected"),
-        ("train.learning_rate=fast", "train.learning_rate = 'fast': a number is expected, such as 0.05, 5% or 1e-3"),
-        ("train.learning_rate=nan", "a number is expected"),
-        ("train.learning_rate=-inf", "a number is expected"),
-        ("train.learning_rate=1e999999999", "a number is expected"),
-        ("train.learning_rate=1e999", "at least 0 and below 10 is expected"),
-        ("train.learning_rate=true", "a number is expected"),
-        ("model.dropout=100%", "model.dropout = 100%: at least 0 and below 1 is expected (share of the features"),
-        ("train.steps=0", "train.steps = 0: at least 1"),
-        ("model.tied=maybe", "model.tied = 'maybe': true or false is expected"),
-        ("model.tied=1", "true or false is expected"),
-        ("tracking.wandb=yes", "tracking.wandb = 'yes': one of off, offline, online is expected"),
+        ("seed=many", "seed = 'many': expected a whole number, such as 1000 or 10M"),
+        ("machine.stop_after=8h30m", "machine.stop_after = '8h30m': expected a time such as 8h, 90min or 2d"),
+        ("machine.stop_after=h", "expected a time"),
+        ("train.weight_decay=1e9epochs", "expected a time constant of 0.001 to 1,000,000 epochs"),
+        ("seed=1.5", "seed = 1.5: expected a whole number"),
+        ("seed=1e-3", "expected a whole number"),
+        ("seed=5%", "expected a whole number"),
+        ("seed=0x10", "expected a whole number"),
+        ("seed=1:30", "expected a whole number"),
+        ("seed=-1", "seed = -1: must be at least 0 and below 4,294,967,296"),
+        ("seed=1e999999999", "expected a whole number"),
+        ("seed=1e30", "expected a whole number of at most 1e18"),
+        ("train.learning_rate=fast", "train.learning_rate = 'fast': expected a number, such as 0.05, 5% or 1e-3"),
+        ("train.learning_rate=nan", "expected a number"),
+        ("train.learning_rate=-inf", "expected a number"),
+        ("train.learning_rate=1e999999999", "expected a number"),
+        ("train.learning_rate=1e999", "must be at least 0 and below 10"),
+        ("train.learning_rate=true", "expected a number"),
+        ("model.dropout=100%", "model.dropout = 100%: must be at least 0 and below 1 (fraction of the features"),
+        ("train.steps=0", "train.steps = 0: must be at least 1"),
+        ("model.tied=maybe", "model.tied = 'maybe': expected true or false"),
+        ("model.tied=1", "expected true or false"),
+        ("tracking.wandb=yes", "tracking.wandb = 'yes': expected one of off, offline, online"),
         ("tracking.wandb=onlin", "did you mean online?"),
-        ("train.optimizer=sgd", "train.optimizer = 'sgd': one of muon, adamw is expected"),
-        ("machine.micro_batch=much", "machine.micro_batch = 'much': a whole number or auto is expected"),
-        ("machine.precision=" + "f" * 100_000, "one of auto, fp32, bf16, fp16 is expected"),
-        ("tokenizer.terms=['']", "tokenizer.terms: a term is a word or some words on one line"),
-        ('tokenizer.terms=["a\\nb"]', "tokenizer.terms: a term is a word or some words on one line"),
-        ("from=quickstart", "RUN/step-N is expected"),
-        ("from=../other/step-1", "RUN/step-N is expected"),
-        ("from=other/step-" + "9" * 5_000, "RUN/step-N is expected"),
+        ("train.optimizer=sgd", "train.optimizer = 'sgd': expected one of muon, adamw"),
+        ("machine.micro_batch=much", "machine.micro_batch = 'much': expected a whole number or auto"),
+        ("machine.precision=" + "f" * 100_000, "expected one of auto, fp32, bf16, fp16"),
+        ("tokenizer.terms=['']", "tokenizer.terms: each term must be one or more words on one line"),
+        ('tokenizer.terms=["a\\nb"]', "tokenizer.terms: each term must be one or more words on one line"),
+        ("from=quickstart", "expected RUN/step-N"),
+        ("from=../other/step-1", "expected RUN/step-N"),
+        ("from=other/step-" + "9" * 5_000, "expected RUN/step-N"),
     ],
     ids=lambda text: text[:40],
 )
@@ -360,24 +363,24 @@ def test_a_wrong_value_is_refused_with_what_was_expected(tmp_path: Path, overrid
     [
         (SMALLEST + "seed:\n", "seed has no value"),
         (SMALLEST + "from: ''\n", "from is empty: give it a value"),
-        (SMALLEST + "seed: {a: 1}\n", "seed has keys under it, but is one value"),
-        (SMALLEST + "model: {dim: {a: 1}}\n", "model.dim has keys under it, but is one value"),
-        (SMALLEST + "model: 4\n", "model is a section: give its keys their values, such as model.dim"),
+        (SMALLEST + "seed: {a: 1}\n", "seed takes one value, but has keys under it"),
+        (SMALLEST + "model: {dim: {a: 1}}\n", "model.dim takes one value, but has keys under it"),
+        (SMALLEST + "model: 4\n", "model is a section: set its keys instead, such as model.dim"),
         (SMALLEST + "model: [dim, 4]\n", "model is a section"),
-        (SMALLEST + "evaluate: {prompts: [a, [b]]}\n", "a list here holds single values"),
-        (SMALLEST + "evaluate: {prompts: [a, ~]}\n", "a list here holds single values"),
-        (SMALLEST + "? [a, b]\n: 1\n", "line 3: a key is one word"),
-        (SMALLEST + "? " + "a" * 2000 + "\n: 1\n", "line 3: a key is one word"),
-        (SMALLEST + "seed: 1\nseed: 1\n", "line 4: seed stands there twice; keep one"),
-        (SMALLEST + "train: {steps: 100}\n", "line 3: train stands there twice; keep one"),
-        (TEXT + "train: {steps: 1, steps: 2}\n", "train, line 2: steps stands there twice; keep one"),
-        (SMALLEST + "seed: 1\n'seed': 1\n", "line 4: seed stands there twice; keep one"),
-        ("train: {steps: 1}\n", "text.files is missing: it has no default"),
+        (SMALLEST + "evaluate: {prompts: [a, [b]]}\n", "each item of this list must be a single value"),
+        (SMALLEST + "evaluate: {prompts: [a, ~]}\n", "each item of this list must be a single value"),
+        (SMALLEST + "? [a, b]\n: 1\n", "line 3: a key must be one word"),
+        (SMALLEST + "? " + "a" * 2000 + "\n: 1\n", "line 3: a key must be one word"),
+        (SMALLEST + "seed: 1\nseed: 1\n", "line 4: seed appears twice; keep one"),
+        (SMALLEST + "train: {steps: 100}\n", "line 3: train appears twice; keep one"),
+        (TEXT + "train: {steps: 1, steps: 2}\n", "train, line 2: steps appears twice; keep one"),
+        (SMALLEST + "seed: 1\n'seed': 1\n", "line 4: seed appears twice; keep one"),
+        ("train: {steps: 1}\n", "text.files is missing and has no default: set it"),
         ("", "is empty: a recipe needs at least text.files"),
         ("# nothing\n", "is empty"),
         ("~\n", "is empty"),
-        ("- text\n- train\n", "is not a list of keys"),
-        ("wiki.txt\n", "is not a list of keys"),
+        ("- text\n- train\n", "does not consist of keys"),
+        ("wiki.txt\n", "does not consist of keys"),
         (SMALLEST + "---\n" + SMALLEST, "line 3 is not YAML: but found another document"),
         ("text:\n\tfiles: [a]\n", "line 2 is not YAML"),
         (SMALLEST + "run: 'a\n", "is not YAML"),
@@ -387,8 +390,8 @@ def test_a_wrong_value_is_refused_with_what_was_expected(tmp_path: Path, overrid
         (SMALLEST + 'run: "\\UFFFFFFFF"\n', "is not YAML"),
         (SMALLEST + 'run: "\\U00110000"\n', "is not YAML"),
         ("%YAML 1." + "9" * 5000 + "\n---\n" + SMALLEST, "is not YAML"),
-        (SMALLEST + 'evaluate: {prompts: ["a\\0"]}\n', "evaluate.prompts holds a NUL or half a character"),
-        (SMALLEST + 'evaluate: {prompts: ["\\ud83d"]}\n', "evaluate.prompts holds a NUL or half a character"),
+        (SMALLEST + 'evaluate: {prompts: ["a\\0"]}\n', "evaluate.prompts contains a NUL or half a character"),
+        (SMALLEST + 'evaluate: {prompts: ["\\ud83d"]}\n', "evaluate.prompts contains a NUL or half a character"),
         (b"run: caf\xe9\n", "is not UTF-8 at byte 8: save it as UTF-8"),
         (SMALLEST.encode("utf-16"), "is not UTF-8 at byte 0"),
     ],
@@ -489,15 +492,15 @@ def test_an_ordinary_name_of_a_run_is_taken(tmp_path: Path, name: str) -> None:
         (["model.heads=2000"], "set model.head_dim, for example 2", "model.head_dim=2"),
         (["model.head_dim=33"], "even number, for example 34", "model.head_dim=34"),
         (["model.dim=12", "model.heads=4"], "model.head_dim = 3: rotary positions need an even", "model.head_dim=4"),
-        (["model.heads=8", "model.kv_heads=3"], "one of [1, 2, 4, 8] does", "model.kv_heads=4"),
-        (["model.kv_heads=8"], "one of [1, 2, 4] does", "model.kv_heads=4"),
-        (["train.tokens_per_step=1000"], "no multiple of model.context = 512: try 1024", "train.tokens_per_step=1024"),
+        (["model.heads=8", "model.kv_heads=3"], "use one of [1, 2, 4, 8]", "model.kv_heads=4"),
+        (["model.kv_heads=8"], "use one of [1, 2, 4]", "model.kv_heads=4"),
+        (["train.tokens_per_step=1000"], "is not a multiple of model.context = 512: try 1024", "train.tokens_per_step=1024"),
         (["train.tokens_per_step=1"], "try 512", "train.tokens_per_step=512"),
         (["machine.micro_batch=3"], "does not divide the 16 windows of a step", "machine.micro_batch=2"),
         (["machine.micro_batch=100"], "try 16", "machine.micro_batch=16"),
         (["model.context=2", "train.tokens_per_step=9999999986", "machine.micro_batch=999999999"], "try", None),
         (["tokenizer.vocabulary=264", "tokenizer.terms=[a, b]"], "at least 266", "tokenizer.vocabulary=266"),
-        (["train.warmup=61"], "overlap in a run of 100 steps: at most train.warmup=60", "train.warmup=60"),
+        (["train.warmup=61"], "overlap in a run of 100 steps: use at most train.warmup=60", "train.warmup=60"),
         (["train.warmup=1", "train.decay=100%"], "overlap", "train.decay=99%"),
     ],
 )
@@ -512,7 +515,7 @@ def test_an_impossible_combination_is_refused_and_its_mend_helps(
 @pytest.mark.parametrize("lengths", ["", "steps: 1, tokens: 8192", "tokens: 8192, epochs: 1", "steps: 1, epochs: 1"])
 def test_a_run_has_exactly_one_length(tmp_path: Path, lengths: str) -> None:
     line = refused(tmp_path, TEXT + f"train: {{{lengths}}}\n")
-    assert "a run has exactly one of train.steps, train.tokens, train.epochs" in line
+    assert "a run needs exactly one of train.steps, train.tokens, train.epochs" in line
     assert read(tmp_path, TEXT + f"train: {{{lengths}}}\n", "train.steps=5").train.steps == 5
 
 
@@ -536,7 +539,7 @@ def test_weight_decay_may_be_the_epochs_over_which_weights_forget(tmp_path: Path
 
 def test_a_time_constant_asks_for_no_more_decay_than_pays(tmp_path: Path) -> None:
     recipe = read(tmp_path, SMALLEST, "train.weight_decay=1 epochs")
-    assert with_steps(recipe, tokens_per_epoch=10_000).train.weight_decay == MOST_DECAY
+    assert with_steps(recipe, tokens_per_epoch=10_000).train.weight_decay == MAX_DECAY
 
 
 @pytest.mark.parametrize("written", ["0 epochs", "-1 epochs", "epochs", "many epochs", "1e9 epochs"])
@@ -712,5 +715,5 @@ def test_skip_counts_steps_from_1_but_in_what_runs_kept_before(tmp_path: Path) -
     assert one(tmp_path, "train.skip", again) == ["1", "5-6"], "translated once"
     assert "this version reads 1 and 2" in refused(tmp_path, SMALLEST + "format: 3\n")
     edited = with_checksum(with_skip).replace("steps: 100", "steps: 101")
-    with pytest.raises(RefusedError, match=r"take that line out and put `format: 1` there"):
+    with pytest.raises(RefusedError, match=r"delete that line and write `format: 1` there"):
         read(tmp_path, edited)
