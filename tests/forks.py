@@ -159,15 +159,15 @@ def train(recipe: Path, *overrides: object, stop_after: int | None = None) -> Ca
 
     def act() -> None:
         if stop_after is not None:
-            train_step = llm.training.trainer.Trainer.train_step
+            update = llm.training.trainer.Trainer.update
 
-            def interrupted(self: llm.training.trainer.Trainer) -> tuple[torch.Tensor, torch.Tensor]:
-                result = train_step(self)
-                if self.state.step == stop_after:
+            def interrupted(self: llm.training.trainer.Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+                result = update(self, step)
+                if step + 1 == stop_after:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return result
 
-            llm.training.trainer.Trainer.train_step = interrupted  # type: ignore[method-assign]
+            llm.training.trainer.Trainer.update = interrupted  # type: ignore[method-assign]
         launch()
 
     return act
