@@ -7,7 +7,7 @@ from typing import Any
 
 try:
     from llm.base.errors import run
-    from llm.config.recipe import dump, load
+    from llm.config.reading import dump, load
 except ImportError as missing:
     print(
         f"error: {missing}. Another package is called `llm` too: in a fresh environment run `pip install -e .`",

@@ -5,7 +5,7 @@ from pathlib import Path
 from llm.base import atomic_io
 from llm.base.command import Parser
 from llm.base.errors import RecipeError, run
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.data.documents import wiki_documents
 
 MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.wiki:
         write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
     elif options.recipe:
-        from llm.config.recipe import with_steps
+        from llm.config.resolving import with_steps
         from llm.insight import hints
         from llm.interop.pretrained import prepare_for
 

@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # Whether there is a GPU is asked in a way that leaves CUDA alone, which no forked child could use otherwise.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+# OpenMP's threads do not survive a fork: a child that has several must not inherit a parent's.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ import pytest
 
 from llm.base import atomic_io
 from llm.base.errors import LLMError, RecipeError, RefusedError
-from llm.config import recipe
+from llm.config.reading import load, with_checksum
 from llm.data.pipeline import prepare
 from llm.data.tokenizer import Tokenizer
 from llm.run_folder import checkpoint, loaded_run, tensor_files
@@ -54,7 +54,7 @@ def flip(path: Path, bit: int) -> None:
 def places(folder: Path) -> dict[str, tuple[list[Path], Callable[[Path], None]]]:
     """Files by kind, and who reads them."""
     newest = checkpoint.folders(folder / "runs/tiny")[0]
-    text = recipe.load(folder / "recipe.yaml")
+    text = load(folder / "recipe.yaml")
     cache = folder / "cache"
 
     def opened(path: Path) -> None:
@@ -322,9 +322,9 @@ def test_an_edited_recipe_of_a_run_can_be_used_once_its_digest_is_taken_out(here
     text = path.read_text().replace("steps: 12", "steps: 13")
     path.write_text(text)
     with pytest.raises(RefusedError, match=r"recipe\.yaml is damaged, or was edited: .* take that line out"):
-        recipe.load(path)
+        load(path)
     path.write_text(text.rpartition("# sha256")[0])
-    assert recipe.load(path).train.steps == 13
+    assert load(path).train.steps == 13
 
 
 def test_a_tokenizer_of_others_needs_no_manifest(here: Path) -> None:
@@ -456,7 +456,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_steps_that_it_skipped(here
         science = atomic_io.read_checksummed(folder / checkpoint.MANIFEST)["science"]
         sealed(folder, science=science | {"train.skip": ["3-4"]})
     text = path.read_text().rpartition("# sha256")[0].replace("format: 2\n", "").replace("- 4-5", "- 3-4")
-    path.write_text(recipe.with_checksum(text))
+    path.write_text(with_checksum(text))
     of_an_earlier_version(here / "runs/old")
     shutil.rmtree(checkpoint.folder_of(here / "runs/old", 12))
     shutil.rmtree(checkpoint.folder_of(here / "runs/old", 10))
@@ -464,4 +464,4 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_steps_that_it_skipped(here
     assert ended.status == 4 and "train.skip = ['4-5']" in ended.err and "once counted steps from 0" in ended.err
     ended = run(train(path), Path.cwd())
     assert ended.status == 0 and "from step 8" in ended.out and digest(here, "old") == before, ended.err
-    assert recipe.load(path).train.skip == ("4-5",)
+    assert load(path).train.skip == ("4-5",)

@@ -15,7 +15,8 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from llm.base.errors import LLMError
-from llm.config.recipe import Recipe, load
+from llm.config.reading import load
+from llm.config.schema import Recipe
 from llm.data.documents import Corpus
 from llm.data.pipeline import Prepared, prepare
 from llm.data.shards import Split

@@ -17,7 +17,7 @@ import pytest
 import llm.training.resume
 import llm.training.session
 from llm.base import atomic_io, errors
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.data.pipeline import prepare
 from llm.run_folder import checkpoint
 from tests.forks import digest, ended, run, run_group, start, start_group, train, write_recipe, write_text

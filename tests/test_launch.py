@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from llm.base import atomic_io
 from llm.base.errors import StoppedError
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.interop.pretrained import ready
 from llm.run_folder import checkpoint
 from llm.training import session
@@ -389,7 +389,7 @@ def test_a_run_is_read_from_anywhere_and_after_a_move(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
 
     def read(folder: Path) -> None:
-        for words in (("verify", folder), ("evaluate", folder), ("show", folder, "--step", "0")):
+        for words in (("verify", folder), ("evaluate", folder), ("show", folder, "--step", "1")):
             done = run(script(f"module:llm.{words[0]}", *words[1:]), tmp_path / "elsewhere")
             assert done.status == 0, (words, done.out, done.err)
 

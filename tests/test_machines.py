@@ -151,7 +151,7 @@ def test_a_machine_that_dies_changes_nothing(
     both[dies].die()
     survivor = both[1 - dies]
     assert survivor.ended(60) != 0
-    assert "is gone" in survivor.said() and "the same command goes on" in survivor.said(), survivor.said()[-4000:]
+    assert "is gone" in survivor.said() and "run the same command again" in survivor.said(), survivor.said()[-4000:]
     stopped = [checkpoint.newest(machine.folder / "runs/tiny", print) for machine in both]
     assert all(each is not None and 60 <= each.step < STEPS for each in stopped)
     if disks == 2:

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.distributed.sharding import Sharding
 from llm.model import cost
 from llm.training.resume import Checkpoints

@@ -143,7 +143,7 @@ def test_an_fp16_gradient_that_is_finite_at_no_scale_ends_the_run_as_diverged() 
 
 
 def test_a_spike_is_recorded_with_its_step(tmp_path: Path, text: Path) -> None:
-    from llm.config.recipe import load
+    from llm.config.reading import load
     from llm.run_folder.metrics import SPIKE_WINDOW, Tracker
 
     tracker = Tracker(tmp_path, load(write_recipe(tmp_path, text)), 0, {})

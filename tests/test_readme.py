@@ -4,7 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-from llm.config.recipe import flat, load
+from llm.config.reading import load
+from llm.config.schema import flat
 from tests.forks import ROOT
 
 READMES = sorted(ROOT.glob("**/README.md"))

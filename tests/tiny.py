@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from llm.config.recipe import Model, Recipe, Text, Train, resolve
+from llm.config.resolving import resolve
+from llm.config.schema import Model, Recipe, Text, Train
 from llm.model.transformer import Transformer
 
 VOCABULARY = 32

@@ -31,7 +31,7 @@ from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, TextError
-from llm.config.recipe import Text
+from llm.config.schema import Text
 
 CHUNK = 1 << 20  # bytes read at once, and in which `auto` looks for headings and blank lines
 LONGEST = 1 << 20  # bytes of the longest document; a longer one is cut, as it would have to be held in memory

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
-from llm.config.recipe import Recipe, Text
+from llm.config.schema import Recipe, Text
 from llm.data import shards as sharding
 from llm.data.documents import BLOCK, LONGEST, Corpus, fraction
 from llm.data.shards import Shards

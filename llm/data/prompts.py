@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import replace
 
-from llm.config.recipe import AUTO_PROMPTS, Recipe
+from llm.config.schema import AUTO_PROMPTS, Recipe
 from llm.data.shards import Shards
 from llm.data.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ import sentencepiece
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError, TextError
-from llm.config.recipe import LEAST_VOCABULARY
+from llm.config.schema import LEAST_VOCABULARY
 
 sentencepiece.set_min_log_level(3)  # what goes wrong is raised, and said by us
 

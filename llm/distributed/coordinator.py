@@ -1,6 +1,6 @@
-"""What the processes of a group say to each other on the CPU's side, without a device and without a pickle.
+"""CPU-side (gloo) coordination of ranks; JSON, never pickle.
 
-Nothing here is reached by a gradient. One process alone passes through all of it.
+No gradient passes through here. A single process runs the same code, without communication.
 """
 
 import json
@@ -18,58 +18,61 @@ import torch.distributed as dist
 from llm.base.errors import GroupError, LLMError, as_disk_error
 from llm.distributed.process import place, rank, say, world
 
-HUNG = timedelta(minutes=15)  # a step and an evaluation that take longer than this do not pass for a hung process
-ANSWER = 10  # seconds that the main process has to say what it knows of the others
+HUNG = timedelta(minutes=15)  # longer than any step or evaluation: a rank that is silent for this long has hung
+ANSWER = 10  # seconds that the main process has to report the progress of the others
 MAIN = 1000  # added to an exit status by the main process
-PATIENCE = timedelta(days=365)  # the preparation of a large text takes as long as it takes
+PATIENCE = timedelta(days=365)  # preparing a large text may take arbitrarily long
 
 
 class Coordinator:
-    """A CPU-side group beside the device's: what it agrees on waits for no device. One process agrees with itself."""
+    """A CPU-side process group next to the device's own, so that agreeing never synchronises a device."""
 
     def __init__(self) -> None:
-        self.writes = rank() == 0  # whether this process leads those that share its disk
+        self.writes = rank() == 0  # whether this process writes for all that share its disk
         self.one_disk = True
-        alone = world() == 1
-        self.group: Any = None if alone else dist.new_group(backend="gloo", timeout=HUNG)
-        self.patient: Any = None if alone else dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.kv_store: Any = None if alone else dist.PrefixStore("council", dist.distributed_c10d._get_default_store())
+        self.group: Any = None  # with one process there is nobody to talk to
+        if world() > 1:
+            self.group = dist.new_group(backend="gloo", timeout=HUNG)
+            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.kv_store = dist.PrefixStore("coordinator", dist.distributed_c10d._get_default_store())
 
     def largest(self, number: int, *, patient: bool = False, after: str = "") -> int:
-        """The largest of every process's `number`; `after` tells the others how far this process has come.
+        """Maximum of `number` over all ranks; `after` records how far this rank has come.
 
-        GroupError names the process that others wait for in vain.
+        GroupError names the rank that the others wait for in vain.
         """
         if self.group is None:
             return number
         if after:
             self.kv_store.set(str(rank()), after)
+        return self._all_reduce(number, dist.ReduceOp.MAX, self.patient if patient else self.group)
+
+    def _all_reduce(self, number: int, op: Any, group: Any) -> int:
         box = torch.tensor([number], dtype=torch.int64)
         try:
-            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
+            dist.all_reduce(box, op=op, group=group)
         except RuntimeError as error:
             raise self.blamed(error) from error
         return int(box)
 
     def blamed(self, error: RuntimeError) -> Exception:
-        """`error` itself, or the GroupError that it is where a peer has ended; it names the process.
-
-        Who has left another note than this process of how far it has come is the one.
-        """
+        """`error`, or if a peer is gone a GroupError that names it: a rank whose recorded progress is not ours."""
         if self.group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return error
         last = self._last_progress()
         if not last and rank() != 0:
-            return GroupError("process 0 is gone or hangs; the same command goes on")
+            return GroupError("process 0 is gone or hangs: run the same command again to resume")
         others = [each for each in range(world()) if each != rank()]
         behind = [each for each in others if last.get(each) != last.get(rank())] or others
         said = ("one of " if len(behind) > 1 else "") + ", ".join(
             f"process {each} (last heard of after {last.get(each, 'its start')})" for each in behind
         )
-        return GroupError(f"{said} is gone or hangs; the same command goes on ({str(error).splitlines()[0][:160]})")
+        return GroupError(
+            f"{said} is gone or hangs: run the same command again to resume ({str(error).splitlines()[0][:160]})"
+        )
 
     def _last_progress(self) -> dict[int, str]:
-        """What each process last said; nothing where the main process, which keeps the notes, does not answer."""
+        """Each rank's last recorded progress; empty if the main process, which hosts the store, does not answer."""
         last: dict[int, str] = {}
 
         def ask() -> None:
@@ -78,37 +81,29 @@ class Coordinator:
                     if self.kv_store.check([str(each)]):
                         last[each] = self.kv_store.get(str(each)).decode()
 
-        asking = Thread(target=ask, daemon=True)  # the store's own time-out does not hold where its host is halted
+        asking = Thread(target=ask, daemon=True)  # the store's own timeout fails if its host is halted
         asking.start()
         asking.join(ANSWER)
         return dict(last)
 
     def meet_on_disk(self, folder: Path) -> None:
-        """Find out, by trying, which processes see the same `folder`: `writes` and `one_disk` say so from here on."""
+        """Find out which ranks share `folder`, by creating files there, and set `writes` and `one_disk` accordingly."""
         if self.group is None:
             return
         token = self.largest(secrets.randbits(60) if rank() == 0 else 0)
         mine = folder / f".here-{token}-{rank()}"
-        leads = place().local_rank == 0  # processes of one machine share its disk
+        leads = place().local_rank == 0  # the processes of a machine share its disk
         if leads:
             folder.mkdir(parents=True, exist_ok=True)
             mine.touch()
-        leaders = self.count(leads)
+        leaders = self._all_reduce(int(leads), dist.ReduceOp.SUM, self.group)
         seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob(f".here-{token}-*"))
         self.writes = bool(seen) and seen[0] == rank()
         self.one_disk = self.largest(int(len(seen) < leaders)) == 0
         mine.unlink(missing_ok=True)
 
-    def count(self, yes: bool) -> int:
-        """How many processes say so."""
-        if self.group is None:
-            return int(yes)
-        box = torch.tensor([int(yes)], dtype=torch.int64)
-        dist.all_reduce(box, group=self.group)
-        return int(box)
-
     def agree(self, what: str, facts: dict[str, Any], mend: str) -> None:
-        """GroupError that names the first process whose `facts` are not the main process's, and the first fact."""
+        """Raise GroupError if a rank's `facts` differ from the main process's, naming the first rank and fact."""
         if self.group is None:
             return
         facts = {name: str(value) for name, value in facts.items()}
@@ -121,7 +116,7 @@ class Coordinator:
             raise GroupError(self.kv_store.get(f"{what} of {world() - others}").decode())
 
     def from_main(self, what: str, value: Any) -> Any:
-        """The main process's `value`, as JSON knows it; once for each name `what`."""
+        """Broadcast the main process's `value` as JSON. Each name `what` can be used once."""
         if self.group is None:
             return value
         try:
@@ -133,9 +128,9 @@ class Coordinator:
 
     @contextmanager
     def error_barrier(self, *, patient: bool = False) -> Iterator[None]:
-        """All processes leave the block, or all end: one that fails in it with an LLMError takes the others along.
+        """If any rank raises an LLMError or OSError inside, all raise.
 
-        Those that only follow stay silent, as do those that fail where the main process fails too.
+        Only the failing ranks print, and if the main process is among them, only it.
         """
         try:
             yield
@@ -150,26 +145,24 @@ class Coordinator:
             raise Followed(worst % MAIN)
 
     def leave(self) -> None:
-        """Part, once all are ready to."""
+        """Leave the process group once every rank is ready to."""
         if self.group is not None:
             self.largest(0)
             dist.destroy_process_group()
 
     def first(self, act: Callable[[], Any]) -> Any:
-        """What `act()` returns: done by each node's first process while the others wait as long as it takes."""
-        result = None
+        """Result of `act()`, which each machine's first rank runs before the others do."""
         first = place().local_rank == 0
         with self.error_barrier(patient=True):
-            if first:
-                result = act()
+            result = act() if first else None
             if place().local_world < world():
-                say("waiting until every machine is as far")
+                say("waiting for the other machines")
         with self.error_barrier(patient=True):
             return result if first else act()
 
 
 class Followed(GroupError):
-    """Another process failed and has said why."""
+    """Another rank failed and has printed the reason."""
 
     def __init__(self, status: int) -> None:
         super().__init__("")

@@ -26,7 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from llm import __version__
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RecipeError, RefusedError
-from llm.config.recipe import Recipe, flat
+from llm.config.schema import Recipe, flat
 from llm.distributed import coordinator as coordination
 from llm.distributed import process, threads
 from llm.distributed.coordinator import Coordinator
@@ -55,7 +55,7 @@ def threads_of(recipe: Recipe, known: dict[str, Any]) -> int:
         return recipe.machine.threads
     if recipe.machine.exact and "threads" in known:  # part of what decides the bits
         return int(known["threads"])
-    return threads.share()
+    return threads.threads_per_process()
 
 
 def parents_line() -> list[str]:

@@ -1,32 +1,33 @@
-"""One gradient out of a step's micro-batches, and the tree that defines its bits under `machine.exact`.
+"""Pairwise sum of a step's micro-batch gradients: the tree that defines their bits under `machine.exact`.
 
-Exact: micro-batches are numbered over the whole world, number j * world + rank, and one balanced binary tree over
-these numbers is summed: processes pairwise in the order of their ranks (sharding.py), then a process's own
-micro-batches by a binary counter. Every world and layout computes that same tree, so the bits do not depend on it. It
-holds log2(micro-batches of a process) further gradients, and exchanges after each micro-batch, not once a step.
+Micro-batch j of a rank has the number j * world + rank. Gradients are summed by one balanced binary tree over these
+numbers: first over ranks (sharding.py), then over a rank's own micro-batches. Any number of ranks, sharded or not,
+computes the same tree and so the same bits. The price: memory for log2(micro-batches per rank) extra gradients, and
+communication after each micro-batch instead of once a step.
 """
 
 from torch import Tensor
 
 
 class PairwiseSum:
-    """A pairwise sum of lists of tensors that come one after the other, with log2(n) lists in memory."""
+    """Pairwise sum of lists of tensors that arrive one at a time, with log2(n) lists in memory (a binary counter)."""
 
     def __init__(self) -> None:
-        self.sums: list[tuple[int, list[Tensor]]] = []  # (how many were added, their sum), of falling size
+        self.sums: list[tuple[int, list[Tensor]]] = []  # (number of lists, their sum), largest first
 
     def add(self, tensors: list[Tensor]) -> None:
         count = 1
         while self.sums and self.sums[-1][0] == count:
-            _, earlier = self.sums.pop()
-            tensors = [a + b for a, b in zip(earlier, tensors, strict=True)]
+            tensors = self._plus_last(tensors)
             count *= 2
         self.sums.append((count, tensors))
 
     def total(self) -> list[Tensor]:
-        """The sum of all; of a balanced tree where their count is a power of two."""
+        """Sum of everything added; the tree is balanced if the count is a power of two."""
         _, tensors = self.sums.pop()
         while self.sums:
-            _, earlier = self.sums.pop()
-            tensors = [a + b for a, b in zip(earlier, tensors, strict=True)]
+            tensors = self._plus_last(tensors)
         return tensors
+
+    def _plus_last(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [a + b for a, b in zip(self.sums.pop()[1], tensors, strict=True)]

@@ -1,4 +1,4 @@
-"""This process among those of the run: its rank, how many there are, and lines said once for all of them."""
+"""Rank and world size of this process, and output that is printed once for all ranks."""
 
 import os
 import re
@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 from llm.base.errors import GroupError, tell
 
-COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # as torchrun says them
-
-
-OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # as others say WORLD_SIZE
+COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # set by torchrun and accelerate
+OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # others' WORLD_SIZE
 
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all, and among those of its machine."""
+    """Position of this process among all ranks and among those of its machine."""
 
     rank: int = 0
     world: int = 1
@@ -24,7 +22,7 @@ class Place:
 
 
 def place() -> Place:
-    """This process's place by the launcher's variables, read nowhere else. GroupError where they contradict."""
+    """Read this process's place from the launcher's variables (read nowhere else). GroupError if they contradict."""
     said = {name: value for name in (*COUNTS, *OTHERS) if (value := os.environ.get(name, "").strip())}
     mend = f"launch with torchrun or accelerate launch; for one process alone, unset {', '.join(COUNTS[:4])}"
     if "WORLD_SIZE" not in said:
@@ -38,13 +36,13 @@ def place() -> Place:
         return Place()
     for name in COUNTS:
         if not re.fullmatch("[0-9]{1,9}", said.get(name, "0")):
-            raise GroupError(f"{name} = {said[name]} in the environment is no count: {mend}")
+            raise GroupError(f"{name} = {said[name]} in the environment is not a number: {mend}")
     here = Place(*(int(said.get(name, default)) for name, default in zip(COUNTS[:4], "0101", strict=True)))
     if here.world != 1 and (missing := [name for name in (*COUNTS, "MASTER_ADDR") if not os.environ.get(name)]):
         raise GroupError(f"WORLD_SIZE = {here.world} is in the environment without {', '.join(missing)}: {mend}")
     if not (here.rank < here.world and here.local_rank < here.local_world <= here.world):
         values = ", ".join(f"{name} = {said.get(name, 'not set')}" for name in COUNTS[:4])
-        raise GroupError(f"{values} in the environment are of no group: {mend}")
+        raise GroupError(f"{values} in the environment contradict each other: {mend}")
     return here
 
 
@@ -57,11 +55,11 @@ def world() -> int:
 
 
 def say(text: str) -> None:
-    """Print for the whole group: the main process alone speaks."""
+    """Print on the main process only."""
     if rank() == 0:
         tell(text, sys.stdout)
 
 
 def warn(text: str) -> None:
-    """A line on stderr that names its process where there are several."""
+    """Print a line on stderr, with the rank if there are several."""
     tell(f"process {rank()}: {text}" if world() > 1 else text, sys.stderr)

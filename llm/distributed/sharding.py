@@ -1,9 +1,9 @@
-"""Who holds which rows of a tensor, and sums over processes in one canonical order.
+"""Sharding of parameters by rows, and sums over ranks in one canonical order.
 
-A library's all-reduce adds in an order of its own, which may change from one step to the next. Ours exchanges parts,
-adds them pairwise in the order of the ranks and gathers them, with a ring's traffic. Sharding is torch's fully_shard on
-each block and the root, called by us: accelerate's own gate opens on accelerators only, these lines run on any device.
-fully_shard and its tensors take a second to import: whoever deals no rows does without.
+A library's all-reduce adds in an unspecified order that may change from step to step. Ours exchanges chunks, adds them
+pairwise in rank order and gathers the sums, with the traffic of a ring. Sharding is torch's fully_shard on each block
+and the root, called directly because accelerate supports it on accelerators only. fully_shard and DTensor take a second
+to import, so they are imported only where something is sharded.
 """
 
 import math
@@ -20,7 +20,7 @@ from llm.distributed.process import place
 Module = TypeVar("Module", bound=nn.Module)
 Group = dist.ProcessGroup | None  # None: all processes, or the only one
 
-EXCHANGED = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers of a sum that are under way at once, beside the sum itself
+EXCHANGED = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers exchanged at once, which bounds the extra memory of a sum
 
 # The name differs between the torch versions that we support.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -41,7 +41,7 @@ def tree_sum(parts: list[Tensor]) -> Tensor:
 
 
 def reduce_scatter(output: Tensor, flat: Tensor, group: Group = None) -> None:
-    """Into `output`: this process's part of the sum of `flat` over the group, in canonical order."""
+    """Write this rank's chunk of the sum of `flat` over the group to `output`, added in canonical order."""
     parts = flat.view(size(group), -1)
     each = max(1, EXCHANGED["cuda" if flat.is_cuda else "cpu"] // len(parts))
     for low in range(0, len(output), each):
@@ -63,7 +63,7 @@ def all_reduce(flat: Tensor, group: Group = None) -> Tensor:
 
 
 def gather(values: Tensor, group: Group = None) -> Tensor:
-    """(processes, ...): `values` of every process of the group, in the order of the ranks."""
+    """Stack the `values` of all ranks of the group, in rank order: (ranks, ...)."""
     if size(group) == 1:
         return values[None]
     gathered = torch.empty(size(group) * values.numel(), dtype=values.dtype, device=values.device)
@@ -72,14 +72,14 @@ def gather(values: Tensor, group: Group = None) -> Tensor:
 
 
 def canonical_sum_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's communication hook: the gradients of all processes, summed (not averaged) in canonical order."""
+    """DDP communication hook that sums (not averages) gradients in canonical order."""
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(all_reduce(bucket.buffer()))
     return future
 
 
 class CanonicalReduceScatter:
-    """The same for fully_shard, by torch's protocol for a reduce-scatter of one's own."""
+    """The same for fully_shard, by torch's protocol for a custom reduce-scatter."""
 
     def allocate(self, shape: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
@@ -88,7 +88,7 @@ class CanonicalReduceScatter:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
         reduce_scatter(output_tensor, input_tensor, group)
-        if input_tensor.device.type == "cpu":  # read by nobody now; the engine would keep it until the next block's
+        if input_tensor.device.type == "cpu":  # no longer read, but FSDP keeps it until the next block's
             input_tensor.untyped_storage().resize_(0)
 
 
@@ -97,7 +97,7 @@ class CanonicalReduceScatter:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What this process holds of a tensor of `shape`: `local`, its rows from `low` on."""
+    """This rank's shard of a tensor of `shape`: `local` holds its rows from `low` on."""
 
     local: Tensor
     shape: tuple[int, ...]
@@ -105,23 +105,23 @@ class LocalShard:
 
     @property
     def flat(self) -> Tensor:
-        """`local` with each row in one piece: (rows, numbers of a row); a process may hold none."""
+        """`local` as a matrix, (rows, numbers per row); there may be no rows."""
         return self.local.reshape(len(self.local), math.prod(self.shape[1:]))
 
     def like(self, local: Tensor) -> "LocalShard":
-        """The same rows of another tensor of that shape."""
+        """`local` as the same rows of another tensor of this shape."""
         return LocalShard(local, self.shape, self.low)
 
 
-def bounds(rows: int, parts: int, index: int) -> tuple[int, int]:
-    """First row and the one after the last of part `index` of `parts`, as torch.chunk cuts."""
-    each = -(-rows // parts)
+def bounds(rows: int, shard_size: int, index: int) -> tuple[int, int]:
+    """First row of shard `index` of `shard_size`, and the row after its last; split as torch.chunk does."""
+    each = -(-rows // shard_size)
     return min(index * each, rows), min(index * each + each, rows)
 
 
 def local_shard(tensor: Tensor) -> LocalShard:
-    """The rows of a parameter, sharded or not, or of its gradient."""
-    if not (hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")):  # as a DTensor has
+    """This rank's shard of a tensor or DTensor, with its row offset."""
+    if not (hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")):  # not a DTensor
         return LocalShard(tensor.detach(), tuple(tensor.shape), 0)
     low, _ = bounds(tensor.shape[0], tensor.device_mesh.size(), tensor.device_mesh.get_local_rank())
     with torch.no_grad():
@@ -129,9 +129,10 @@ def local_shard(tensor: Tensor) -> LocalShard:
 
 
 class Sharding:
-    """How a model lies on the group: whole everywhere (none), rows dealt to all (full) or within a node (hybrid)."""
+    """Rows of each tensor sharded over all ranks (full), within each machine and replicated across (hybrid), or whole
+    on each rank (none). `shard_size` ranks share a replica of the model; there are `replica_size` replicas."""
 
-    MIN_PROCESSES = 2  # processes to deal rows to; tests have one deal to itself
+    MIN_PROCESSES = 2  # fewest ranks to shard over; tests set 1
 
     def __init__(
         self,
@@ -139,8 +140,8 @@ class Sharding:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shard_group: Group = None  # the processes among which rows are dealt
-        self.replica_group: Group = None  # those that hold the same rows as this one
+        self.shard_group: Group = None  # ranks that share one replica of the model
+        self.replica_group: Group = None  # ranks that hold the same rows as this one
         self.shard_size, self.replica_size, self.index = 1, size(), 0
         self.dtype, self.sharded = dtype, False
         if mode != "none" and size() >= self.MIN_PROCESSES:
@@ -159,15 +160,14 @@ class Sharding:
 
     @property
     def first_replica(self) -> bool:
-        """Whether this process is the one to speak for its rows."""
+        """Whether this rank belongs to the first replica, which writes checkpoints."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         return rank < self.shard_size
 
     def shard_module(self, module: Module, root: bool = False) -> Module:
-        """Deal the rows of what is in `module` and not yet dealt; on the root, after all blocks.
+        """Shard the parameters of `module` that are not sharded yet; call it on the root after all blocks.
 
-        Blocks are gathered in the type in which they are multiplied, as autocast would make of them; gradients are
-        summed in fp32.
+        Blocks are gathered in the compute type, as autocast would cast them; gradients are summed in fp32.
         """
         if not self.sharded:
             return module
@@ -179,7 +179,7 @@ class Sharding:
         assert isinstance(module, FSDPModule)
         module.set_custom_reduce_scatter(CanonicalReduceScatter())
         module.set_gradient_divide_factor(1.0)
-        if self.mesh.device_type == "cpu":  # nothing is gained by having the next block whole before it is its turn
+        if self.mesh.device_type == "cpu":  # gathering a block ahead of its turn gains nothing
             module.set_modules_to_backward_prefetch([module])
         if root:
             module.set_force_sum_reduction_for_comms(True)
@@ -187,7 +187,7 @@ class Sharding:
         return module
 
     def reshard(self, model: nn.Module) -> None:
-        """Let go of what a pass without a backward pass left gathered; parameters are rows again."""
+        """Reshard parameters left gathered by a forward without backward."""
         if self.sharded:
             from torch.distributed.fsdp import FSDPModule
 
@@ -195,14 +195,14 @@ class Sharding:
             model.reshard()
 
     def sum_replicas(self, gradients: list[Tensor]) -> None:
-        """Add up what the copies of these rows hold (hybrid only: elsewhere the backward pass has done it)."""
+        """Sum gradients over replicas (hybrid only: otherwise the backward pass has done it)."""
         if self.sharded and self.replica_size > 1:
             flat = all_reduce(torch.cat([g.flatten() for g in gradients]), self.replica_group)
             for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(total.view_as(gradient))
 
     def gather_whole(self, rows: LocalShard) -> Tensor:
-        """The whole tensor out of everybody's rows; all processes of the layout ask together."""
+        """Gather the whole tensor from all shards; every rank must call this."""
         if not self.sharded:
             return rows.local
         each = bounds(rows.shape[0], self.shard_size, 0)[1]

@@ -1,10 +1,10 @@
-"""One more token for every row: on CUDA a replayed graph of the model's own step (`GraphDecoder`), on a CPU the
-model's arithmetic over a copy of its weights that is laid out for it (`FastDecoder`).
+"""Fast decoding of one token per row: `GraphDecoder` replays a CUDA graph of the model's own step, `FastDecoder` runs
+the model's arithmetic on a CPU over a copy of the weights in a layout of its own.
 
-There a token costs what it takes to read the weights once and to call torch some times a block. So matrices that read
-the same vector are one; a norm's weight is multiplied into what follows it; a matrix lies as it is read fastest, for
-one row transposed where it is wide, for several in blocks where it is large; and every row writes the same slot of the
-cache, so that a slice does.
+On a CPU the cost per token is reading the weights once plus a few torch calls per block. So matrices that read the same
+vector are merged; a norm's weight is folded into the next matrix; matrices are stored in the layout that is read
+fastest (for one row transposed if wide, for several rows in blocks if large); and all rows write the same slot of the
+cache, so that a slice suffices.
 """
 
 from typing import ClassVar
@@ -16,23 +16,23 @@ from torch.backends import mkldnn
 
 from llm.model.transformer import Block, Cache, RMSNorm, Transformer
 
-PACKED = 1 << 16  # numbers from which on a matrix does not stay in the nearest cache from one token to the next
+PACKED = 1 << 16  # numbers above which a matrix does not stay in the CPU's cache between tokens
 
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
-    """(outputs of all, D): what the projections make of a vector of length one (see `unit`)."""
+    """One matrix (all outputs, D) of the projections, with the norm's weight folded in; it expects `unit` vectors."""
     columns = torch.cat([projection.weight.t() for projection in projections], dim=1)
     return columns.mul_(norm.weight[:, None] * len(norm.weight) ** 0.5).t()
 
 
 class Product:
-    """x (rows, D) times a matrix (outputs, D), kept as so many rows read it fastest."""
+    """Product of x (rows, D) and a matrix (outputs, D), stored in the fastest layout for this number of rows."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         outputs, dim = weight.shape
         large = weight.numel() >= PACKED and weight.dtype == torch.float32
         self.packed = rows > 1 and large and mkldnn.is_available()
-        if self.packed:  # as torch's compiler does where weights stay: blocks in the order that the kernel takes
+        if self.packed:  # the kernel's blocked order, as torch's compiler uses for constant weights
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         else:
             self.weight = weight.t().contiguous() if outputs > dim else weight.t()  # (D, outputs)
@@ -43,23 +43,23 @@ class Product:
         return x @ self.weight
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """x plus the product of y."""
+        """x plus the product of y and the matrix."""
         return x + self(y) if self.packed else torch.addmm(x, y, self.weight)
 
 
 def unit(x: Tensor, least: Tensor) -> Tensor:
-    """RMSNorm but for its weight and the root of its size: three calls, where the fused one is ten on a CPU.
+    """RMSNorm without its weight and the factor sqrt(size): three calls, where the fused one takes ten on a CPU.
 
-    `least` is the root of size times epsilon.
+    `least` is sqrt(size * epsilon).
     """
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least)
 
 
 class FastDecoder:
-    """Goes on from a cache that holds texts of `lengths`, padded at their end to the longest. Letters as in model.py.
+    """Continues from a cache that holds texts of `lengths`, padded at the end. Letters as in transformer.py.
 
-    Keys carry their positions, so a slot is no position: the tokens that follow lie behind the longest text, in all
-    rows alike, and what a shorter row has of padding before them is masked.
+    Keys already carry their rotary positions, so slots need not match positions: in all rows new tokens follow the
+    longest text, and the padding of shorter rows is masked.
     """
 
     @torch.inference_mode()
@@ -81,7 +81,7 @@ class FastDecoder:
                 norms += [norm.weight if isinstance(norm, RMSNorm) else torch.full(head, shape.head_dim**-0.5)] * count
         self.head = Product(merged(decoder.norm, model.lm_head), rows)
         self.norms = torch.stack(norms).view(shape.layers, 1, -1, shape.head_dim) * shape.head_dim**0.5
-        self.normed = isinstance(attention.q_norm, RMSNorm)  # Llama's heads are not
+        self.normed = isinstance(attention.q_norm, RMSNorm)  # Llama has no QK-norm
         eps = decoder.norm.eps
         self.least, self.least_head = (torch.tensor((n * eps) ** 0.5) for n in (shape.dim, shape.head_dim))
         left, right = self.norms.chunk(2, dim=-1)  # of (layers, 1, H + K, E)
@@ -95,7 +95,7 @@ class FastDecoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) after `tokens` (B,), each the next one of its row."""
+        """Logits (B, V) after the next token of each row, `tokens` (B,)."""
         rows, slot = len(tokens), self.used
         rotated = self.heads + self.kv_heads
         grouped = (rows, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
@@ -112,7 +112,7 @@ class FastDecoder:
             keys, values = self.keys[layer], self.values[layer]  # (B, K, L, E)
             keys[:, :, slot] = qk[:, self.heads :]
             values[:, :, slot] = heads[:, rotated:]
-            # The heads that share keys stand as queries of one head.
+            # Heads that share keys are passed as queries of one head.
             q = qk[:, : self.heads].view(grouped)
             y = F.scaled_dot_product_attention(q, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=mask)
             x = writes.added(x, y.reshape(rows, -1))
@@ -122,14 +122,16 @@ class FastDecoder:
 
 
 class GraphDecoder:
-    """The same on a CUDA device: the model's own step, recorded once as a graph of kernels and replayed.
+    """The model's own step, recorded once as a CUDA graph and replayed.
 
-    One launch takes the place of some thirty a block. A graph always reads the same part of the cache, so there is one
-    for each of a few lengths; what lies behind a row's position is masked.
+    One launch replaces about thirty per block. A graph always reads the same part of the cache, so there is one for
+    each of a few lengths; slots after a row's position are masked.
     """
 
-    LEAST = 128  # slots of the shortest graph; each following one has twice as many
-    streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # one to record on: libraries keep a buffer for each
+    LEAST = 128  # slots of the shortest graph; each following graph has twice as many
+    streams: ClassVar[
+        dict[torch.device, torch.cuda.Stream]
+    ] = {}  # to record on; reused, as libraries keep a buffer per stream
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
         self.model, self.cache = model, cache
@@ -143,7 +145,7 @@ class GraphDecoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) after `tokens` (B,), each the next one of its row; overwritten by the next step."""
+        """Logits (B, V) after the next token of each row, `tokens` (B,); the next step overwrites them."""
         self.tokens.copy_(tokens[:, None])
         self.longest += 1
         slots = self.LEAST
@@ -159,14 +161,14 @@ class GraphDecoder:
         return logits
 
     def record(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A step that reads the first `slots` of the cache. Doing it again writes the same keys at the same place."""
+        """Record a step that reads the first `slots` of the cache. Running it twice writes the same keys again."""
 
         def act() -> Tensor:
             self.cache.at(self.positions, slots)
             return self.model.logits(self.tokens, self.cache)[:, -1]
 
         strict = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)  # each slot is written once: the kernels that sort are not needed
+        torch.use_deterministic_algorithms(False)  # each slot is written once, so sorting kernels are not needed
         try:
             device = self.tokens.device
             with torch.cuda.device(device):
@@ -175,7 +177,7 @@ class GraphDecoder:
                 side_stream, graph = self.streams[device], torch.cuda.CUDAGraph()
                 side_stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side_stream):
-                    act()  # libraries make their buffers at a first call, which must not be recorded
+                    act()  # libraries allocate buffers at the first call, which must not be recorded
                 torch.cuda.current_stream().wait_stream(side_stream)
                 with torch.cuda.graph(graph, stream=side_stream):
                     logits = act()

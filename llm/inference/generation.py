@@ -1,7 +1,6 @@
-"""Text out of a model: prefill, choose, step, repeat. Rows of any lengths go side by side, each at its own position."""
+"""Text generation: prefill, choose, step, repeat. Rows may differ in length; each keeps its own position."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +9,13 @@ from llm.inference.fast_decode import FastDecoder, GraphDecoder
 from llm.inference.sampling import Sampling
 from llm.model.transformer import Cache, Transformer
 
-COLDEST = torch.finfo(torch.float32).tiny  # a smaller temperature is none: dividing by it gives no number
+COLDEST = torch.finfo(torch.float32).tiny  # below it dividing by the temperature overflows: choose greedily
 
 
 def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each row: (B,) out of logits (B, V).
+    """Sample the next token of each row: (B,) from logits (B, V).
 
-    `seen` (B, V) of bool marks the tokens that occurred; without it there is no penalty.
+    `seen` (B, V, bool) marks tokens that occurred, for the repetition penalty.
     """
     logits = logits.float()
     if seen is not None and sampling.repetition_penalty != 1.0:
@@ -24,19 +23,20 @@ def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: t
         logits = torch.where(seen, punished, logits)
     if sampling.temperature < COLDEST:
         return logits.argmax(-1)
-    # On the CPU, so that a seed says the same on any device, and as CUDA refuses some of this where bits must repeat.
+    # On the CPU, so that a seed gives the same text on any device; CUDA also lacks some deterministic kernels.
     device, logits = logits.device, logits.cpu()
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # the largest is 0 at any temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k, dim=-1).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
-        shares = ordered.softmax(-1)
-        late = shares.cumsum(-1) - shares > sampling.top_p  # what comes before already holds enough
+        probabilities = ordered.softmax(-1)
+        late = probabilities.cumsum(-1) - probabilities > sampling.top_p  # the tokens before it already hold enough
         logits = logits.masked_fill(late.gather(-1, index.argsort(-1)), -torch.inf)
     if sampling.min_p > 0:
-        shares = logits.softmax(-1)
-        logits = logits.masked_fill(shares < sampling.min_p * shares.amax(-1, keepdim=True), -torch.inf)
+        probabilities = logits.softmax(-1)
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < least, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].to(device)
 
 
@@ -50,29 +50,21 @@ def generate(
     ends: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
 ) -> Iterator[list[int | None]]:
-    """Up to `tokens` times: the next token of every prompt, None from one of `ends` on. Stops when all rows have one.
+    """Yield the next token of every prompt, up to `tokens` times; a row yields None from one of `ends` on.
 
-    A row that fills the context goes on from its last half. A prompt longer than the context is read from its end.
-    Prompts are not empty. `banned` tokens are never chosen.
+    Stops once all rows have ended. A row that fills the context continues from its last half; of a longer prompt only
+    the last `context` tokens are read. Prompts must not be empty. `banned` tokens are never chosen.
     """
     device = model.lm_head.weight.device
     context = model.shape.context
     texts = [list(prompt[-context:]) for prompt in prompts]
-    rows = torch.arange(len(texts), device=device)
-    seen = None
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.zeros(len(texts), model.lm_head.weight.shape[0], dtype=torch.bool, device=device)
-        for row, text in enumerate(texts):
-            seen[row, text] = True
+    seen = _seen(texts, model.lm_head.weight) if sampling.repetition_penalty != 1.0 else None
     never = torch.tensor(banned, dtype=torch.int64, device=device)
     generator = torch.Generator().manual_seed(seed)
-    length = min(context, -(-(max(map(len, texts)) + tokens) // 128) * 128)  # few lengths: kernels round by them
+    # The length affects the kernels' rounding, so only multiples of 128 occur.
+    length = min(context, -(-(max(map(len, texts)) + tokens) // 128) * 128)
     cache = Cache(model.shape, len(texts), length, device, model.lm_head.weight.dtype)
-    # Weights that are dealt to several processes (by `unshard` they are known) come together in its own passes only.
-    decoder_cls = (
-        None if hasattr(model, "unshard") or tokens < 2 else {"cpu": FastDecoder, "cuda": GraphDecoder}.get(device.type)
-    )
-    decoder: Any = decoder_cls(model, cache) if decoder_cls else None
+    decoder = _decoder(model, cache) if tokens > 1 else None
     done = [False] * len(texts)
     logits = None
     for _ in range(tokens):
@@ -84,7 +76,7 @@ def generate(
             logits = logits.index_fill(1, never, -torch.inf)
         chosen = choose(logits, seen, sampling, generator)
         if seen is not None:
-            seen[rows, chosen] = True
+            seen[torch.arange(len(seen), device=device), chosen] = True
         ids = chosen.tolist()
         done = [before or token in ends for before, token in zip(done, ids, strict=True)]
         yield [None if over else token for over, token in zip(done, ids, strict=True)]
@@ -102,10 +94,26 @@ def generate(
             logits = model.logits(chosen[:, None], cache)[:, -1]
 
 
-def prefill(model: Transformer, cache: Cache, texts: list[list[int]]) -> Tensor:
-    """Read `texts` into an empty cache: logits (B, V) after the last token of each.
+def _seen(texts: list[list[int]], head: Tensor) -> Tensor:
+    """Which tokens occur in each text: bool (B, V)."""
+    seen = torch.zeros(len(texts), len(head), dtype=torch.bool, device=head.device)
+    for row, text in enumerate(texts):
+        seen[row, text] = True
+    return seen
 
-    Shorter rows are padded at their end; what is written there no query of theirs ever sees.
+
+def _decoder(model: Transformer, cache: Cache) -> FastDecoder | GraphDecoder | None:
+    """The device's fast decoder; None for a sharded model, whose weights are gathered in its own forward pass only."""
+    device = cache.keys.device.type
+    if hasattr(model, "unshard") or device not in ("cpu", "cuda"):  # fully_shard adds `unshard`
+        return None
+    return GraphDecoder(model, cache) if device == "cuda" else FastDecoder(model, cache)
+
+
+def prefill(model: Transformer, cache: Cache, texts: list[list[int]]) -> Tensor:
+    """Read `texts` into an empty cache; returns the logits (B, V) after the last token of each.
+
+    Shorter rows are padded at the end, where none of their queries looks.
     """
     width = max(map(len, texts))
     device = cache.keys.device
@@ -124,6 +132,6 @@ def continuations(
     ends: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
 ) -> list[str]:
-    """What the model makes of each prompt, as text."""
+    """Generated text for each prompt."""
     columns = list(generate(model, prompts, tokens, sampling, seed, ends, banned))
     return [decode([column[row] for column in columns if column[row] is not None]) for row in range(len(prompts))]  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""How the next token is chosen: the one place of the defaults, for the command line and for samples in training.
+"""Sampling options and their defaults, for the command line and for samples during training.
 
-Without torch, so that `--help` and a wrong option are answered at once.
+Does not import torch, so that `--help` and errors in options are instant.
 """
 
 from dataclasses import Field, dataclass, field, fields
@@ -10,15 +10,15 @@ from llm.base.errors import RecipeError
 
 
 def option(default: float, *, least: float, most: float, help: str) -> Any:
-    """A number with the bounds least <= value <= most."""
+    """A number with least <= value <= most."""
     return field(default=default, metadata={"least": least, "most": most, "help": help})
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The penalty applies first, then the others in the order in which they stand here.
+    """Options of `generation.choose`, which applies the penalty first and then the others in this order.
 
-    RecipeError for a number that is out of bounds, NaN among them.
+    RecipeError if a number is out of bounds or NaN.
     """
 
     temperature: float = option(0.8, least=0, most=1e6, help="0: always the likeliest token; 1: as the model says")
@@ -38,5 +38,5 @@ class Sampling:
 
 
 def flag(each: "Field[Any]") -> str:
-    """The field as an option of the command line."""
+    """The field's command-line option."""
     return f"--{each.name.replace('_', '-')}"

@@ -7,7 +7,8 @@ use, is what others found at larger sizes.
 
 from typing import Any
 
-from llm.config.recipe import MANY_EPOCHS, Recipe
+from llm.config.resolving import MANY_EPOCHS
+from llm.config.schema import Recipe
 from llm.model import cost
 
 FRESH = 4  # passes over a text that count almost as much as fresh text

@@ -8,7 +8,7 @@ piece and becomes bytes there as here. A borrowed tokenizer is copied unchanged.
 from typing import Any
 
 from llm.base import atomic_io
-from llm.config.recipe import Model
+from llm.config.schema import Model
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.model.transformer import Family

@@ -11,7 +11,8 @@ import torch
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.recipe import Model, Recipe, resolve, with_steps
+from llm.config.resolving import resolve, with_steps
+from llm.config.schema import Model, Recipe
 from llm.data import prompts
 from llm.data.hf_tokenizer import borrow
 from llm.data.pipeline import Prepared, Say, prepare

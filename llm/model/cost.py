@@ -1,21 +1,14 @@
-"""What a model costs, by formula: parameters, operations a token, bytes on a device and bytes over a link."""
+"""Costs of a model by formula: parameters, FLOPs per token, bytes in memory and bytes over the network."""
 
 import math
 from dataclasses import dataclass
 
-from llm.config.recipe import Model
-
-
-def parameters(shape: Model, vocab_size: int) -> int:
-    """Trainable numbers of a resolved shape; tied embeddings count once."""
-    attention = shape.dim * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 2 * shape.head_dim
-    block = attention + 3 * shape.dim * shape.ffn_dim + 2 * shape.dim
-    return shape.layers * block + shape.dim + vocab_size * shape.dim * (1 if shape.tied else 2)
+from llm.config.schema import Model
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Shapes of one block's matrices and vectors, and of what stands outside of the blocks."""
+    """Shapes of one block's matrices and vectors, and of the tensors outside the blocks."""
 
     matrices: list[tuple[int, ...]]
     vectors: list[tuple[int, ...]]
@@ -32,7 +25,7 @@ def tensors(shape: Model, vocab_size: int) -> Tensors:
 
 
 def _numbers(shapes: list[tuple[int, ...]], shard_size: int = 1, index: int = 0) -> int:
-    """How many numbers of these tensors process `index` of `shard_size` holds, rows dealt as torch.chunk cuts."""
+    """Numbers of these tensors in shard `index` of `shard_size`, split by rows as torch.chunk does."""
     each = [-(-rows // shard_size) for rows, *_ in shapes]
     return sum(
         max(0, min(rows - index * span, span)) * math.prod(columns)
@@ -40,9 +33,15 @@ def _numbers(shapes: list[tuple[int, ...]], shard_size: int = 1, index: int = 0)
     )
 
 
+def parameters(shape: Model, vocab_size: int) -> int:
+    """Number of trainable parameters of a resolved shape; tied embeddings count once."""
+    of = tensors(shape, vocab_size)
+    return shape.layers * _numbers(of.matrices + of.vectors) + _numbers(of.ends)
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, all of fp32: what precision multiplies in is made of the weights as it is needed."""
+    """Bytes on one device. All are fp32; weights are cast to a lower precision as they are used."""
 
     weights: int
     gradients: int
@@ -64,10 +63,10 @@ def memory(shape: Model, vocab_size: int, *, muon: bool, shard_size: int = 1, in
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a process sends a step, the mean over the group."""
+    """Bytes that a rank sends per step, averaged over ranks."""
 
-    shards: int  # to those among whom rows are dealt: all (full), its node's (hybrid), none (none)
-    replicas: int  # to those that hold the same rows
+    shards: int  # to the ranks that share its replica
+    replicas: int  # to the ranks that hold the same rows
 
     @property
     def total(self) -> int:
@@ -86,20 +85,20 @@ def traffic(
     orthogonalised: int = 4,
     exact: bool = False,
 ) -> Traffic:
-    """What sums, gathering and Muon send; `gathered` and `orthogonalised` are bytes a number.
+    """Traffic of gathering weights, summing gradients and Muon; `gathered` and `orthogonalised` are bytes per number.
 
-    Blocks are gathered forward and backward at every micro-batch, what is outside of them once; sharded gradients are
-    dealt at every micro-batch, those of replicas summed once a step (`exact`: at every one).
+    Each micro-batch gathers blocks in its forward and its backward pass, gathers the other tensors once, and
+    reduce-scatters gradients. Replicas sum gradients once per step, or with `exact` once per micro-batch.
     """
     of = tensors(shape, vocab_size)
-    block = shape.layers * _numbers(of.matrices + of.vectors, shard_size)  # of the first part: others are padded to it
-    ends = _numbers(of.ends, shard_size)
+    # Sizes of the first shard, as the others are padded to it.
+    block, ends = shape.layers * _numbers(of.matrices + of.vectors, shard_size), _numbers(of.ends, shard_size)
     matrices = shape.layers * _numbers(of.matrices) if muon else 0
     rows = [shape[0] for shape in (of.matrices + of.vectors) * shape.layers + of.ends]
     sums = micro_batches if exact else 1
     within = (shard_size - 1) * (
         micro_batches * (2 * block * gathered + ends * 4 + (block + ends) * 4)
-        + 8 * sum(-(-each // shard_size) for each in rows)  # the norm: one fp64 a row
+        + 8 * sum(-(-each // shard_size) for each in rows)  # the gradient norm: one fp64 per row
     ) + 2 * matrices * orthogonalised * (shard_size - 1) // shard_size**2
     between = 2 * sums * (block + ends) * 4 * (replica_size - 1) // replica_size
     if shard_size == 1:  # each owner broadcasts its updates
@@ -108,7 +107,7 @@ def traffic(
 
 
 def size(number: float) -> str:
-    """Bytes for people: 4.59 GB."""
+    """Bytes in readable form: 4.59 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 999.5:
             return f"{number:.3g} {unit}"
@@ -117,9 +116,6 @@ def size(number: float) -> str:
 
 
 def flops_per_token(shape: Model, vocab_size: int) -> int:
-    """Operations of forward and backward for a token of training.
-
-    6 a weight that is multiplied, and causal attention's 6 T H E a layer.
-    """
+    """FLOPs of forward and backward per token: 6 per weight of a matrix product, 6 T H E per layer for attention."""
     multiplied = parameters(shape, vocab_size) - (0 if shape.tied else vocab_size * shape.dim)
     return 6 * multiplied + 6 * shape.layers * shape.context * shape.heads * shape.head_dim

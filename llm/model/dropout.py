@@ -1,8 +1,8 @@
-"""Dropout by counter: a mask is a pure function of (seed, position of the window, site, element), without a generator.
+"""Counter-based dropout: a mask is a pure function of (seed, window position, site, element), without a generator.
 
-So it is the same whatever the micro-batch, the number of processes, recomputation or compilation, and nothing of it is
-saved. A position belongs to exactly one step. On a CPU the bits are numpy's Philox (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", 2011); on an accelerator, where they must be made in place, an integer hash.
+Masks therefore do not depend on the micro-batch, the number of processes, recomputation or compilation, and need no
+saved state. Each position belongs to exactly one step. CPU bits come from numpy's Philox (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", 2011); accelerators compute an integer hash in place.
 """
 
 import numpy as np
@@ -12,9 +12,9 @@ from torch import Tensor
 
 @torch.library.custom_op("llm::keep_mask", mutates_args=())
 def keep_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int, rate: float) -> Tensor:
-    """Which elements stay: bool (windows, tokens, dim), each True with probability 1 - rate to within 1/65536.
+    """Elements to keep: bool (windows, tokens, dim), each True with probability 1 - rate to within 1/65536.
 
-    positions: (windows,) of int64; `site` numbers the places of the model where dropout stands.
+    positions: (windows,) of int64; `site` is the index of the dropout layer in the model.
     """
     words = -(-tokens * dim // 4)
     keep = np.empty((len(positions), words * 4), dtype=bool)
@@ -33,10 +33,7 @@ def _(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int, rate: f
 
 
 def hashed_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int, rate: float) -> Tensor:
-    """The same by integer arithmetic alone, which a compiler joins with what stands around it.
-
-    int32 products wrap, as they should.
-    """
+    """The same mask layout from integer arithmetic, which a compiler can fuse; int32 products wrap as intended."""
 
     def scramble(word: Tensor) -> Tensor:  # the finaliser of MurmurHash3, by Austin Appleby
         word = (word ^ ((word >> 16) & 0xFFFF)) * -2048144789
@@ -49,16 +46,16 @@ def hashed_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: in
     high, low = (positions >> 32).int(), ((positions + (1 << 31)) % (1 << 32) - (1 << 31)).int()
     place = site.int() * as_int32(0x9E3779B1)
     key = scramble(scramble(scramble(scramble(low) ^ as_int32(seed)) + high) + place)[:, None]
-    # Not a multiple of it: a compiler would join the factors, beyond what 32 bits hold.
+    # The counter is not multiplied first: a compiler would merge the two factors into one that overflows 32 bits.
     counter = torch.arange(tokens * dim, dtype=torch.int32, device=positions.device)
     word = scramble(scramble(counter[None] ^ key) + key)
     return ((word & 0xFFFF) >= round(rate * 65536)).view(-1, tokens, dim)
 
 
 def dropout(hidden: Tensor, positions: Tensor, *, seed: int, site: int | Tensor, rate: float) -> Tensor:
-    """In `hidden` (windows, tokens, dim) itself: a share `rate` set to zero, the rest scaled up to keep the mean.
+    """Dropout in place: set a fraction `rate` of `hidden` (windows, tokens, dim) to zero and scale up the others.
 
-    Where the code is compiled `site` is a tensor, so that it is the same code for all sites.
+    Compiled code passes `site` as a tensor, so that all sites share one compilation.
     """
     if not isinstance(site, Tensor):
         site = positions.new_full((), site)

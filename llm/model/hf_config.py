@@ -5,7 +5,7 @@ from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.recipe import Recipe
+from llm.config.schema import Recipe
 from llm.model.transformer import Family
 
 MOST_SIZE = 1 << 24

@@ -1,7 +1,7 @@
-"""Cross-entropy without the (tokens x vocabulary) logits: head and loss in chunks of rows.
+"""Output head and cross-entropy in chunks of rows, so that the full (tokens, vocab_size) logits never exist.
 
-Gradients are made on the way forward, so nothing of the size tokens x vocabulary lives longer than its chunk. The
-softmax is taken in fp32 whatever the model runs in.
+The forward pass computes the gradients too, so a chunk's logits are freed before the next. The softmax is in fp32
+whatever precision the model runs in.
 """
 
 from collections.abc import Callable
@@ -12,26 +12,31 @@ from torch import Tensor
 
 from llm.base.constants import IGNORED
 
-CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 24}  # logits held at once: a GPU wants more to do at a time
+CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 24}  # logits per chunk: a GPU needs larger ones to be busy
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; of fp16 in fp32, as sums over many rows pass fp16's 65,504 and the loss is scaled only after them."""
+    """a @ b; fp16 is summed to fp32, as sums over many rows exceed 65,504 and the loss is scaled only later."""
     if a.dtype != torch.float16:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def loss_and_grad(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk of logits (rows, vocabulary), a sum in nats, and its grad_logits by them, in their type.
-
-    In place, as far as that goes. Where nothing is to be learnt the grad_logits means nothing.
-    """
+def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits in fp32, mask of counted targets, their index, log of the softmax's denominator, and summed loss."""
     wide = logits.float()
     counted = targets != IGNORED
     index = targets.where(counted, 0)[:, None]
     log_total = wide.logsumexp(-1, keepdim=True)
-    nats = ((log_total - wide.gather(-1, index)).squeeze(-1) * counted).sum()
+    return wide, counted, index, log_total, ((log_total - wide.gather(-1, index)).squeeze(-1) * counted).sum()
+
+
+def loss_and_grad(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
+    """Summed loss (nats) of logits (rows, vocab_size) and its gradient in their type, in place where possible.
+
+    Without `learn` the second result is meaningless.
+    """
+    wide, counted, index, log_total, nats = _nats(logits, targets)
     if not learn:
         return nats, logits
     grad_logits = wide.sub_(log_total).exp_()  # the softmax
@@ -40,12 +45,8 @@ def loss_and_grad(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[
 
 
 def loss_and_grad_fused(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without a step in place: a compiler makes one kernel of it, which reads and writes the logits once."""
-    wide = logits.float()
-    counted = targets != IGNORED
-    index = targets.where(counted, 0)[:, None]
-    log_total = wide.logsumexp(-1, keepdim=True)
-    nats = ((log_total - wide.gather(-1, index)).squeeze(-1) * counted).sum()
+    """The same out of place: a compiler makes one kernel of it, which reads and writes the logits once."""
+    wide, counted, index, log_total, nats = _nats(logits, targets)
     hit = torch.arange(wide.shape[1], device=wide.device) == index
     return nats, (((wide - log_total).exp() - hit.float()) * counted[:, None]).to(logits.dtype)
 
@@ -61,10 +62,10 @@ class _HeadAndLoss(torch.autograd.Function):
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learn else None
         most = CHUNK_NUMBERS["cuda" if hidden.device.type == "cuda" else "cpu"]
         chunks = max(1, -(-hidden.shape[0] // max(1, most // weight.shape[0])))
-        rows = max(1, -(-hidden.shape[0] // chunks))  # all but the last of one size, which differs little
+        rows = max(1, -(-hidden.shape[0] // chunks))  # chunks of nearly equal size
         for low in range(0, hidden.shape[0], rows):
             part, target = hidden[low : low + rows], targets[low : low + rows]
-            logits = product(part, head.T)  # (rows, vocabulary)
+            logits = product(part, head.T)  # (rows, vocab_size)
             nats, grad_logits = (
                 _HeadAndLoss.learn(logits, target) if learn else loss_and_grad(logits, target, learn=False)
             )
@@ -82,25 +83,20 @@ class _HeadAndLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> Any:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        scale = scales[0]
-        return (
-            hidden_gradient * scale.to(hidden_gradient.dtype),
-            (weight_gradient * scale).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        (hidden_gradient, weight_gradient), (scale,) = ctx.saved_tensors, scales
+        hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
+        return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log softmax(hidden @ weight.T)[target] over the targets that are not IGNORED: nats, a scalar in fp32.
+    """Sum of -log softmax(hidden @ weight.T)[target] over the targets that are not IGNORED: nats, an fp32 scalar.
 
-    hidden (rows, dim), in the type the head is to be multiplied in; weight (vocabulary, dim); targets (rows,) of int64.
+    hidden (rows, dim), in the type of the product; weight (vocab_size, dim); targets (rows,) of int64.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadAndLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
 def compile_loss(wanted: bool = True) -> None:
-    """Whether the loss that is learnt from is compiled, from here on in this process."""
+    """Switch compilation of the training loss on or off for this process."""
     _HeadAndLoss.learn = staticmethod(torch.compile(loss_and_grad_fused) if wanted else loss_and_grad)

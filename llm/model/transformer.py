@@ -1,8 +1,8 @@
-"""The transformer: Qwen3's architecture under Hugging Face's names, so that a checkpoint is a model folder as it lies.
+"""The transformer: Qwen3's architecture under Hugging Face's names, so a checkpoint is a Hugging Face model folder.
 
-Pre-norm RMSNorm, rotary positions by halves, grouped queries, a norm on each head's queries and keys, SwiGLU, no
-biases. At the start every block is the identity, as the matrices that write into the residual stream are zero. Letters
-in shapes: B windows, T tokens, D dim, H heads, K kv_heads, E head_dim, F ffn_dim, V vocabulary, L length of a cache.
+Pre-norm RMSNorm, half-split rotary positions, grouped-query attention, QK-norm, SwiGLU, no biases. The matrices that
+write into the residual stream start at zero, so every block starts as the identity. Letters in shapes: B windows,
+T tokens, D dim, H heads, K kv_heads, E head_dim, F ffn_dim, V vocab_size, L length of a cache.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llm.base.hashing import mix
-from llm.config.recipe import Model
+from llm.config.schema import Model
 from llm.distributed.sharding import local_shard
 from llm.model.dropout import dropout
 from llm.model.loss import cross_entropy_sum
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
-QK_NORM_INIT = 1.25  # of queries and keys at the start; at 1 some seeds find what repeats 300,000 tokens late
+QK_NORM_INIT = 1.25  # initial QK-norm weight; at 1 some seeds learn to copy repeats 300,000 tokens later
 
 
 @dataclass(frozen=True)
 class Family:
-    """What no recipe says: a model of our own is Qwen3; somebody else's weights may bring Llama, without QK-norm."""
+    """Architecture details without a recipe key: our models are Qwen3; imported ones may be Llama (no QK-norm)."""
 
     name: str = "qwen3"  # or "llama"
     rope_theta: float = ROPE_THETA
     norm_eps: float = NORM_EPS
-    positions: int = 0  # tokens that it was made for; 0: as many as the context
+    positions: int = 0  # max_position_embeddings of imported weights; 0: the context
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The weight in the input's type: the fused kernel takes no mixture.
+        # Cast the weight to the input's type: the fused kernel takes no mixed types.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -52,9 +52,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of what was read so far, for `rows` texts of at most `length` tokens each.
+    """KV cache for `rows` texts of at most `length` tokens each.
 
-    Rows may differ in length: a token is written at its own position, and a query sees the keys up to its own only.
+    Rows may differ in length: each token is written at its own position, and a query sees keys up to its own position.
     """
 
     def __init__(self, shape: Model, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -65,12 +65,12 @@ class Cache:
         self.slots = torch.arange(length, device=device)  # (L,)
 
     def at(self, positions: Tensor, used: int | None = None) -> None:
-        """Read and write at `positions` (B, T) from here on, all of them below `used`: the rest is not looked at."""
+        """Use `positions` (B, T) from here on, all below `used`; slots from `used` on are not read."""
         self.positions, self.used = positions, used
         self.mask = self.slots[:used] <= positions[:, None, :, None]  # (B, 1, T, L)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, K, T, E) of a layer; those that layer has in use, (B, K, L, E)."""
+        """Write keys and values (B, K, T, E) of a layer and return all of the layer's that are in use, (B, K, L, E)."""
         self.keys[layer][self.rows, :, self.positions] = keys.transpose(1, 2).to(self.keys.dtype)
         self.values[layer][self.rows, :, self.positions] = values.transpose(1, 2).to(self.values.dtype)
         return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
@@ -97,16 +97,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, L, E)
             q = q.to(k.dtype)
-            if x.shape[1] == 1:  # the heads that share keys stand as tokens of one head: no kernel repeats keys then
+            if x.shape[1] == 1:  # treat heads that share keys as tokens of one head, so that no kernel repeats keys
                 q = q.reshape(len(q), self.shape.kv_heads, -1, self.shape.head_dim)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if cache is None else cache.mask,
-            is_causal=cache is None,
-            enable_gqa=k.shape[1] < q.shape[1],
-        )  # (B, H, T, E)
+        mask, grouped = None if cache is None else cache.mask, k.shape[1] < q.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None, enable_gqa=grouped)  # (B, H, T, E)
         if cache is not None and x.shape[1] == 1:
             y = y.reshape(len(y), self.shape.heads, 1, -1)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -156,7 +150,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.seed, self.rate = shape, seed, float(shape.dropout)
-        self.recompute = False  # forget a block's activations and compute them again on the way back
+        self.recompute = False  # activation checkpointing of each block
         self.embed_tokens = nn.Embedding(vocab_size, shape.dim)
         self.layers = nn.ModuleList(shard_module(Block(shape, layer, seed, family)) for layer in range(shape.layers))
         self.norm = RMSNorm(shape.dim, family.norm_eps)
@@ -177,15 +171,15 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, cos, sin, windows, use_reentrant=False, preserve_rng_state=False)
             elif cache is None:
                 x = block(x, cos, sin, windows)
-            else:  # not compiled: each layer and each length would be
+            else:  # bypass compilation, which would recompile for each layer and each length
                 x = block._call_impl(x, cos, sin, windows, cache)
         return self.norm(x)  # (B, T, D)
 
 
 class Transformer(nn.Module):
-    """Loss of a batch, or logits. `shape` is resolved (recipe.resolve); the weights follow from `seed` alone.
+    """Loss of a batch, or logits. `shape` is resolved (recipe.resolve); the initial weights depend on `seed` alone.
 
-    `shard_module` may shard each block as soon as it is made, so that no process ever holds them all.
+    `shard_module` may shard each block as soon as it is made, so that no process ever holds all blocks whole.
     """
 
     def __init__(
@@ -210,14 +204,14 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw each tensor from a generator of its own, so that no tensor's draw depends on another's."""
+        """Initialise each tensor from its own generator, so that no tensor's values depend on another tensor."""
         for index, (name, weight) in enumerate(self.named_parameters()):
             if weight.ndim == 1:
                 weight.fill_(QK_NORM_INIT if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.zero_()
             else:
-                # Tied embeddings are small, so that at first no token predicts itself: loss starts at log(vocab_size).
+                # Tied embeddings start small, or each token would predict itself; the loss starts at log(vocab_size).
                 init_std = {"embed_tokens": 4 / self.shape.dim if self.shape.tied else 0.02, "lm_head": 0.001}
                 std = init_std.get(name.split(".")[-2], self.shape.dim**-0.5)
                 generator = torch.Generator().manual_seed(mix(seed, index) >> 1)
@@ -226,9 +220,9 @@ class Transformer(nn.Module):
                 rows.local.copy_(drawn[rows.low : rows.low + len(rows.local)])
 
     def forward(self, tokens: Tensor, targets: Tensor, windows: Tensor | None = None) -> Tensor:
-        """Sum of the cross-entropy of `targets` (B, T), IGNORED ones aside, after `tokens` (B, T): nats, fp32 scalar.
+        """Summed cross-entropy of `targets` (B, T) after `tokens` (B, T), without IGNORED targets: nats, fp32 scalar.
 
-        `windows` (B,) are the positions of the windows in the order, by which dropout is drawn; without them it is off.
+        `windows` (B,) are the windows' positions in the data order, which determine dropout; without them it is off.
         """
         hidden = self.model(tokens, windows, None).flatten(0, 1)
         if torch.is_autocast_enabled(hidden.device.type):
@@ -236,6 +230,6 @@ class Transformer(nn.Module):
         return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())
 
     def logits(self, tokens: Tensor, cache: Cache | None = None, last: Tensor | None = None) -> Tensor:
-        """Logits after `tokens` (B, T): (B, T, V), or (B, V) after the token at index `last` (B,) of each row."""
+        """Logits (B, T, V) after `tokens` (B, T), or (B, V) after the token at index `last` (B,) of each row only."""
         hidden = self.model(tokens, None, cache)
         return self.lm_head(hidden if last is None else hidden[torch.arange(len(last), device=last.device), last])

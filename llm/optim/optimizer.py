@@ -1,7 +1,7 @@
-"""One optimizer for all tensors: Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all.
+"""One optimizer for all tensors: Muon for the blocks' matrices and AdamW for the rest, or AdamW for all.
 
-It keeps nothing but moments: rates and bias corrections are functions of the step. A step whose gradient is not finite
-leaves weights and moments alone, decided on the device, so that nothing waits for it.
+Moments are its only state: learning rates and bias corrections are functions of the step. A step with a non-finite
+gradient changes neither weights nor moments; this is decided on the device, without a synchronisation.
 """
 
 import math
@@ -15,29 +15,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from llm.config.recipe import Train
+from llm.config.schema import Train
 from llm.distributed.sharding import LocalShard, Sharding, bounds, gather, local_shard, size
 
-MOMENTUM = 0.9  # Muon's; the usual 0.95 looks further back than runs of some thousand steps can afford
-BETAS = (0.9, 0.99)  # AdamW's; small batches want the second long
+MOMENTUM = 0.9  # Muon's; the usual 0.95 averages over too many steps for runs of a few thousand
+BETAS = (0.9, 0.99)  # AdamW's; small batches need a long second average
 EPS = 1e-8
-ADAMW_LR_FACTORS = {"embed_tokens": 1.0, "lm_head": 0.25, "norm": 0.5}  # of Muon's rate, for what Muon does not take,
-WIDTH = 192  # at this width; those of matrices fall with the root of it, as ever more features add up in a logit
-# a, b, c of a x + b x^3 + c x^5: three in turn bring all of 0.0127 to 1 within 20 % of 1. Each has the least maximum of
-# |1 - p| over the interval that the one before leaves (Remez).
+# AdamW's learning rates as a fraction of Muon's, for a model of this width. Those of matrices fall with its square
+# root, as a logit sums over more features.
+ADAMW_LR_FACTORS = {"embed_tokens": 1.0, "lm_head": 0.25, "norm": 0.5}
+WIDTH = 192
+# (a, b, c) of a x + b x^3 + c x^5: applied in turn, the three map 0.0127 .. 1 to within 20 % of 1. Each minimises the
+# maximum of |1 - p| over the interval that the previous one leaves (Remez).
 POLYNOMIALS = ((7.9883, -23.2063, 17.1169), (3.5093, -2.6294, 0.5260), (2.4945, -1.8380, 0.4372))
-MUON_SCALE = 0.88  # where the five usual polynomials leave singular values, and for which rates are usually given
+MUON_SCALE = 0.88  # singular values after the five usual polynomials, for which published learning rates are tuned
 TINY = 1e-7
-STACKED = 8  # matrices of one shape that are orthogonalised together, of at most so many
-STACKED_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers: more keep it no busier, and take six times their memory
-VECTOR = 64  # numbers that every CPU's kernel takes at once, or a multiple of them
+STACKED = 8  # most matrices of one shape that are orthogonalised together
+STACKED_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 24}  # and most numbers: more are no faster, and need six times as much
+VECTOR = 64  # a multiple of every CPU kernel's vector length
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Each of `matrices` (n, rows, columns) with its singular values pushed to about LEVEL. In the type of the input.
+    """Bring the singular values of each of `matrices` (n, rows, columns) close to MUON_SCALE; keeps the input's type.
 
-    By odd polynomials of the singular values, as in Jordan, "Muon: an optimizer for hidden layers in neural networks",
-    2024, each the best for what the one before leaves, as in Amsel and others, "The Polar Express", 2025.
+    Odd polynomials of the singular values, as in Jordan, "Muon: an optimizer for hidden layers in neural networks",
+    2024, each optimal for the output of the previous one, as in Amsel et al., "The Polar Express", 2025.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -45,7 +47,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     for step, (a, b, c) in enumerate(POLYNOMIALS):
         gram = x @ x.mT
         square = gram @ gram
-        if step == 0:  # the eighth root of the sum of the singular values' eighth powers: hardly more than the largest
+        if step == 0:  # the Schatten-8 norm bounds the largest singular value closely
             bound = 1.01 * (square.norm(dim=(1, 2), keepdim=True) + TINY).pow(0.25)
             x, gram, square = x / bound, gram / bound**2, square / bound**4
         x = torch.baddbmm(x, torch.add(gram * b, square, alpha=c), x, beta=a)
@@ -53,14 +55,14 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """The type of sums that must not depend on their grouping: fp64, where the device has it (Apple's has not)."""
+    """Type for sums that must not depend on their grouping: fp64 where the device supports it (Apple's does not)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def gradient_norm(gradients: list[LocalShard], sharding: Sharding) -> Tensor:
-    """Euclidean norm over all `gradients`, a scalar in fp64: one sum a row, then one sum over the rows.
+    """Euclidean norm of all `gradients`, an fp64 scalar.
 
-    So it is the same to the bit however the rows are dealt.
+    Sums each row, then over rows, so that the bits do not depend on the sharding.
     """
     dtype = wide(gradients[0].local.device)
     rows = [torch.linalg.vector_norm(g.flat, dim=1, dtype=dtype) for g in gradients]
@@ -74,9 +76,9 @@ def gradient_norm(gradients: list[LocalShard], sharding: Sharding) -> Tensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """Up to STACKED matrices of one shape, orthogonalised together by one process; the same ones on any world.
+    """Up to STACKED matrices of one shape that one rank orthogonalises together; the same for any number of ranks.
 
-    `momentum` (n, rows, columns) is what this process holds of them; its slices are the moments under their names.
+    `momentum` (n, rows, columns) holds this rank's rows; its slices are the entries of Optimizer.moments.
     """
 
     weights: list[nn.Parameter]
@@ -84,12 +86,12 @@ class Stack:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the whole matrices."""
+        """Shape of the unsharded stack."""
         return len(self.weights), *self.weights[0].shape
 
 
 class Optimizer:
-    """`moments` maps NAME/momentum, NAME/exp_avg and NAME/exp_avg_sq to tensors: all that must be saved."""
+    """`moments` maps NAME/momentum, NAME/exp_avg and NAME/exp_avg_sq to tensors: the whole state to save."""
 
     def __init__(
         self,
@@ -106,49 +108,52 @@ class Optimizer:
         muon = train.optimizer == "muon"
         matrices = {name: p for name, p in named.items() if muon and p.ndim == 2 and ".layers." in name}
         for _, same in groupby(sorted(matrices.items(), key=_by_shape), key=_by_shape):
-            group = list(same)
-            most = STACKED_NUMBERS["cuda" if group[0][1].is_cuda else "cpu"]
-            count = max(1, min(STACKED, most // math.prod(group[0][1].shape)))
-            for low in range(0, len(group), count):
-                names, weights = zip(*group[low : low + count], strict=True)
-                stack = Stack(list(weights), torch.stack([torch.zeros_like(local_shard(p).local) for p in weights]))
-                for name, p, part in zip(names, weights, stack.momentum, strict=True):
-                    self.moments[f"{name}/momentum"] = local_shard(p).like(part)
-                self.stacks.append(stack)
+            self._add_stacks(list(same))
         self.adamw_params = {name: p for name, p in named.items() if name not in matrices}
         for name, p in self.adamw_params.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.moments[f"{name}/{moment}"] = local_shard(p).like(torch.zeros_like(local_shard(p).local))
 
+    def _add_stacks(self, group: list[tuple[str, nn.Parameter]]) -> None:
+        """Divide matrices of one shape into stacks."""
+        most = STACKED_NUMBERS["cuda" if group[0][1].is_cuda else "cpu"]
+        count = max(1, min(STACKED, most // math.prod(group[0][1].shape)))
+        for low in range(0, len(group), count):
+            names, weights = zip(*group[low : low + count], strict=True)
+            stack = Stack(list(weights), torch.stack([torch.zeros_like(local_shard(p).local) for p in weights]))
+            for name, p, momentum in zip(names, weights, stack.momentum, strict=True):
+                self.moments[f"{name}/momentum"] = local_shard(p).like(momentum)
+            self.stacks.append(stack)
+
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, scale: Tensor, finite: Tensor) -> None:
-        """Update `step` (0 is the first): gradients times `scale`, rate times `rate_share`; nothing unless `finite`.
+        """Do update `step` (0 is the first) with gradients times `scale`, unless `finite` is false.
 
-        `scale` and `finite` are scalars on the device, an fp32 and a bool. Gradients are used up.
+        `scale` (fp32) and `finite` (bool) are scalars on the device. Gradients are consumed.
         """
         rate = self.train.learning_rate * lr_factor
         if self.stacks:
             self._muon(rate, scale, finite)
-            for part, adamw_factor in ADAMW_LR_FACTORS.items():
+            for part, factor in ADAMW_LR_FACTORS.items():
                 named = {name: p for name, p in self.adamw_params.items() if part in name}
                 dim = next((p.shape[1] for p in named.values() if p.ndim == 2), None)
-                adamw_factor *= math.sqrt(WIDTH / (dim or WIDTH))
-                decay = self.decay / adamw_factor if dim else 0.0  # all matrices forget over the same time, norms never
-                self._adamw(named, step, rate * adamw_factor, decay, scale, finite)
+                factor *= math.sqrt(WIDTH / (dim or WIDTH))
+                decay = self.decay / factor if dim else 0.0  # the same decay per step for all matrices, none for norms
+                self._adamw(named, step, rate * factor, decay, scale, finite)
             return
-        decayed = {name: p for name, p in self.adamw_params.items() if p.ndim == 2}  # norms never are
+        decayed = {name: p for name, p in self.adamw_params.items() if p.ndim == 2}  # not the norms
         self._adamw(decayed, step, rate, self.decay, scale, finite)
         self._adamw({n: p for n, p in self.adamw_params.items() if n not in decayed}, step, rate, 0.0, scale, finite)
 
     def _muon(self, rate: float, scale: Tensor, finite: Tensor) -> None:
         workers = self.sharding.shard_size if self.sharding.sharded else size()
-        for low in range(0, len(self.stacks), workers):  # one for each at a time, as memory is short
+        for low in range(0, len(self.stacks), workers):  # one stack per rank at a time, to save memory
             stacks, updates = self.stacks[low : low + workers], []
             for stack in stacks:
                 gradient = torch.stack([_gradient(p) for p in stack.weights]).mul_(scale)
                 for p in stack.weights:
                     p.grad = None
-                gradient = torch.where(finite, gradient, stack.momentum)  # towards itself: the momentum stays
+                gradient = torch.where(finite, gradient, stack.momentum)  # lerp towards itself: the momentum stays
                 stack.momentum.lerp_(gradient, 1 - MOMENTUM)
                 updates.append(gradient.lerp_(stack.momentum, MOMENTUM).to(self.orthogonalise_in))
                 del gradient
@@ -160,16 +165,14 @@ class Optimizer:
                 torch._foreach_add_(weights, update.unbind())
 
     def _orthogonalised(self, stacks: list[Stack], updates: list[Tensor]) -> list[Tensor]:
-        """This process's rows of each stack's orthogonalised update; each stack is worked on by one process only."""
-        sharding = self.sharding
-        if sharding.sharded:
-            return exchanged(updates, [stack.shape for stack in stacks], sharding, orthogonalised)
+        """This rank's rows of each stack's orthogonalised update; only one rank computes each stack."""
+        if self.sharding.sharded:
+            return exchanged(updates, [stack.shape for stack in stacks], self.sharding, orthogonalised)
         if size() == 1:
             return [orthogonalised(update) for update in updates]
         results = []
         for index, update in enumerate(updates):
-            owner = index % size()
-            mine = owner == dist.get_rank()
+            mine = index % size() == dist.get_rank()
             results.append((orthogonalised(update) if mine else torch.empty_like(update)).contiguous())
         for handle in [dist.broadcast(each, i % size(), async_op=True) for i, each in enumerate(results)]:
             handle.wait()
@@ -178,8 +181,8 @@ class Optimizer:
     def _adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
     ) -> None:
-        # A CPU's kernel rounds the last numbers of a tensor otherwise where VECTOR does not divide it: these ends of
-        # all tensors are joined to one that it divides.
+        # CPU kernels round the last numbers of a tensor differently if VECTOR does not divide its length, so the
+        # remainders of all tensors are joined into one padded tensor.
         whole, ends = [], []
         for name, p in named.items():
             moments = (self.moments[f"{name}/exp_avg"], self.moments[f"{name}/exp_avg_sq"])
@@ -192,24 +195,12 @@ class Optimizer:
         if not whole:
             return
         weights, gradients, averages, squares = (list(each) for each in zip(*whole, strict=True))
+        steps = list(torch.full((len(whole),), float(step), device=scale.device).unbind())
+        beta1, beta2 = BETAS
         adamw(
-            weights,
-            gradients,
-            averages,
-            squares,
-            [],
-            list(torch.full((len(whole),), float(step), device=scale.device).unbind()),
-            fused=True,
-            grad_scale=1 / scale,
-            found_inf=(~finite).float(),
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=rate,
-            weight_decay=decay,
-            eps=EPS,
-            maximize=False,
-        )
+            weights, gradients, averages, squares, [], steps, fused=True, grad_scale=1 / scale,
+            found_inf=(~finite).float(), amsgrad=False, beta1=beta1, beta2=beta2, lr=rate, weight_decay=decay, eps=EPS,
+            maximize=False)  # fmt: skip
         for which in (0, 2, 3) if ends else ():
             parts = [each[which] for each in ends]
             pieces = whole[-1][which][: sum(map(len, parts))].split([len(part) for part in parts])
@@ -217,7 +208,7 @@ class Optimizer:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """All flat `parts` in one tensor of a length that VECTOR divides, with zeros at its end."""
+    """Concatenation of the flat `parts`, zero-padded to a multiple of VECTOR."""
     joined = torch.cat(list(parts))
     return F.pad(joined, (0, -len(joined) % VECTOR))
 
@@ -225,40 +216,39 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def exchanged(
     parts: list[Tensor], shapes: list[tuple[int, int, int]], sharding: Sharding, act: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """This process's rows of `act` of each whole stack, out of everybody's rows: one exchange there, one back.
+    """Apply `act` to each whole stack on one rank; returns this rank's rows. One all-to-all there, one back.
 
-    `parts`: (n, own rows, columns) of each stack; stack i, of the whole shape shapes[i], is acted on by process i
-    modulo the number of parts.
+    `parts` holds this rank's rows (n, rows, columns) of each stack. Rank i modulo shard_size owns stack i, of the whole
+    shape shapes[i].
     """
+    ranks = range(sharding.shard_size)
     owners = [index % sharding.shard_size for index in range(len(shapes))]
     mine = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == sharding.index]
 
-    def numbers(shape: tuple[int, int, int], part: int) -> int:
-        low, high = bounds(shape[1], sharding.shard_size, part)
+    def numbers(shape: tuple[int, int, int], rank: int) -> int:
+        low, high = bounds(shape[1], sharding.shard_size, rank)
         return shape[0] * (high - low) * shape[2]
 
-    theirs = [  # by owner: what this process holds of the owner's stacks
-        sum(numbers(shape, sharding.index) for shape, owner in zip(shapes, owners, strict=True) if owner == each)
-        for each in range(sharding.shard_size)
+    theirs = [  # by owner: numbers that this rank holds of the owner's stacks
+        sum(numbers(shape, sharding.index) for shape, owner in zip(shapes, owners, strict=True) if owner == rank)
+        for rank in ranks
     ]
-    ours = [
-        sum(numbers(shape, each) for shape in mine) for each in range(sharding.shard_size)
-    ]  # by holder: of our stacks
+    ours = [sum(numbers(shape, rank) for shape in mine) for rank in ranks]  # by holder: numbers of this rank's stacks
     order = sorted(range(len(parts)), key=lambda index: owners[index])  # stable: by owner, then by index
     flat = torch.cat([parts[index].flatten() for index in order])
     received = flat.new_empty(sum(ours))
     dist.all_to_all_single(received, flat, ours, theirs, group=sharding.shard_group)
     holders = [
         [
-            piece.view(shape[0], numbers(shape, each) // shape[0] // shape[2], shape[2])
-            for shape, piece in zip(mine, part.split([numbers(shape, each) for shape in mine]), strict=True)
+            piece.view(shape[0], numbers(shape, rank) // shape[0] // shape[2], shape[2])
+            for shape, piece in zip(mine, part.split([numbers(shape, rank) for shape in mine]), strict=True)
         ]
-        for each, part in enumerate(received.split(ours))
+        for rank, part in enumerate(received.split(ours))
     ]
     wholes = [act(torch.cat(pieces, dim=1)) for pieces in zip(*holders, strict=True)]
     cut = [
-        whole[:, slice(*bounds(whole.shape[1], sharding.shard_size, each))].flatten()
-        for each in range(sharding.shard_size)
+        whole[:, slice(*bounds(whole.shape[1], sharding.shard_size, rank))].flatten()
+        for rank in ranks
         for whole in wholes
     ]
     back = torch.empty_like(flat)

@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 StepPlan: TypeAlias = Sequence[tuple[int, int]]
-"""Pairs (step, steps): from that update on the run was to have so many. One pair, (0, steps), but under a budget."""
+"""Pairs (step, steps): from update `step` on, the run was planned to have `steps`. Without a budget: (0, steps)."""
 
 
 def planned(step: int, plan: StepPlan) -> int:
-    """Updates that the run has in all, as known before update `step`."""
+    """Total number of updates, as planned before update `step`."""
     return [steps for begin, steps in plan if begin <= step][-1]
 
 
 def lr_factor(step: int, *, plan: StepPlan, warmup: int, decay: float) -> float:
-    """Share of the full learning rate that update `step` uses, in 0 .. 1.
+    """Factor in 0 .. 1 on the learning rate of update `step`.
 
-    Linear from 1/warmup up to 1 in the first `warmup` updates, then 1, then linear towards 0 over the last `decay` of
-    the run: the last update still moves, the one after it would not.
+    Rises linearly from 1/warmup to 1 in the first `warmup` updates, then stays at 1, then falls linearly over the last
+    fraction `decay` of the run. The factor of the update after the last would be 0.
     """
     steps = planned(step, plan)
     rising = (step + 1) / warmup if step < warmup else 1.0

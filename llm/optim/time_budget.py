@@ -1,9 +1,9 @@
-"""train.hours: a run that ends at a time instead of at a step.
+"""train.hours: a run that ends after a given time instead of a given step.
 
-How many steps that allows is estimated anew now and then, from the speed that the run shows. Each revision of the plan
-is on the disk before it takes effect, so that the learning rate stays a function of the step and of what is recorded: a
-run that was killed goes on along the same plan, and a copy of a finished run's record replays it to the bit. Steps that
-a kill lost are done again within the time, as long as that reaches; what was planned is followed in any case.
+The number of steps is re-estimated now and then from the measured speed. Each revision of the plan is written to disk
+before it takes effect, so that the learning rate depends only on the step and the record: a killed run resumes with the
+same plan, and a copy of a finished run's record replays it bit for bit. Steps lost by a kill are repeated within the
+time that is left; a recorded plan is followed in any case.
 """
 
 import time
@@ -13,24 +13,24 @@ from typing import Any
 from llm.base.errors import RefusedError
 from llm.optim.schedule import planned
 
-RECORD = "plan.json"  # in the run
-LOOKS = 64  # in the whole time, at which the plan may be revised
+RECORD = "plan.json"  # in the run folder
+LOOKS = 64  # per run: times at which the plan may be revised
 WINDOW = 8  # looks over which the speed is measured
 
 
 class TimeBudget:
-    """The time of a run: `hours` for steps, evaluations and checkpoints, without preparation and pauses."""
+    """A run's plan and clock: `hours` cover steps, evaluations and checkpoints, not preparation or pauses."""
 
     def __init__(self, hours: float) -> None:
         self.hours, self.seconds = hours, hours * 3600
         self.plan: list[tuple[int, int]] = []
-        self.before = 0.0  # seconds that were spent before this start
+        self.before = 0.0  # seconds spent before this start
         self.finished = False
-        self.aside, self.tail = 0.0, 0.0  # seconds of evaluations and checkpoints: all since the start, the longest
-        self.looks: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # seconds of steps alone, and steps, of this start
+        self.aside, self.tail = 0.0, 0.0  # seconds of evaluations and checkpoints: sum, longest
+        self.looks: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # (seconds in steps alone, step) since this start
 
     def take(self, record: dict[str, Any]) -> None:
-        """Go on along a record. RefusedError where it is of another time."""
+        """Continue a recorded plan. RefusedError if its hours differ."""
         if record["hours"] != self.hours:
             raise RefusedError(
                 f"{RECORD} is of train.hours = {record['hours']:g}, this recipe says {self.hours:g}: "
@@ -43,16 +43,16 @@ class TimeBudget:
         return {"hours": self.hours, "plan": self.plan, "seconds": self.spent(), "finished": self.finished}
 
     def begin(self, step: int, step_seconds: float) -> None:
-        """Start the clock before update `step`; plan by an estimate where nothing is planned yet."""
+        """Start the clock before update `step`; make a first plan from `step_seconds` if there is none."""
         self.started, self.first, self.looked = time.monotonic(), step, self.before
         self.plan = self.plan or [(step, step + max(1, int((self.seconds - self.before) / step_seconds)))]
 
     def spent(self) -> float:
-        """Seconds of the run so far."""
+        """Seconds used so far."""
         return self.before + time.monotonic() - self.started
 
     def proposal(self, step: int) -> int:
-        """Steps that the run shall have in all, where it is time for a look before update `step`; else 0."""
+        """New total number of steps if a look is due before update `step`, otherwise 0."""
         spent = self.spent()
         overdue = spent >= self.seconds and step < planned(step, self.plan)
         if self.finished or step <= self.plan[-1][0] or not (overdue or spent - self.looked >= self.seconds / LOOKS):
@@ -61,17 +61,17 @@ class TimeBudget:
         stepping = spent - self.before - self.aside
         self.looks.append((stepping, step))
         since, first = self.looks[0]
-        if step == first:  # the first steps of a start are slower than others: the speed is measured from here on
+        if step == first:  # the first steps after a start are slow: measure from here on
             return step + 1 if overdue else planned(step, self.plan)
         each = (stepping - since) / (step - first) + self.aside / (step - self.first)
         return step + max(1, int((self.seconds - spent - self.tail) / each))
 
     def revise(self, step: int, steps: int) -> None:
-        """Let the run have `steps` from update `step` on."""
+        """Plan `steps` in total from update `step` on."""
         if steps != planned(step, self.plan):
             self.plan.append((step, steps))
 
     def paused(self, seconds: float) -> None:
-        """An evaluation or a checkpoint, or both, took so long."""
+        """Record the `seconds` of an evaluation or a checkpoint."""
         self.aside += seconds
         self.tail = max(self.tail, seconds)

@@ -19,7 +19,9 @@ from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, LLMError, RefusedError
-from llm.config.recipe import STEP, counted_from_1, load, science
+from llm.config.reading import load
+from llm.config.resolving import counted_from_1
+from llm.config.schema import STEP, science
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.sharding import LocalShard, Sharding
 from llm.run_folder.tensor_files import as_bytes, header, own_rows

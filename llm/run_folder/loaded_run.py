@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.recipe import Recipe, load
+from llm.config.reading import load
+from llm.config.schema import Recipe
 from llm.data import hf_tokenizer
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import threads
@@ -66,7 +67,7 @@ def find(name: str | None) -> tuple[Path, str]:
 def open_run(name: str | None, device: torch.device | None = None) -> LoadedRun:
     """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names a damaged file."""
     folder, which = find(name)
-    torch.set_num_threads(min(torch.get_num_threads(), threads.share()))  # torch ignores CPU quotas
+    torch.set_num_threads(min(torch.get_num_threads(), threads.threads_per_process()))  # torch heeds no quota
     threads.yield_to_neighbours()
     while True:
         there = set(checkpoint.folders(folder))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llm.base import atomic_io
 from llm.base.errors import RefusedError, tell
-from llm.config.recipe import Recipe, flat
+from llm.config.schema import Recipe, flat
 
 EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from llm.base.atomic_io import read_checksummed
 from llm.base.errors import RecipeError
-from llm.config.recipe import load, skipped
+from llm.config.reading import load
+from llm.config.resolving import skipped
 from llm.data import hf_tokenizer
 from llm.data.batches import BatchLoader
 from llm.data.shards import of_run

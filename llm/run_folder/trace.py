@@ -14,7 +14,8 @@ from torch import Tensor
 from llm.base import atomic_io
 from llm.base.errors import RefusedError
 from llm.base.hashing import mix
-from llm.config.recipe import flat, load
+from llm.config.reading import load
+from llm.config.schema import flat
 from llm.data.shuffle import WindowShuffle
 from llm.distributed.sharding import LocalShard, Sharding, gather
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import LLMError, RefusedError
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.data import hf_tokenizer
 from llm.data.shards import of_run
 from llm.optim import time_budget

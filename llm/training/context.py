@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llm.config.recipe import Recipe, skipped
+from llm.config.resolving import skipped
+from llm.config.schema import Recipe
 from llm.data.batches import BatchLoader
 from llm.data.shards import Shards
 from llm.data.shuffle import WindowShuffle

@@ -1,7 +1,8 @@
 """Which checkpoints a recipe cannot go on from, and the one key or text that is to blame."""
 
 from llm.base.errors import RefusedError
-from llm.config.recipe import Recipe, checkpoint_name, science
+from llm.config.resolving import checkpoint_name
+from llm.config.schema import Recipe, science
 from llm.run_folder.checkpoint import Checkpoint
 
 # Which tensors there are of weights and moments.

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from llm.base.errors import RefusedError, run
-from llm.config.recipe import Recipe, load
+from llm.config.reading import load
+from llm.config.schema import Recipe
 from llm.distributed.environment import measured_flops
 from llm.model.cost import flops_per_token
 from llm.run_folder import checkpoint, trace

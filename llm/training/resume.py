@@ -9,7 +9,7 @@ import torch
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.recipe import flat, science
+from llm.config.schema import flat, science
 from llm.distributed import process
 from llm.interop import pretrained
 from llm.interop.hf_files import model_files, tokenizer_files

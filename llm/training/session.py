@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 from llm.base import atomic_io
 from llm.base.errors import GroupError, LLMError, RefusedError, as_disk_error, reason
-from llm.config.recipe import Recipe, dump, with_checksum
+from llm.config.reading import dump, with_checksum
+from llm.config.schema import Recipe
 from llm.data.shards import Shards, keep_place
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process

@@ -247,7 +247,7 @@ def test_kill_at_any_instant_leaves_whole_files_and_folders(tmp_path: Path, seed
     script = """
         import sys
         from pathlib import Path
-        from llm import store
+        from llm.base import atomic_io as store
 
         folder, size = Path(sys.argv[1]), 300_000
         for turn in range(1_000_000):
@@ -398,7 +398,7 @@ def test_lines_past_the_checkpoint_are_taken_out_and_others_not_touched(tmp_path
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from llm import store
+    from llm.base import atomic_io as store
 
     with store.lock(Path(sys.argv[1])) as mine:
         print(mine, flush=True)

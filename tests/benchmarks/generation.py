@@ -21,7 +21,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.inference.generation import Sampling, generate
 from llm.model.transformer import Transformer
 from tests import tiny

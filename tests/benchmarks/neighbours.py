@@ -26,14 +26,15 @@ def serve() -> None:
     """Tokens a second, for each line of stdin that names something to do."""
     import torch
 
-    from llm.config.recipe import load, with_steps
+    from llm.config.reading import load
+    from llm.config.resolving import with_steps
     from llm.distributed import threads
     from llm.distributed.sharding import Sharding, local_shard
     from llm.inference.generation import Sampling, generate
     from llm.model.transformer import Transformer
     from llm.optim.optimizer import Optimizer, gradient_norm
 
-    torch.set_num_threads(threads.share())
+    torch.set_num_threads(threads.threads_per_process())
     threads.yield_to_neighbours()
     recipe = with_steps(load(Path("recipes/quickstart.yaml"), ["train.learning_rate=0"]), 1_400_000)
     vocabulary, sharding = recipe.tokenizer.vocabulary, Sharding()

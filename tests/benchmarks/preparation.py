@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.data.documents import Corpus, wiki_documents
 from llm.data.pipeline import LARGE
 from llm.data.shards import Shards, write

@@ -23,7 +23,8 @@ def steps(recipe: str, count: int, overrides: list[str], recompute: bool) -> dic
     """Losses, seconds and peak bytes of `count` updates, in this process."""
     import torch
 
-    from llm.config.recipe import load, with_steps
+    from llm.config.reading import load
+    from llm.config.resolving import with_steps
     from llm.model.transformer import Transformer
     from llm.optim.optimizer import Optimizer
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import llm.training.trainer
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.distributed.environment import start_group
 from llm.distributed.sharding import LocalShard, Sharding
 from llm.interop.pretrained import ready

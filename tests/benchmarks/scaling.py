@@ -6,7 +6,7 @@ Assumed of each GPU: 150 TFLOP/s in the model's products; 200 GB/s to the others
 
 from pathlib import Path
 
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.model import cost
 
 FLOPS, NODE, NETWORK = 150e12, 200e9, 6.25e9

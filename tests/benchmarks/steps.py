@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm.config.recipe import load, with_steps
+from llm.config.reading import load
+from llm.config.resolving import with_steps
 from llm.data.batches import Batch
 from llm.distributed.pairwise_sum import PairwiseSum
 from llm.distributed.sharding import Sharding, local_shard

@@ -76,7 +76,7 @@ def theirs(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
     from torch.utils.data import Dataset
     from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from llm.config.recipe import load
+    from llm.config.reading import load
     from llm.data.pipeline import prepare
     from llm.data.shuffle import WindowShuffle
     from llm.interop.hf_files import model_files

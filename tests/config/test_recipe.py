@@ -11,20 +11,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.recipe import (
-    MANY_EPOCHS_DROPOUT,
-    MOST_DECAY,
-    Evaluate,
-    Recipe,
-    Text,
-    Train,
-    dump,
-    flat,
-    load,
-    science,
-    with_checksum,
-    with_steps,
-)
+from llm.config.reading import dump, load, with_checksum
+from llm.config.resolving import MANY_EPOCHS_DROPOUT, MOST_DECAY, with_steps
+from llm.config.schema import Evaluate, Recipe, Text, Train, flat, science
 
 MUTATED = 300  # recipes in the fast suite
 MUTATED_SLOWLY = 1_000

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.base.errors import LLMError, RecipeError, TextError
-from llm.config.recipe import Text
+from llm.config.schema import Text
 from llm.data import documents as documents_module
 from llm.data.documents import Corpus, cut_documents, is_validation, rule_for, wiki_documents
 
@@ -326,7 +326,7 @@ def test_rows_of_a_hub_data_set_are_documents(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path) -> None:
-    code = "from llm.data.documents import Corpus; from llm.config.recipe import Text; list(Corpus(Text(files=('{}',))).documents())"
+    code = "from llm.data.documents import Corpus; from llm.config.schema import Text; list(Corpus(Text(files=('{}',))).documents())"
     for name in ("hub:owner/name", f"hub:owner/name@{'a' * 40}"):
         ended = subprocess.run(
             [sys.executable, "-c", code.format(name)], env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=20,
@@ -436,7 +436,7 @@ def test_one_line_of_60_mb_passes_through_a_small_memory(tmp_path: Path) -> None
     code = """if True:
         import resource, sys
         from llm.data.documents import Corpus
-        from llm.config.recipe import Text
+        from llm.config.schema import Text
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for rule in ("auto", "lines"):
             for document in Corpus(Text(files=(sys.argv[1],), documents=rule)).documents():

@@ -18,7 +18,8 @@ import pytest
 from llm import prepare as preparation
 from llm.base import atomic_io
 from llm.base.errors import DiskError, LLMError, RecipeError, RefusedError, TextError
-from llm.config.recipe import Recipe, load
+from llm.config.reading import load
+from llm.config.schema import Recipe
 from llm.data import documents
 from llm.data.pipeline import MEASURABLE, Prepared, prepare
 from llm.data.tokenizer import Tokenizer
@@ -401,7 +402,7 @@ def test_a_prepared_text_is_opened_and_trained_on_without_what_it_does_not_need(
         import sys
         from pathlib import Path
         from llm.interop.pretrained import ready
-        from llm.config.recipe import load
+        from llm.config.reading import load
         from llm.training.session import train
         train(load(Path(sys.argv[1]), sys.argv[2:]), ready)
         spared = "torch.distributed.tensor", "torch.distributed.fsdp", "pandas", "datasets", "wandb", "transformers"
@@ -453,7 +454,7 @@ LONG_LINE = """if True:
     import resource, sys
     from pathlib import Path
     from llm.data.pipeline import prepare
-    from llm.config.recipe import load
+    from llm.config.reading import load
     peaks = []
     for name in ("text.txt", "line.txt"):
         prepare(load(Path(sys.argv[1]), [*sys.argv[3:], f"text.files=[{sys.argv[2]}/{name}]"]))

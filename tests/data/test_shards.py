@@ -149,7 +149,7 @@ def test_the_packaged_text_is_split_once_and_comes_back(tmp_path: Path) -> None:
 CHILD = """if True:
     import json, sys, time
     from pathlib import Path
-    from llm import shards
+    from llm.data import shards
     from llm.data.tokenizer import Tokenizer
     folder = Path(sys.argv[1])
     shards.FILE, shards.BLOCK = 60_000, 9_000

@@ -86,7 +86,7 @@ def test_a_preparation_slower_than_the_time_out_does_not_end_the_group(tmp_path:
     ended = run_group(act, tmp_path, 2, node)
     assert [each.status for each in ended] == [0, 0], ended
     assert digest(tmp_path).startswith("12:")
-    assert ("waiting until every machine is as far" in ended[0].out) == (node == 1)
+    assert ("waiting for the other machines" in ended[0].out) == (node == 1)
 
 
 @pytest.mark.parametrize("world", ["1", "2"])

@@ -89,13 +89,13 @@ def test_what_the_user_asks_of_openmp_counts_and_the_recipe_more(
         return environment.threads_of(recipe, {"threads": 5})  # type: ignore[arg-type]
 
     monkeypatch.setattr(threads, "cores", lambda: 8)
-    assert (threads.share(), chosen("auto")) == (8, 8)
+    assert (threads.threads_per_process(), chosen("auto")) == (8, 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert threads.share() == 2
+    assert threads.threads_per_process() == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
-    assert (threads.share(), chosen("auto"), chosen("auto", exact=True), chosen(7)) == (4, 4, 5, 7)
+    assert (threads.threads_per_process(), chosen("auto"), chosen("auto", exact=True), chosen(7)) == (4, 4, 5, 7)
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert threads.share() == 2
+    assert threads.threads_per_process() == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the launcher's own environment is read from /proc")
@@ -110,7 +110,7 @@ def test_a_launchers_number_is_not_the_users(
     """As `accelerate launch` and torchrun do: OMP_NUM_THREADS is set for the processes that they start."""
     (tmp_path / launcher).write_text(
         "import os, subprocess, sys\n"
-        "child = 'from llm import threads; threads.cores = lambda: 8; print(threads.share())'\n"
+        "child = 'from llm.distributed import threads; threads.cores = lambda: 8; print(threads.threads_per_process())'\n"
         "environment = {'OMP_NUM_THREADS': '3', **os.environ}\n"
         "sys.exit(subprocess.run([sys.executable, '-c', child], env=environment).returncode)\n"
     )
@@ -123,7 +123,7 @@ def test_a_launchers_number_is_not_the_users(
 
 SPIN = """
     import os, time, torch
-    from llm import threads
+    from llm.distributed import threads
 
     torch.set_num_threads(2)
     numbers = torch.zeros(1 << 18)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from llm.config.recipe import Recipe, Text, Train, load, resolve, with_steps
+from llm.config.reading import load
+from llm.config.resolving import resolve, with_steps
+from llm.config.schema import Recipe, Text, Train
 from llm.insight import hints
 from llm.run_folder.metrics import Tracker
 from tests.forks import run, script, train, write_recipe, write_text

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llm.base.errors import RefusedError
-from llm.config.recipe import Model
+from llm.config.schema import Model
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.inference.generation import Sampling, generate
 from llm.interop import gguf

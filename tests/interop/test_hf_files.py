@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm.config.recipe import Model
+from llm.config.schema import Model
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.sharding import Sharding, local_shard

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.data import hf_tokenizer
 from llm.data.hf_tokenizer import borrow
 from llm.data.tokenizer import Tokenizer

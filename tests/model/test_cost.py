@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import llm.training.trainer
-from llm.config.recipe import Recipe, load, with_steps
+from llm.config.reading import load
+from llm.config.resolving import with_steps
+from llm.config.schema import Recipe
 from llm.distributed.sharding import LocalShard, bounds, local_shard
 from llm.model import cost
 from llm.model.transformer import Transformer
@@ -106,8 +108,8 @@ def counted_steps(folder: Path, changes: dict[str, object], steps: int = 2) -> t
     if ended.status == NOT_ALLOWED:
         pytest.skip("bytes are counted in a network namespace, which may not be made here")
     assert ended.status == 0, ended.err
-    found, shards, copies = json.loads((folder / "counted-0.json").read_text())
-    return found, cost.Traffic(shards, copies)
+    found, shards, replicas = json.loads((folder / "counted-0.json").read_text())
+    return found, cost.Traffic(shards, replicas)
 
 
 def sent() -> int:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llm.base.constants import IGNORED
-from llm.config import recipe
-from llm.config.recipe import Model, Train
+from llm.config.reading import load
+from llm.config.resolving import with_steps
+from llm.config.schema import Model, Train
 from llm.model import cost
 from llm.model.transformer import NORM_EPS, QK_NORM_INIT, ROPE_THETA, Transformer
 from llm.optim.optimizer import Optimizer
@@ -20,7 +21,7 @@ from tests import tiny
 FOLDER = Path(__file__).parents[2] / "recipes"
 EPOCH = 1_386_780  # tokens of the text wiki-leads, by which `auto` is settled
 RECIPES = {
-    name: recipe.with_steps(recipe.load(FOLDER / f"{name}.yaml"), EPOCH) for name in ("classic", "quickstart", "small")
+    name: with_steps(load(FOLDER / f"{name}.yaml"), EPOCH) for name in ("classic", "quickstart", "small")
 }
 SHAPES = {name: (each.model, each.tokenizer.vocabulary) for name, each in RECIPES.items()} | {
     "tied": (tiny.shape(), 32),
@@ -49,7 +50,7 @@ def test_the_recipes_have_the_size_that_they_had(name: str, parameters: int) -> 
 def test_a_recipe_says_how_many_parameters_it_has(path: Path) -> None:
     said = re.search(r"^model: +# ([\d.]+) M parameters$", path.read_text("utf-8"), re.MULTILINE)
     assert said is not None
-    each, decimals = recipe.load(path), len(said[1].partition(".")[2])
+    each, decimals = load(path), len(said[1].partition(".")[2])
     assert said[1] == f"{cost.parameters(each.model, each.tokenizer.vocabulary) / 1e6:.{decimals}f}"
 
 

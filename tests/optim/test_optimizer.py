@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm.config.recipe import Train
+from llm.config.schema import Train
 from llm.distributed.sharding import Sharding, local_shard
 from llm.model.transformer import Transformer
 from llm.optim.optimizer import (

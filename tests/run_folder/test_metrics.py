@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import llm.run_folder.metrics
-from llm.config.recipe import load
+from llm.config.reading import load
 from llm.run_folder import checkpoint
 from llm.training.monitor import Monitor
 from tests.forks import Ended, ended, run, start, train, write_recipe, write_text
