@@ -136,7 +136,7 @@ def test_a_run_on_others_weights_resumes_to_the_bit_and_on_two_processes(tmp_pat
     assert {each.status for each in run_group(train(path, "run=two", "machine.shard=full"), tmp_path, 2)} == {0}
     assert len({open_run(str(tmp_path / "runs" / name)).checkpoint.digest for name in ("whole", "halves", "two")}) == 1
     card = (open_run(str(tmp_path / "runs/whole")).checkpoint.folder / "README.md").read_text()
-    assert "on from `source`" in card and str(tmp_path) not in card
+    assert "starting from `source`" in card and str(tmp_path) not in card
 
 
 def test_their_ids_and_bytes_are_kept(tmp_path: Path) -> None:
