@@ -1,6 +1,6 @@
 """The public API: load a recipe, train it in this process, open a run, let it generate and score it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,6 @@ def train(
     runs: str | Path = "runs",
     model: Callable[..., Any] | None = None,
     optimizer: Callable[..., Any] | None = None,
-    documents: Callable[[], Iterable[bytes]] | None = None,
-    on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> "Run":
     """Train or resume the recipe's run in this process, and return it. The process is left as it was found.
 
@@ -53,15 +51,13 @@ def train(
       targets, windows)` (the summed loss), `logits`, `blocks` and parameter names; simplest is a subclass.
     - `optimizer(model, train, orthogonalise_in, sharding)` returns an object with `moments` (names to LocalShards, all
       that must be saved) and `step(step, lr_factor, scale, finite)`, which changes nothing unless `finite`.
-    - `documents()` yields the documents, as bytes of UTF-8, instead of text.files: the same ones at every call.
-    - `on_log(line)` gets each line that metrics.jsonl gets.
 
     Each checkpoint names the parts that were used.
     """
     from llm.training.context import Parts
     from llm.training.session import train as train_run
 
-    parts = Parts(model, optimizer, documents, on_log)
+    parts = Parts(model, optimizer)
     train_run(recipe, runs=Path(runs), parts=parts)
     return open_run(recipe.run, runs=runs, model=model)
 

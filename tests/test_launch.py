@@ -355,7 +355,10 @@ def test_a_run_in_a_process_of_ones_own_leaves_it_as_it_was(tmp_path: Path, text
         return [dict(os.environ), handlers, modes, is_initialized(), torch.distributed.is_initialized()]
 
     def act() -> None:
-        models, init = [], Trainer.__init__
+        models, init, threads = [], Trainer.__init__, [1]
+        # Counted only: OpenMP's threads of the parent do not survive the fork.
+        torch.set_num_threads = lambda count: threads.__setitem__(0, count)
+        torch.get_num_threads = lambda: threads[0]
 
         def kept(self: Trainer, *given: Any, **named: Any) -> None:
             init(self, *given, **named)

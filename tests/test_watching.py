@@ -429,7 +429,7 @@ def test_a_broken_pipe_that_is_not_the_consoles_is_no_success() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("the\nmoon is full"), AssertionError(), OSError(errno.ENOTSUP, "no flock")]
+    "error", [ValueError("the\nmoon is full"), AssertionError(), OSError(errno.ENOTTY, "no terminal")]
 )
 def test_whatever_ends_a_run_is_told_in_its_status(tmp_path: Path, text: Path, error: Exception) -> None:
     def act() -> None:

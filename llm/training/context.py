@@ -1,6 +1,6 @@
 """What the parts of a trainer share: the run, which never changes, and its state, which every step changes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +30,9 @@ class Parts:
 
     model: Callable[..., Any] | None = None
     optimizer: Callable[..., Any] | None = None
-    documents: Callable[[], Iterable[bytes]] | None = None
-    on_log: Callable[[dict[str, Any]], None] | None = None
 
     def names(self) -> dict[str, str]:
-        given = {name: part for name, part in vars(self).items() if part is not None and name != "on_log"}
+        given = {name: part for name, part in vars(self).items() if part is not None}
         return {name: f"{part.__module__}.{part.__qualname__}" for name, part in given.items()}
 
 

@@ -122,8 +122,8 @@ class MicroBatches:
         except TorchDynamoException as error:
             why = " ".join(str(error).split())[:160]
             if process.world() > 1:  # other ranks may be able to, and wait
-                raise GroupError(f"machine.compile is not possible here: use machine.compile=false ({why})") from None
-            process.say(f"machine.compile is not possible here, training without it ({why})")
+                raise GroupError(f"machine.compile cannot be done here: use machine.compile=false ({why})") from None
+            process.say(f"machine.compile cannot be done here, going on without ({why})")
             for block in blocks:
                 block._compiled_call_impl = None
             compile_loss(False)
@@ -131,7 +131,7 @@ class MicroBatches:
             self.compile_wanted = False
             return
         self.compiled = True
-        process.say(f"machine.compile: compiled the blocks in {time.perf_counter() - began:.0f} s")
+        process.say(f"machine.compile: the blocks were compiled in {time.perf_counter() - began:.0f} s")
 
     def _forward_backward(self, size: int) -> float:
         """Loss of one micro-batch of this size, whose gradient is dropped."""

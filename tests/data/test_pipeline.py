@@ -15,12 +15,12 @@ from random import Random
 
 import pytest
 
-from llm import prepare as preparation
 from llm.base import atomic_io
 from llm.base.errors import DiskError, LLMError, RecipeError, RefusedError, TextError
 from llm.config.reading import load
 from llm.config.schema import Recipe
 from llm.data import documents
+from llm.data import pipeline as preparation
 from llm.data.pipeline import MEASURABLE, Prepared, prepare
 from llm.data.tokenizer import Tokenizer
 from llm.prepare import main

@@ -91,7 +91,7 @@ def children(parent: int) -> list[int]:
     """The processes of `parent` that encode."""
     tasks = Path(f"/proc/{parent}/task").glob("*/children")
     each = [int(child) for task in tasks for child in task.read_text().split()]
-    return [child for child in each if b"encoders" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in each if b"llm.data.encoding" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_there_are_as_many_bos_as_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -225,8 +225,13 @@ def test_online_it_is_sent_what_its_server_lacks(tmp_path: Path, text: Path, mon
     folder.mkdir(parents=True)
     lines = [json.dumps({"step": step, "loss": step / 2}) for step in range(1, 10)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    llm.run_folder.metrics.Tracker(folder, load(recipe(tmp_path, text, "online")), 8, {}).close()
-    assert sent == [(6, 3.0), (7, 3.5), (8, 4.0)]
+
+    def act() -> None:  # in a child, as W&B starts a service of its own
+        llm.run_folder.metrics.Tracker(folder, load(recipe(tmp_path, text, "online")), 8, {}).close()
+        assert sent == [(6, 3.0), (7, 3.5), (8, 4.0)]
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
 
 
 class OddError(Exception):

@@ -1,0 +1,64 @@
+"""The public API: from a folder that is not the checkout, twice in one process, after a stop, with parts of one's own."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import llm
+from llm.base.errors import RecipeError, StoppedError
+from llm.training.trainer import Trainer
+from tests.forks import digest, run, train, write_recipe, write_text
+
+
+def test_a_run_is_trained_opened_and_used_twice_in_one_process(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+
+    def act() -> None:
+        for name in ("first", "second"):
+            trained = llm.train(llm.load_recipe(path, [f"run={name}"]), runs="kept")
+            assert trained.folder == Path("kept") / name and trained.step == 12
+        opened = llm.open_run("first", runs="kept")
+        assert opened.generate("My self Har", tokens=8) == trained.generate("My self Har", tokens=8)
+        score = opened.evaluate()
+        last = [line for line in opened.metrics if "val_loss" in line][-1]
+        assert score["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-4)
+        assert json.dumps(opened.metrics) and not Path("runs").exists()
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
+
+
+def test_a_run_that_was_stopped_goes_on_in_the_same_process(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+    (tmp_path / "whole").mkdir()
+    assert run(train(path), tmp_path / "whole").status == 0
+
+    def act() -> None:
+        recipe, update = llm.load_recipe(path), Trainer.update
+
+        def interrupted(self, step):  # type: ignore[no-untyped-def]
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return update(self, step)
+
+        Trainer.update = interrupted  # type: ignore[method-assign]
+        with pytest.raises(StoppedError):
+            llm.train(recipe)
+        Trainer.update = update  # type: ignore[method-assign]
+        assert llm.train(recipe).step == 12
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
+    assert digest(tmp_path) == digest(tmp_path / "whole")
+
+
+def test_packaged_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert llm.load_recipe("quickstart", ["run=try"]).run == "try"
+    with pytest.raises(RecipeError, match=r"no packaged recipe 'slowstart'.*quickstart"):
+        llm.load_recipe("slowstart")
+    with pytest.raises(AttributeError):
+        llm.nothing  # noqa: B018
