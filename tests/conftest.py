@@ -9,6 +9,9 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 # OpenMP's threads do not survive a fork: a child that has several must not inherit a parent's.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -17,3 +20,11 @@ import torch
 def one_thread() -> None:
     """The number of threads is part of what decides the bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signals_end_processes() -> Iterator[None]:
+    """`errors.run`, which ends a process, ignores late signals; processes that later tests start would inherit that."""
+    yield
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
