@@ -158,7 +158,7 @@ def read_json(path: Path, most_bytes: int = 64 << 20) -> Any:
 
 def _read_bytes(path: Path, most_bytes: int) -> bytes:
     if path.stat().st_size > most_bytes:
-        raise RefusedError(f"{path} has {path.stat().st_size} bytes, more than any of ours: it is not read")
+        raise RefusedError(f"{path} has {path.stat().st_size} bytes, more than any file of ours: it was not read")
     return path.read_bytes()
 
 

@@ -428,5 +428,5 @@ def test_a_recipe_that_says_another_shape_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=said):
             pretrained.shaped(load(path, [override, "train.tokens_per_step=256"]))
-    with pytest.raises(RecipeError, match="tokenizer along"):
+    with pytest.raises(RecipeError, match="brings its own tokenizer"):
         load(path, ["tokenizer.terms=[a]"])
