@@ -10,7 +10,10 @@ The public API is imported when it is first used, so that `import llm` and every
 llm/README.md draws the rooms of the package.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from llm.api import Run, load_recipe, open_run, recipes, train
 
 __version__ = "0.1.0"
 __all__ = ["Run", "load_recipe", "open_run", "recipes", "train"]
@@ -22,3 +25,7 @@ def __getattr__(name: str) -> Any:
     from llm import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

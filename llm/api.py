@@ -1,6 +1,8 @@
 """The public API: load a recipe, train it in this process, open a run, let it generate and score it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,23 +44,38 @@ def train(
     runs: str | Path = "runs",
     model: Callable[..., Any] | None = None,
     optimizer: Callable[..., Any] | None = None,
+    documents: Callable[[], Iterable[str | bytes]] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> "Run":
     """Train or resume the recipe's run in this process, and return it. The process is left as it was found.
 
-    StoppedError after Ctrl-C or a signal: everything is saved, and the same call goes on. Own parts:
+    StoppedError after Ctrl-C or a signal: everything is saved, and the same call resumes. tests/examples/ has a worked
+    example of each part that a caller may give:
 
-    - `model(shape, vocab_size, seed, shard_module, family)` returns an nn.Module with Transformer's `forward(tokens,
-      targets, windows)` (the summed loss), `logits`, `blocks` and parameter names; simplest is a subclass.
-    - `optimizer(model, train, orthogonalise_in, sharding)` returns an object with `moments` (names to LocalShards, all
-      that must be saved) and `step(step, lr_factor, scale, finite)`, which changes nothing unless `finite`.
+    - `model(shape, vocab_size, seed, shard_module, family)` returns an nn.Module with `forward(tokens, targets,
+      windows)` (summed loss in nats), `logits(tokens, cache, last)`, `blocks`, `model.recompute`, `lm_head.weight` and
+      `shape`, as Transformer has them. Each block goes through `shard_module` as soon as it is made. Weights depend on
+      `seed` alone. `open_run` must be given the same callable, with `shard_module` left out.
+    - `optimizer(model, train, orthogonalise_in, sharding)` returns an object with `moments`, a dict from names to
+      LocalShards that holds all of its state, and `step(step, lr_factor, scale, finite)`: update `step` with gradients
+      times `scale`; if `finite` (a bool on the device) is false, weights and moments keep every bit.
+    - `documents()` yields each document as str, or as bytes in UTF-8; text.files is then not read. It is called several
+      times, on every rank, and must give the same documents in the same order each time.
+    - `on_log(line)` gets each line of metrics.jsonl as a dict, on rank 0. If it raises, it is not called again and
+      training goes on; `signal.raise_signal(signal.SIGINT)` in it stops the run as Ctrl-C does.
 
-    Each checkpoint names the parts that were used.
+    Each checkpoint names the parts that were given. A run resumes only with a model and an optimizer of its own if it
+    began with them. Its checkpoints with a model of its own are not Hugging Face folders, and are not exported. The
+    memory, traffic and utilisation that a run reports are those of our own model and optimizer.
     """
-    from llm.training.context import Parts
+    from llm.interop.pretrained import ready
+    from llm.training.context import Parts, qualified_name
     from llm.training.session import train as train_run
 
-    parts = Parts(model, optimizer)
-    train_run(recipe, runs=Path(runs), parts=parts)
+    if documents is not None:  # so that the run's recipe names them
+        recipe = replace(recipe, text=replace(recipe.text, files=(qualified_name(documents),)))
+    parts = Parts(model, optimizer, documents, on_log)
+    train_run(recipe, partial(ready, documents=documents), runs=Path(runs), parts=parts)
     return open_run(recipe.run, runs=runs, model=model)
 
 
@@ -107,15 +124,14 @@ class Run:
         return list(atomic_io.read_lines(self.folder / "metrics.jsonl"))
 
     def generate(self, prompt: str, tokens: int = 200, *, seed: int = 0, **sampling: float) -> str:
-        """The text that the model continues `prompt` with; `sampling` are the options of llm.sample, as top_p=0.9."""
+        """The model's continuation of `prompt`. `sampling`: temperature, top_k, top_p, min_p, repetition_penalty."""
         from llm.inference.generation import continuations
         from llm.inference.sampling import Sampling
 
         tokenizer, choice = self.tokenizer, Sampling(**sampling)  # type: ignore[arg-type]
         ids = [[tokenizer.bos, *tokenizer.encode(prompt)]]
-        return continuations(self.model, ids, tokens, choice, tokenizer.decode, seed, tokenizer.ends, tokenizer.banned)[
-            0
-        ]
+        ends, banned = tokenizer.ends, tokenizer.banned
+        return continuations(self.model, ids, tokens, choice, tokenizer.decode, seed, ends, banned)[0]
 
     def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
         """Loss, bits per byte and perplexities of the run's held-out text, or of `texts`: files or named texts."""

@@ -233,16 +233,16 @@ class Source:
 
 
 class Corpus:
-    """The documents that a recipe's `text` section names.
+    """The documents that a recipe's `text` section names, or those of a caller's `own` source.
 
     None is longer than `most` bytes. Files are meant as they are now: one that changes later is refused when read.
     TextError or RecipeError, at once, for what is not there.
     """
 
-    def __init__(self, text: Text, most: int = LONGEST) -> None:
+    def __init__(self, text: Text, most: int = LONGEST, own: Source | None = None) -> None:
         named: dict[Any, Source] = {}
         self.repeated: list[str] = []  # lines on what is named more than once, under whatever names, and read once
-        for source in _sources(text):
+        for source in [own] if own else _sources(text):
             first = named.setdefault(source.key, source)
             if first is not source:
                 other = "twice" if first.name == source.name else f"as {first.name} too"
@@ -436,6 +436,33 @@ def _one_a_row(rows: Iterable[tuple[str, Any]], field: str, rule: Rule, notes: C
         if b"\0" in document:
             raise TextError(f"{where} holds a NUL character: it is no plain text, or must be cleaned")
         yield from cut_documents((document,), rule, notes)
+
+
+def own_source(name: str, documents: Callable[[], Iterable[str | bytes]]) -> Source:
+    """A caller's own documents, read once here for their digest. TextError if a later call gives other documents."""
+
+    def rows(digest: "hashlib._Hash") -> Iterator[tuple[str, Any]]:
+        for number, document in enumerate(documents(), 1):
+            where = f"document {number} of {name}"
+            if not isinstance(document, str | bytes):
+                raise TextError(f"{where} is of type {type(document).__name__}: give str, or bytes in UTF-8")
+            try:
+                text = document if isinstance(document, str) else document.decode()
+            except UnicodeDecodeError as error:
+                raise TextError(f"{where} is not UTF-8 at byte {error.start}: decode it, and give str") from error
+            digest.update(json.dumps(text).encode())  # quoted, so that it tells where each document ends
+            yield where, {"text": text}
+
+    def texts(rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        yield from _one_a_row(rows(digest), "text", rule, notes)
+        if digest.digest() != first.digest():
+            raise TextError(f"{name} gave other documents than before: every call must give the same ones")
+
+    first = hashlib.sha256()
+    for _ in rows(first):
+        pass
+    return Source(name, ["documents", first.hexdigest()], texts)
 
 
 _ROW = Rule("one document a row")

@@ -22,7 +22,7 @@ from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
 from llm.config.schema import Recipe, Text
 from llm.data import shards as sharding
-from llm.data.documents import BLOCK, LONGEST, Corpus, fraction
+from llm.data.documents import BLOCK, LONGEST, Corpus, Source, fraction
 from llm.data.shards import Shards
 from llm.data.tokenizer import MANIFEST, SETTINGS, Tokenizer
 from llm.distributed.threads import cores
@@ -73,21 +73,22 @@ def prepare(
     progress: bool = True,
     verify: bool = False,
     tokenizer: Tokenizer | None = None,
+    own: Source | None = None,
 ) -> Prepared:
     """The recipe's text as tokens, from the cache where it is there; `say` gets lines on what was found and done.
 
-    `tokenizer` is used instead of the one that the recipe names.
+    `tokenizer` is used instead of the one that the recipe names, the documents of `own` instead of those that it names.
 
     With `verify` the text is read again although its files look the same, and the shards are checked byte by byte.
     """
     cache = _cache(recipe.text.cache or "data")
     show = _Show(say, progress)
 
-    corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify)
+    corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify, own=own)
     if corpus.repeated:
         more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
         say(f"text: {corpus.repeated[0]}{more}")
-    _check(survey, recipe.text)
+    _check(survey, recipe.text, own)
     left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
     say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
     say(f"bytes: {_sides(*survey.text_bytes)}")
@@ -160,13 +161,13 @@ def _read_only(path: Path) -> bool:
 
 
 def _surveyed(
-    text: Text, cache: Path, show: "_Show", *, verify: bool, most: int = LONGEST
+    text: Text, cache: Path, show: "_Show", *, verify: bool, most: int = LONGEST, own: Source | None = None
 ) -> tuple[Corpus, Survey, list[bytes]]:
     """The text's documents, of `most` bytes, and their survey, out of the cache or with a sample for the tokenizer.
 
     Documents too few or too large to hold out about as much as is asked for are cut smaller.
     """
-    corpus = Corpus(text, most)
+    corpus = Corpus(text, most, own)
     path = cache / "surveys" / f"{atomic_io.digest_of([corpus.identity, text.validation])}.json"
     sample: list[bytes] = []
     with _alone(path, "this text", show.say):
@@ -180,7 +181,7 @@ def _surveyed(
     fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
     if not fits and most == LONGEST:
         most = max(LEAST_PIECE, min(BLOCK, whole // 10))
-        pieces = _surveyed(text, cache, show, verify=verify, most=most)
+        pieces = _surveyed(text, cache, show, verify=verify, most=most, own=own)
         if pieces[1].is_split:
             found = f"documents ({sum(survey.documents):,} by the rule {survey.rule})"
             show.say(f"validation: {found} are too few or too large to hold some out: cut at {most:,} bytes")
@@ -232,7 +233,7 @@ def _read(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[byt
     return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])], sizes
 
 
-def _check(survey: Survey, text: Text) -> None:
+def _check(survey: Survey, text: Text, own: Source | None) -> None:
     """TextError where the text, or one of its sides, holds nothing or too little; a share that is advised was tried."""
     names, (train, validation) = ", ".join(text.files), survey.documents
     if train + validation == 0:
@@ -240,7 +241,7 @@ def _check(survey: Survey, text: Text) -> None:
     if survey.is_split:
         return
     usual = Text.validation if text.validation > Text.validation else 0.0
-    less, _ = _survey(Corpus(text), usual, _Show(lambda line: None, False))
+    less, _ = _survey(Corpus(text, own=own), usual, _Show(lambda line: None, False))
     if train + validation == 1:
         fault = "one document cannot be on both sides"
     elif not train:

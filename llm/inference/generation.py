@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from llm.inference.fast_decode import FastDecoder, GraphDecoder
+from llm.inference.fast_decode import FastDecoder, GraphDecoder, is_known
 from llm.inference.sampling import Sampling
 from llm.model.transformer import Cache, Transformer
 
@@ -103,9 +103,12 @@ def _seen(texts: list[list[int]], head: Tensor) -> Tensor:
 
 
 def _decoder(model: Transformer, cache: Cache) -> FastDecoder | GraphDecoder | None:
-    """The device's fast decoder; None for a sharded model, whose weights are gathered in its own forward pass only."""
+    """The device's fast decoder; None for a caller's own model, and for a sharded one.
+
+    A sharded model's weights are gathered in its own forward pass only.
+    """
     device = cache.keys.device.type
-    if hasattr(model, "unshard") or device not in ("cpu", "cuda"):  # fully_shard adds `unshard`
+    if hasattr(model, "unshard") or device not in ("cpu", "cuda") or not is_known(model):  # fully_shard adds `unshard`
         return None
     return GraphDecoder(model, cache) if device == "cuda" else FastDecoder(model, cache)
 

@@ -4,6 +4,7 @@ Features that our model lacks (scaled rotary positions, biases, sliding windows,
 name, never ignored, and so is a folder that could be read in two ways.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from llm.base.errors import RecipeError, RefusedError
 from llm.config.resolving import resolve, with_steps
 from llm.config.schema import Model, Recipe
 from llm.data import prompts
+from llm.data.documents import Source, own_source
 from llm.data.hf_tokenizer import borrow
 from llm.data.pipeline import Prepared, Say, prepare
 from llm.data.shards import Shards
@@ -48,17 +50,26 @@ def shaped(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def prepare_for(recipe: Recipe, say: Say = print, verify: bool = False) -> tuple[Recipe, Prepared]:
-    """Prepare the recipe's text; model.from, if given, provides the shape and the tokenizer."""
-    if not recipe.model.from_:
-        return recipe, prepare(recipe, say, verify=verify)
-    folder = atomic_io.expanded(recipe.model.from_)
-    return shaped(recipe), prepare(shaped(recipe), say, verify=verify, tokenizer=borrow(folder, read_config(folder)))
+def prepare_for(
+    recipe: Recipe, say: Say = print, verify: bool = False, own: Source | None = None
+) -> tuple[Recipe, Prepared]:
+    """Prepare the recipe's text, or `own` documents; model.from, if given, provides the shape and the tokenizer."""
+    tokenizer = None
+    if recipe.model.from_:
+        folder = atomic_io.expanded(recipe.model.from_)
+        recipe, tokenizer = shaped(recipe), borrow(folder, read_config(folder))
+    return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own)
 
 
-def ready(recipe: Recipe, say: Say = print) -> tuple[Recipe, Tokenizer, Shards]:
-    """Prepare for the trainer, and complete the recipe by its length in steps and its prompts."""
-    recipe, prepared = prepare_for(recipe, say)
+def ready(
+    recipe: Recipe, say: Say = print, documents: Callable[[], Iterable[str | bytes]] | None = None
+) -> tuple[Recipe, Tokenizer, Shards]:
+    """Prepare for the trainer, and complete the recipe by its length in steps and its prompts.
+
+    `documents` gives them instead of text.files, which then names the callable (see llm.api.train).
+    """
+    own = own_source(recipe.text.files[0], documents) if documents else None
+    recipe, prepared = prepare_for(recipe, say, own=own)
     recipe = prompts.settled(recipe, prepared.tokenizer, prepared.shards)
     return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
 

@@ -79,7 +79,7 @@ def open_run(
     while True:
         there = set(checkpoint.folders(folder))
         try:
-            return _open(folder, which, device, new_model or Transformer)
+            return _open(folder, which, device, new_model)
         except (RefusedError, FileNotFoundError):
             if there <= set(checkpoint.folders(folder)):
                 raise  # otherwise training has replaced the checkpoint being read by a newer one
@@ -106,7 +106,14 @@ def _open(folder: Path, which: str, device: torch.device | None, new_model: Any)
         raise RefusedError(
             f"{folder / 'tokenizer'} is not the tokenizer that {found.folder.name} was trained with, or is damaged"
         )
-    model = new_model(recipe.model, tokenizer.vocabulary, recipe.seed, family=hf_config.read_family(found.folder))
+    own = found.manifest.get("parts", {}).get("model")
+    if own and new_model is None:
+        raise RefusedError(
+            f"{folder} was trained with a model of its own, {own}: open it in Python by "
+            f"llm.open_run({folder.name!r}, model=...)"
+        )
+    family = hf_config.family_of(recipe) if own else hf_config.read_family(found.folder)
+    model = (new_model or Transformer)(recipe.model, tokenizer.vocabulary, recipe.seed, family=family)
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
     tensor_files.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
     return LoadedRun(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)

@@ -46,10 +46,19 @@ def _is_finite(value: float | None) -> bool:
 class Tracker:
     """Logs for the main process of a run that continues after `step`; later lines of the record are removed.
 
-    With `again`, the evaluation of `step` itself is removed too, as it will be repeated.
+    With `again`, the evaluation of `step` itself is removed too, as it will be repeated. `on_log` gets a copy of each
+    line as it is recorded.
     """
 
-    def __init__(self, run: Path, recipe: Recipe, step: int, shown: dict[str, Any], again: bool = False) -> None:
+    def __init__(
+        self,
+        run: Path,
+        recipe: Recipe,
+        step: int,
+        shown: dict[str, Any],
+        again: bool = False,
+        on_log: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         def keep(line: dict[str, Any]) -> bool:
             at = line.get("step", 0)
             return at < step or (at == step and not (again and EVALUATION & line.keys()))
@@ -59,7 +68,7 @@ class Tracker:
         # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values
         # from this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
         self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
-        self.record = atomic_io.Lines(path, keep=keep)
+        self.record, self.on_log = atomic_io.Lines(path, keep=keep), on_log
         lines = list(filter(keep, lines))
         self.steps = recipe.train.steps
         self.bar = tqdm(
@@ -92,7 +101,7 @@ class Tracker:
         recent = [loss for at, loss in self.losses if at > step * (1 - RECENT)]
         if "val_loss" in numbers and recent:
             numbers["train_loss"] = statistics.fmean(recent)
-        self.record.append({"step": step, **numbers})
+        self._append({"step": step, **numbers})
         if "loss" in numbers:
             self._look_for_spike(step, numbers["loss"])
         self.bar.update(step - self.bar.n)
@@ -119,6 +128,11 @@ class Tracker:
         for name in [name for name in self.trackers if step >= self.told[name]]:
             self._guard(name, partial(self._tell, name, {"step": step, **numbers}))
 
+    def _append(self, line: dict[str, Any]) -> None:
+        self.record.append(line)
+        if self.on_log is not None:
+            self._guard("on_log", partial(self.on_log, dict(line)))
+
     def _tell(self, name: str, line: dict[str, Any]) -> None:
         plain = {name: value for name, value in line.items() if isinstance(value, int | float)}
         self.trackers[name].log(plain, step=line["step"])
@@ -138,7 +152,7 @@ class Tracker:
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Record an unusual event."""
-        self.record.append({"step": step, "event": event, **details})
+        self._append({"step": step, "event": event, **details})
         self.say(f"step {step}: {event}" + "".join(f"\n  | {text!r}" for text in details.get("texts", [])))
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
@@ -146,7 +160,7 @@ class Tracker:
         if not self.evaluations:  # otherwise they follow an evaluation's line
             self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  samples:")
         for prompt, text in texts.items():
-            self.record.append({"step": step, "prompt": prompt, "sample": text})
+            self._append({"step": step, "prompt": prompt, "sample": text})
             self.texts.append([step, prompt, text])
             self.say(f"  {prompt}|{text.replace(chr(10), chr(10) + '  ')}")
         if "wandb" in self.trackers:
@@ -169,6 +183,7 @@ class Tracker:
             act()
         except Exception as error:  # trackers raise anything, and no number depends on them
             self.trackers.pop(name, None)
+            self.on_log = None if name == "on_log" else self.on_log
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             self.say(f"{name} is left out from here on ({reason}); metrics.jsonl goes on")
 

@@ -23,11 +23,23 @@ print(say("{prompt}", max_new_tokens=60)[0]["generated_text"])
 ```
 """
 
+OWN_MODEL = """```python
+import llm
+
+run = llm.open_run("{run}", model=...)  # the callable that it was trained with
+```
+"""
+
 Curve = list[list[float]]  # of each evaluation: step, bits per byte
 
 
-def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, curve: Curve, numbers: int) -> bytes:
-    """README.md of the checkpoint after `step`; `numbers` counts the model's parameters, `recipe` has its length."""
+def model_card(
+    recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, curve: Curve, numbers: int, parts: dict[str, str]
+) -> bytes:
+    """README.md of the checkpoint after `step`; `numbers` counts the model's parameters, `recipe` has its length.
+
+    `parts` names those that were a caller's own.
+    """
     shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
     texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.files)
     began = f", starting from `{_plain(Path(recipe.model.from_).name)}`," if recipe.model.from_ else ""
@@ -37,6 +49,9 @@ def model_card(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, 
     validated = f"{at_step[0]:.4f}" if at_step else "not evaluated at this step"
     prompt = example(recipe, tokenizer, shards)
     say = USE.format(prompt=_plain(prompt)) if tokenizer.is_portable else _NO_TOKENIZER
+    if "model" in parts:
+        family, say = f"of its own ({_plain(parts['model'])}), in the sizes", OWN_MODEL.format(run=recipe.run)
+    optimizer = _plain(parts.get("optimizer", train.optimizer))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -58,7 +73,7 @@ A language model that continues a text, trained{began} on the text below{only}.
 {shape.kv_heads} of keys and values, MLP {shape.ffn_dim}, {"tied" if shape.tied else "untied"} embeddings |
 | context | {shape.context:,} tokens |
 | training | step {step:,} of {train.steps:,}, {read:,} tokens, {read / shards.train.tokens:.2f} epochs, \
-{train.optimizer}, rate {train.learning_rate:g}, decay {train.weight_decay:g}, dropout {shape.dropout:g}, \
+{optimizer}, rate {train.learning_rate:g}, decay {train.weight_decay:g}, dropout {shape.dropout:g}, \
 seed {recipe.seed} |
 | validation | {validated} bits per byte |
 

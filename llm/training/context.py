@@ -1,8 +1,8 @@
 """What the parts of a trainer share: the run, which never changes, and its state, which every step changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,22 @@ from llm.optim.optimizer import Optimizer
 
 @dataclass(frozen=True)
 class Parts:
-    """A caller's own parts instead of ours; llm/api.py says what each must do. The manifest names those given."""
+    """A caller's own parts; llm.api.train says what each must do. The manifest names those given."""
 
     model: Callable[..., Any] | None = None
     optimizer: Callable[..., Any] | None = None
+    documents: Callable[[], Iterable[str | bytes]] | None = None
+    on_log: Callable[[dict[str, Any]], None] | None = None
 
     def names(self) -> dict[str, str]:
-        given = {name: part for name, part in vars(self).items() if part is not None}
-        return {name: f"{part.__module__}.{part.__qualname__}" for name, part in given.items()}
+        return {name: qualified_name(part) for name, part in vars(self).items() if part is not None}
+
+
+def qualified_name(part: Any) -> str:
+    """module.NAME of a function or class; of a callable object that of its class, of a partial that of its function."""
+    part = part.func if isinstance(part, partial) else part
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,10 @@ class RunContext:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def orthogonalise_in(self) -> torch.dtype:
+        return torch.float32 if self.settings.precision == "fp32" else torch.bfloat16
 
     @cached_property
     def order(self) -> WindowShuffle:

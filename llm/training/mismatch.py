@@ -4,6 +4,7 @@ from llm.base.errors import RefusedError
 from llm.config.resolving import checkpoint_name
 from llm.config.schema import Recipe, science
 from llm.run_folder.checkpoint import Checkpoint
+from llm.training.context import Parts
 
 # Which tensors there are of weights and moments.
 SHAPE = tuple(f"model.{name}" for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "tied"))
@@ -14,6 +15,18 @@ FOLLOWS = {
     "model.dropout": {"train.steps", "train.tokens_per_step"},
     "train.weight_decay": {"train.steps", "train.tokens_per_step", "train.learning_rate"},
 }
+
+
+def refuse_parts(source: Checkpoint, parts: Parts) -> None:
+    """RefusedError unless checkpoint and run agree on whether model and optimizer are a caller's own."""
+    for part in ("model", "optimizer"):
+        theirs, ours = (names.get(part) for names in (source.manifest.get("parts", {}), parts.names()))
+        if bool(theirs) != bool(ours):
+            mend = f"pass {part}= to llm.train" if theirs else f"leave {part}= out"
+            raise RefusedError(
+                f"{source.folder} was trained with {part} = {theirs or 'our own'}, this start has {ours or 'our own'}: "
+                f"{mend}, or take another run=NAME"
+            )
 
 
 def refuse_shape(source: Checkpoint, recipe: Recipe) -> None:

@@ -29,7 +29,9 @@ class Monitor:
         if process.rank() == 0:
             recipe, step = self.context.recipe, self.state.step
             shown = {"world": process.world()}
-            self.tracker = Tracker(self.context.folder, recipe, step, shown, again=evaluate_again)
+            self.tracker = Tracker(
+                self.context.folder, recipe, step, shown, again=evaluate_again, on_log=self.context.parts.on_log
+            )
             self.trace = trace.Trace(self.context.folder, step)
 
     def flush(self) -> None:

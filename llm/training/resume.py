@@ -22,7 +22,7 @@ from llm.training.context import RunContext, TrainState
 from llm.training.evaluation import Evaluator
 from llm.training.length import Length
 from llm.training.micro_batch import MicroBatches
-from llm.training.mismatch import refuse_difference, refuse_shape
+from llm.training.mismatch import refuse_difference, refuse_parts, refuse_shape
 from llm.training.monitor import Monitor
 
 
@@ -43,9 +43,10 @@ class Checkpoints:
         self.saved = -1
         self.identity = ""  # by which the run knows its checkpoints, from `resume` on
         self.parent: dict[str, Any] | None = None  # the checkpoint or folder that this run began from
-        family = hf_config.family_of(context.recipe)
-        tokenizer = context.tokenizer
-        self.extra_files = {**model_files(context.recipe.model, tokenizer, family), **tokenizer_files(tokenizer)}
+        self.extra_files = tokenizer_files(context.tokenizer)
+        if context.parts.model is None:  # else no config.json of ours would tell the truth
+            family = hf_config.family_of(context.recipe)
+            self.extra_files |= model_files(context.recipe.model, context.tokenizer, family)
 
     # ------------------------------------------------------------------ saving
 
@@ -86,7 +87,8 @@ class Checkpoints:
     def _card(self) -> bytes:
         context, curve = self.context, self.evaluator.curve
         numbers = sum(math.prod(shard.shape) for shard in self.state.weights().values())
-        return model_card(context.recipe, context.tokenizer, context.shards, self.state.step, curve, numbers)
+        shards, step, parts = context.shards, self.state.step, context.parts.names()
+        return model_card(context.recipe, context.tokenizer, shards, step, curve, numbers, parts)
 
     def _manifest(self) -> dict[str, Any]:
         context, state = self.context, self.state
@@ -119,6 +121,7 @@ class Checkpoints:
         self.identity = self._identify(found)
         self.length.resume(found.manifest.get("budget") if found else None)
         if found is not None:
+            refuse_parts(found, self.context.parts)
             refuse_difference(found, recipe, self.context.tokenizer.fingerprint, self.context.shards.fingerprint)
             self._load(found)
             self.saved, self.parent = found.step, found.manifest["parent"]
@@ -146,6 +149,7 @@ class Checkpoints:
                 f"from = {name} has another tokenizer than this recipe's text gives: keep its own by "
                 f"tokenizer.path={theirs}"
             )
+        refuse_parts(source, self.context.parts)
         refuse_shape(source, self.context.recipe)
         self._load(source)
         kept = {"digest": source.digest, "science": source.manifest["science"], "data": source.manifest["data"]}

@@ -1,6 +1,7 @@
 """The life of a run in this process: meet the other ranks, prepare, lock the folder, train, record how it ended."""
 
 import gc
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -157,7 +158,7 @@ def _announcement(trainer: Trainer, step_seconds: float) -> str:
     """Lines on the run that is about to start or to go on: sizes, length, time and memory."""
     context, recipe, step, steps = trainer.context, trainer.recipe, trainer.state.step, trainer.steps
     settings, per_step = context.settings, recipe.train.tokens_per_step
-    numbers = cost.parameters(recipe.model, context.tokenizer.vocabulary)
+    numbers = sum(math.prod(shard.shape) for shard in trainer.state.weights().values())
     memory, traffic = trainer.costs()
     start = f" from step {step:,}" if step else ""
     lines = [

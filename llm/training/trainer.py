@@ -157,7 +157,7 @@ class Trainer:
             replica_size=split.replica_size,
             micro_batches=self.micro_batches.windows // self.micro_batches.size,
             gathered=split.dtype.itemsize,
-            orthogonalised=self.state.optimizer.orthogonalise_in.itemsize,
+            orthogonalised=self.context.orthogonalise_in.itemsize,
             exact=self.context.settings.exact,
         )
         return cost.memory(recipe.model, vocabulary, muon=muon, shard_size=split.shard_size), traffic
@@ -193,8 +193,7 @@ def new_state(context: RunContext) -> TrainState:
     sharding_.shard_module(model, root=True)
     model.model.recompute = context.settings.recompute
     compile_loss(False)  # until the blocks are compiled
-    orthogonalise_in = torch.float32 if context.settings.precision == "fp32" else torch.bfloat16
-    optimizer = (context.parts.optimizer or Optimizer)(model, recipe.train, orthogonalise_in, sharding_)
+    optimizer = (context.parts.optimizer or Optimizer)(model, recipe.train, context.orthogonalise_in, sharding_)
     scale = torch.tensor(FP16_SCALE if context.settings.precision == "fp16" else 1.0, device=device)
     return TrainState(model, optimizer, scale, torch.zeros((), device=device))
 
