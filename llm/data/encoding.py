@@ -45,7 +45,7 @@ class Process:
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         code = "import sys; sys.path.insert(0, sys.argv[1]); from llm.data.encoding import serve; serve(sys.argv[2])"
-        command = [sys.executable, "-c", code, str(Path(__file__).parent.parent), dtype.name]
+        command = [sys.executable, "-c", code, str(Path(__file__).parents[2]), dtype.name]
         self._dtype = dtype
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self._child.stdin and self._child.stdout

@@ -78,7 +78,9 @@ def test_a_lost_process_is_one_line_and_the_same_call_goes_on(tmp_path: Path, to
     writing = shards.write(TEXT, tmp_path / "s", tokenizer, share=SHARE, about={"fingerprint": "f"}, processes=2)
     done = itertools.islice(writing, 12)
     assert sum(done) and len(children(os.getpid())) == 2
+    root = os.fsencode(Path(shards.__file__).parents[2])  # the package that is running, not another that is installed
     for child in children(os.getpid()):
+        assert root in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
         os.kill(child, signal.SIGKILL)
     with pytest.raises(GroupError, match=r"encodes text ended with status -9.*same command again"):
         list(writing)
