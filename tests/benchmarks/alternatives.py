@@ -16,7 +16,7 @@ from llm.distributed.sharding import local_shard
 from llm.model.transformer import Transformer
 from llm.optim import optimizer
 from llm.optim.optimizer import Optimizer, Stack
-from llm.training import trainer
+from llm.training import length
 from llm.training.trainer import Trainer
 
 
@@ -138,13 +138,13 @@ def momentum_warmup() -> None:
 
 def _shape(shape: Callable[[float], float]) -> None:
     """The fall of the rate, from 1 to 0, in another shape."""
-    real = trainer.lr_factor
+    real = length.lr_factor
 
     def lr_factor(step: int, *, warmup: int, **others: Any) -> float:
         share = real(step, warmup=warmup, **others)
         return share if step < warmup else shape(share)
 
-    trainer.lr_factor = lr_factor
+    length.lr_factor = lr_factor
 
 
 def sqrt_decay() -> None:
@@ -172,7 +172,7 @@ def averaged() -> None:
 
     def averaging(self: Trainer, step: int) -> tuple[Tensor, Tensor]:
         result = update(self, step)
-        weights = [p.detach() for p in self.model.parameters()]
+        weights = [p.detach() for p in self.state.model.parameters()]
         for share in (0.02, 0.05):
             average = averages.setdefault(share, [p.clone() for p in weights])
             torch._foreach_lerp_(average, weights, 1 / max(1.0, min(step, share * self.steps)))
@@ -181,16 +181,16 @@ def averaged() -> None:
     @torch.no_grad()
     def evaluating(self: Trainer) -> None:
         evaluate(self)
-        assert self.tracker is not None and isinstance(self.recipe.machine.micro_batch, int)
-        weights = list(self.model.parameters())
+        context, model, held_out = self.context, self.state.model, self.context.shards.validation
+        weights = list(self.state.model.parameters())
         kept = [p.clone() for p in weights]
         for share, average in averages.items():
             torch._foreach_copy_(weights, average)
-            batches = eval_batches(self.shards.validation, self.recipe.model.context, self.recipe.machine.micro_batch)
-            with self.accelerator.autocast():
-                nats = sum(self.model(batch.tokens, batch.targets).item() for batch in batches)
-            bits = nats / self.shards.validation.text_bytes / math.log(2)
-            self.tracker.event(self.state.step, f"average over {share:.0%} of the run: {bits:.4f} bits per byte")
+            batches = eval_batches(held_out, self.recipe.model.context, self.micro_batches.size)
+            with context.accelerator.autocast():
+                nats = sum(model(batch.tokens, batch.targets).item() for batch in batches)
+            bits = nats / held_out.text_bytes / math.log(2)
+            self.monitor.event(self.state.step, f"average over {share:.0%} of the run: {bits:.4f} bits per byte")
         torch._foreach_copy_(weights, kept)
 
     Trainer.update, Trainer.evaluate = averaging, evaluating  # type: ignore[method-assign]

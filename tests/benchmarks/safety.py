@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import llm.training.trainer
+import llm.training.step
 from llm.config.reading import load
-from llm.distributed.environment import start_group
+from llm.distributed.environment import DTYPES, start_group
 from llm.distributed.sharding import LocalShard, Sharding
 from llm.interop.pretrained import ready
 from llm.run_folder import trace
+from llm.training.context import RunContext
 from llm.training.trainer import Trainer
 
 ROUNDS, BLOCK = 12, 10
@@ -34,29 +35,30 @@ def plain_norm(gradients: list[LocalShard], sharding: Sharding) -> torch.Tensor:
 @contextmanager
 def without(trainer: Trainer) -> Iterator[None]:
     """None of the promises: neither masks nor records."""
-    kept = torch.where, llm.training.trainer.gradient_norm
+    kept = torch.where, llm.training.step.gradient_norm
     torch.where = lambda condition, this, other: this  # type: ignore[assignment]
-    llm.training.trainer.gradient_norm = plain_norm
-    for name, nothing in {"check": lambda: None, "sign": lambda loss: None, "asked_to_stop": lambda: False}.items():
-        setattr(trainer, name, nothing)
+    llm.training.step.gradient_norm = plain_norm
+    monitor, stop = trainer.monitor, trainer.stop
+    for part, name in ((monitor, "check"), (monitor, "record"), (stop, "agreed")):
+        setattr(part, name, lambda given: None)
     try:
         yield
     finally:
-        torch.where, llm.training.trainer.gradient_norm = kept
-        for name in ("check", "sign", "asked_to_stop"):
-            delattr(trainer, name)
-        trainer.sound.clear()
+        torch.where, llm.training.step.gradient_norm = kept
+        for part, name in ((monitor, "check"), (monitor, "record"), (stop, "agreed")):
+            delattr(part, name)
+        trainer.gradient_step.finite_flags.clear()
 
 
 def block(trainer: Trainer) -> float:
     """CPU seconds of BLOCK steps and what follows them before a line is printed."""
     began = time.process_time()
     for _ in range(BLOCK):
-        trainer.asked_to_stop()
+        trainer.stop.agreed(trainer.state.step)
         loss, _ = trainer.update(trainer.state.step)
         trainer.state.step += 1
-    trainer.check()
-    trainer.sign(loss)
+    trainer.monitor.check(-1)
+    trainer.monitor.record(loss)
     loss.item()
     return time.process_time() - began
 
@@ -71,18 +73,19 @@ def main() -> None:
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/quickstart.yaml").absolute()
     recipe = load(path, [*sys.argv[2:], f"text.cache={Path('data').absolute()}", "run=safety"])
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        accelerator, council, recipe = start_group(recipe)
-        recipe, tokenizer, shards = ready(recipe, print)
         run = Path("runs/safety")
-        trainer = Trainer(recipe, tokenizer, shards, accelerator, council, run)
-        trainer.record = trace.Trace(run, 0)
+        accelerator, coordinator, settings = start_group(recipe, run)
+        recipe, tokenizer, shards = ready(recipe, print)
+        split = Sharding(settings.shard, accelerator.device, DTYPES[settings.precision])
+        trainer = Trainer(RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, split, run))
+        record = trainer.monitor.trace = trace.Trace(run, 0)
         found: dict[str, list[float]] = {"without": [], "with": []}
         for round in range(-1, ROUNDS):
             for name in sorted(found, reverse=round % 2 == 0):  # each goes first every other time
                 if name == "without":
                     with without(trainer):
                         took = block(trainer)
-                        trainer.record.step = trainer.state.step  # its windows are nobody's
+                        record.step = trainer.state.step  # its windows are nobody's
                 else:
                     took = block(trainer)
                 if round >= 0:
@@ -97,14 +100,14 @@ def main() -> None:
         )
 
         def plain() -> None:
-            save_file({name: rows.local for name, rows in trainer.weights().items()}, "plain-weights")
-            save_file({name: rows.local for name, rows in trainer.optimizer.moments.items()}, "plain-moments")
+            save_file({name: rows.local for name, rows in trainer.state.weights().items()}, "plain-weights")
+            save_file({name: rows.local for name, rows in trainer.state.optimizer.moments.items()}, "plain-moments")
 
         saves: dict[str, list[float]] = {"plain": [], "ours": []}
         for _ in range(5):
             saves["plain"].append(seconds_of(plain))
             trainer.state.step += 1
-            saves["ours"].append(seconds_of(trainer.save))
+            saves["ours"].append(seconds_of(lambda: trainer.checkpoints.save(evaluation_due=False)))
         extra = statistics.median(saves["ours"]) - statistics.median(saves["plain"])
         share = 100 * extra / recipe.checkpoint.every / statistics.median(found["without"])
         print(
