@@ -73,7 +73,7 @@ def print_yardsticks(opened: "LoadedRun", text: "EncodedText", score: "Score") -
 
     train, tokenizer = of_run(opened.folder).train, opened.tokenizer
     ids = train.read(max(0, train.tokens - MOST), train.tokens).tolist()
-    learnt = b"".join(map([tokenizer.bytes_of(id) for id in range(tokenizer.vocabulary)].__getitem__, ids))
+    learnt = b"".join(map([tokenizer.bytes_of(id) for id in range(tokenizer.vocab_size)].__getitem__, ids))
     print("yardsticks            bits per byte, after reading the training side")
     found = yardsticks(learnt, b"".join(text.documents)).items()
     for name, bits in chain(found, [("this run", score.bits_per_byte)]):

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = load(options.recipe, options.overrides)
         recipe, prepared = prepare_for(recipe, verify=options.verify)
         tokens = prepared.shards.train.tokens
-        print(hints.of_text(with_steps(recipe, tokens), tokens, prepared.tokenizer.vocabulary))
+        print(hints.of_text(with_steps(recipe, tokens), tokens, prepared.tokenizer.vocab_size))
     else:
         parser.error("name a recipe, or --wiki FILE")
 

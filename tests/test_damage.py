@@ -329,7 +329,7 @@ def test_an_edited_recipe_of_a_run_can_be_used_once_its_digest_is_taken_out(here
 
 def test_a_tokenizer_of_others_needs_no_manifest(here: Path) -> None:
     shutil.copy(here / "runs/tiny/tokenizer/tokenizer.model", "alone.model")
-    assert Tokenizer.load(Path("alone.model")).vocabulary == 320
+    assert Tokenizer.load(Path("alone.model")).vocab_size == 320
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_a_newer_one(

@@ -22,22 +22,22 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json
 
 
 class HFTokenizer(Tokenizer):
-    """Documents begin with `bos`, which is their piece for a beginning, or else for an end; ids 0..vocabulary-1.
+    """Documents begin with `bos`, which is their piece for a beginning, or else for an end; ids 0..vocab_size-1.
 
     A vocabulary may be larger than the tokenizer's pieces: the ids that are left over mean nothing.
     """
 
-    def __init__(self, files: dict[str, bytes], *, bos: int, ends: Iterable[int], vocabulary: int, name: str) -> None:
+    def __init__(self, files: dict[str, bytes], *, bos: int, ends: Iterable[int], vocab_size: int, name: str) -> None:
         self._library = _opened(files, name)
         self._library.no_padding()
         self._library.no_truncation()
         self._library.encode_special_tokens = _settings(files).get("split_special_tokens") is True
         named = [bos, *ends, self._library.get_vocab_size() - 1]
-        if not all(isinstance(id, int) and 0 <= id < vocabulary for id in named):
-            raise RefusedError(f"{name} has ids that the model of {vocabulary} pieces has no place for")
-        self.files, self.bos, self.vocabulary = files, bos, vocabulary
+        if not all(isinstance(id, int) and 0 <= id < vocab_size for id in named):
+            raise RefusedError(f"{name} has ids that the model of {vocab_size} pieces has no place for")
+        self.files, self.bos, self.vocab_size = files, bos, vocab_size
         self.ends = tuple(sorted({bos, *ends}))
-        self.banned = tuple(id for id in range(vocabulary) if self._library.id_to_token(id) is None)
+        self.banned = tuple(id for id in range(vocab_size) if self._library.id_to_token(id) is None)
         self.symbols: list[int] = []
         self.by_words = False
         self._adds_space = False
@@ -48,7 +48,7 @@ class HFTokenizer(Tokenizer):
     @cached_property
     def fingerprint(self) -> str:
         """Digest over the tokenizer's file and what else decides the ids of a document."""
-        return atomic_io.digest_of([self.files[FILE].decode(), self.bos, self.vocabulary])
+        return atomic_io.digest_of([self.files[FILE].decode(), self.bos, self.vocab_size])
 
     @cached_property
     def is_exact_bpe(self) -> bool:
@@ -70,7 +70,7 @@ class HFTokenizer(Tokenizer):
         digests = {name: atomic_io.digest_of(data.decode()) for name, data in self.files.items()}
         for name, data in self.files.items():
             atomic_io.write_bytes(folder / name, data)
-        says = {"bos": self.bos, "ends": self.ends, "vocabulary": self.vocabulary}
+        says = {"bos": self.bos, "ends": self.ends, "vocabulary": self.vocab_size}
         atomic_io.write_checksummed(folder / MANIFEST, {**about, **says, "files": digests})
 
     def _bytes_of_all(self) -> list[bytes]:
@@ -80,7 +80,7 @@ class HFTokenizer(Tokenizer):
         byte_level, space = '"ByteLevel"' in decoder, SPACE if SPACE in decoder else " "
         letters = _byte_letters()
         table = []
-        for id in range(self.vocabulary):
+        for id in range(self.vocab_size):
             piece = self.piece(id)
             if id in added:
                 table.append(b"" if added[id].special else added[id].content.encode())
@@ -103,13 +103,13 @@ def load(folder: Path) -> Tokenizer:
         if not path.is_file() or atomic_io.digest_of(path.read_text(errors="replace")) != manifest["files"][name]:
             raise RefusedError(f"{path} is missing or damaged: its digest is not the recorded one")
     data = {name: path.read_bytes() for name, path in files.items()}
-    says = {name: manifest[name] for name in ("bos", "ends", "vocabulary")}
-    return HFTokenizer(data, **says, name=str(folder))
+    bos, ends, vocab_size = (manifest[name] for name in ("bos", "ends", "vocabulary"))
+    return HFTokenizer(data, bos=bos, ends=ends, vocab_size=vocab_size, name=str(folder))
 
 
 def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """The tokenizer of the model folder whose config.json is `config`; RefusedError where it cannot be had."""
-    vocabulary = config["vocab_size"]
+    vocab_size = config["vocab_size"]
     files = {name: (folder / name).read_bytes() for name in (FILE, *BESIDE) if (folder / name).is_file()}
     about = _settings(files, BESIDE[1]) | _settings(files, BESIDE[0])
     if "auto_map" in about:
@@ -131,17 +131,17 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
         values = [each.get(f"{name}_token_id") for each in stated]
         ids = [id for value in values if value is not None for id in (value if isinstance(value, list) else [value])]
         for id in ids:
-            if type(id) is not int or not 0 <= id < vocabulary:
-                raise RefusedError(f"{folder}: {name}_token_id = {id!r:.40} is no id of {vocabulary} pieces")
+            if type(id) is not int or not 0 <= id < vocab_size:
+                raise RefusedError(f"{folder}: {name}_token_id = {id!r:.40} is no id of {vocab_size} pieces")
         return ids
 
     if FILE not in files:
         path = folder / "tokenizer.model"
         plain = Tokenizer.load(path)
         mend = f"put its {FILE} there too"
-        if plain.vocabulary != vocabulary:
-            raise RefusedError(f"{path} has {plain.vocabulary} pieces, the model {vocabulary}: {mend}")
-        ids = {plain.piece(id): id for id in range(vocabulary)}
+        if plain.vocab_size != vocab_size:
+            raise RefusedError(f"{path} has {plain.vocab_size} pieces, the model {vocab_size}: {mend}")
+        ids = {plain.piece(id): id for id in range(vocab_size)}
         starts = [*piece("bos", ids.get), *stated_ids("bos"), plain.bos]
         if starts[0] != plain.bos:
             raise RefusedError(f"{path} begins a text with piece {plain.bos}, the model with {starts[0]}: {mend}")
@@ -154,7 +154,7 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     starts = [*piece("bos", library.token_to_id), *special, *ends]
     if not starts:
         raise RefusedError(f"{folder} names no piece for where a text begins or ends (bos_token, eos_token)")
-    return HFTokenizer(files, bos=starts[0], ends=ends, vocabulary=vocabulary, name=str(folder / FILE))
+    return HFTokenizer(files, bos=starts[0], ends=ends, vocab_size=vocab_size, name=str(folder / FILE))
 
 
 def _settings(files: dict[str, bytes], name: str = BESIDE[0]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def prepare(
     if tokenizer is None:
         tokenizer = _trained(recipe, survey, cache, say, lambda: sample or _survey(corpus, survey.share, show)[1])
     lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
-    say(f"tokenizer: {tokenizer.vocabulary:,} pieces{lossy}")
+    say(f"tokenizer: {tokenizer.vocab_size:,} pieces{lossy}")
 
     shards = _sharded(corpus, survey, tokenizer, cache, show, verify=verify)
     train, validation = shards.train, shards.validation
@@ -264,7 +264,7 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
             sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
             part = f"a sample of {sampled / 1e6:,.1f} MB of " if sampled < whole else ""
             say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
-            tokenizer = Tokenizer.train(documents, vocabulary=wanted.vocabulary, terms=wanted.terms)
+            tokenizer = Tokenizer.train(documents, vocab_size=wanted.vocabulary, terms=wanted.terms)
             with atomic_io.draft_folder(folder) as draft:
                 tokenizer.save(draft, **asdict(wanted), text=survey.sha256, sampled_bytes=sampled)
         try:
@@ -292,8 +292,8 @@ def _sharded(
             shards = Shards.open(folder, verify or small)
             show.say(f"shards: {folder.parent}/{fingerprint[:12]}... (made before)")
             return shards
-        _check_space(folder, sum(survey.text_bytes), tokenizer.vocabulary)
-        about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocabulary}
+        _check_space(folder, sum(survey.text_bytes), tokenizer.vocab_size)
+        about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocab_size}
         processes = cores() if tokenizer.by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
         written = sharding.write(corpus.documents(), folder, tokenizer, share=share, about=about, processes=processes)
         for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
@@ -305,10 +305,10 @@ def _sharded(
     return shards
 
 
-def _check_space(folder: Path, text_bytes: int, vocabulary: int) -> None:
+def _check_space(folder: Path, text_bytes: int, vocab_size: int) -> None:
     """DiskError where the shards would not fit: at two bytes of text a token, which ordinary text exceeds."""
     there = sum(path.stat().st_size for path in folder.glob("*.arrow"))
-    needed = text_bytes // 2 * (2 if vocabulary <= 1 << 16 else 4) - there
+    needed = text_bytes // 2 * (2 if vocab_size <= 1 << 16 else 4) - there
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:

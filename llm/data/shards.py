@@ -170,7 +170,7 @@ def write(
     """
     atomic_io.make_folder(folder)
     files = _finished(folder)
-    dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     yield sum(file["text_bytes"] for file in itertools.chain(*files.values()))
     done = {side: sum(file["documents"] for file in files[side]) for side in SIDES}
     waiting: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}

@@ -39,7 +39,7 @@ PROBES = (
 
 
 class Tokenizer:
-    """A vocabulary of sentencepiece, ids 0..vocabulary-1. A document begins with `bos`, which `encode` does not add.
+    """A vocabulary of sentencepiece, ids 0..vocab_size-1. A document begins with `bos`, which `encode` does not add.
 
     A text ends before any of `ends`: where the next one begins, and where those who made the model let theirs end.
     """
@@ -52,7 +52,7 @@ class Tokenizer:
         except RuntimeError as error:
             raise RefusedError(f"{name} is damaged or no sentencepiece model: name another") from error
         self.model = model
-        self.vocabulary: int = self._processor.vocab_size()
+        self.vocab_size: int = self._processor.vocab_size()
         self.own_ends = [id for id in [self._processor.eos_id()] if id >= 0]
         starts = [id for id in [self._processor.bos_id(), *self.own_ends] if id >= 0]
         if not starts:
@@ -61,14 +61,14 @@ class Tokenizer:
             )
         self.bos: int = starts[0]
         self.ends = tuple(sorted({self.bos, *ends}))
-        self.banned = tuple(id for id in range(self.vocabulary) if self._is_no_text(id))
+        self.banned = tuple(id for id in range(self.vocab_size) if self._is_no_text(id))
         self._bytes = self._bytes_of_all()
         self._adds_space = b"".join(self._bytes[id] for id in self._processor.encode("a")) == b" a"
         self._sign = self._find_sign()
         # In a vocabulary of our own: control pieces, then symbols that are split off first, bytes, and pieces by rank.
-        bytes_at = [id for id in range(self.vocabulary) if self._processor.is_byte(id)]
+        bytes_at = [id for id in range(self.vocab_size) if self._processor.is_byte(id)]
         self.unknown: int = self._processor.unk_id()
-        self.controls = [id for id in range(self.vocabulary) if self._processor.is_control(id)]
+        self.controls = [id for id in range(self.vocab_size) if self._processor.is_control(id)]
         self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, *self.controls)]
         self.first_piece = max(bytes_at, default=-1) + 1
         self._words, self._crossing = _Words(self._processor), self._find_crossing()
@@ -91,7 +91,7 @@ class Tokenizer:
         return cls(path.read_bytes(), str(path), (says or {}).get("ends", ()))
 
     @classmethod
-    def train(cls, documents: Iterable[bytes], *, vocabulary: int, terms: Sequence[str] = ()) -> "Tokenizer":
+    def train(cls, documents: Iterable[bytes], *, vocab_size: int, terms: Sequence[str] = ()) -> "Tokenizer":
         """A lossless BPE vocabulary of this size, in which `terms` stay whole. TextError where the text forbids it."""
         if taken := [term for term in terms if re.fullmatch(r"<s>|<unk>|<0x[0-9A-F]{2}>", term)]:
             raise RecipeError(f"tokenizer.terms: {taken[0]} is the name of a piece of its own: leave it out")
@@ -103,7 +103,7 @@ class Tokenizer:
         out = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_lines(documents), model_writer=out, model_type="bpe", vocab_size=vocabulary,
+                sentence_iterator=_lines(documents), model_writer=out, model_type="bpe", vocab_size=vocab_size,
                 user_defined_symbols=["\n", *dict.fromkeys(term.replace(" ", SPACE) for term in terms)],
                 byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
                 remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1,
@@ -113,11 +113,11 @@ class Tokenizer:
             if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
                 fits = f", or at most tokenizer.vocabulary={most[1]}" if int(most[1]) >= MIN_VOCAB_SIZE else ""
                 raise TextError(
-                    f"tokenizer.vocabulary = {vocabulary} is too large for so little text: use more text{fits}"
+                    f"tokenizer.vocabulary = {vocab_size} is too large for so little text: use more text{fits}"
                 ) from error
             if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
                 raise TextError(
-                    f"tokenizer.vocabulary = {vocabulary} is too small for the bytes and letters of this text: "
+                    f"tokenizer.vocabulary = {vocab_size} is too small for the bytes and letters of this text: "
                     f"use at least tokenizer.vocabulary={least[1]}"
                 ) from error
             raise TextError(f"no tokenizer can be trained with these tokenizer.terms on this text: {error}") from error
@@ -126,7 +126,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Digest over pieces, scores and types, and over the ids of PROBES, in which the other settings show."""
-        sp, ids = self._processor, list(range(self.vocabulary))
+        sp, ids = self._processor, list(range(self.vocab_size))
         types = [[sp.is_unknown(id), sp.is_control(id), sp.is_byte(id), sp.is_unused(id)] for id in ids]
         pieces = [sp.id_to_piece(ids), [score.hex() for score in sp.get_score(ids)], types]
         return atomic_io.digest_of([pieces, self.bos, [sp.encode(probe) for probe in PROBES]])
@@ -134,7 +134,7 @@ class Tokenizer:
     @cached_property
     def is_exact_bpe(self) -> bool:
         """Whether ids follow from pieces and their ranks alone, as in the vocabularies that are trained here."""
-        scores = self._processor.get_score(list(range(self.first_piece, self.vocabulary)))
+        scores = self._processor.get_score(list(range(self.first_piece, self.vocab_size)))
         return self.lossless and self._sign is not None and all(score == -rank for rank, score in enumerate(scores))
 
     @property
@@ -178,7 +178,7 @@ class Tokenizer:
 
     def save(self, folder: Path, **about: Any) -> None:
         """Write tokenizer.model, tokenizer.vocab for people (a piece, a tab and its score on a line), a manifest."""
-        ids = list(range(self.vocabulary))
+        ids = list(range(self.vocab_size))
         rows = zip(self._processor.id_to_piece(ids), self._processor.get_score(ids), strict=True)
         vocab = "".join(f"{piece}\t{score:g}\n" for piece, score in rows)
         atomic_io.write_bytes(folder / "tokenizer.model", self.model)
@@ -193,7 +193,7 @@ class Tokenizer:
         return bool(sp.is_unknown(id) or sp.is_unused(id) or (sp.is_control(id) and id not in self.ends))
 
     def _bytes_of_all(self) -> list[bytes]:
-        sp, ids = self._processor, list(range(self.vocabulary))
+        sp, ids = self._processor, list(range(self.vocab_size))
         table = [piece.replace(SPACE, " ").encode() for piece in sp.id_to_piece(ids)]
         for id in ids:
             if sp.is_byte(id):
@@ -206,7 +206,7 @@ class Tokenizer:
 
     def _find_crossing(self) -> list[str]:
         """What must not be in a text that is encoded word by word: U+2581, and pieces with a space behind a letter."""
-        pieces = (self._processor.id_to_piece(id) for id in [*self.symbols, *range(self.first_piece, self.vocabulary)])
+        pieces = (self._processor.id_to_piece(id) for id in [*self.symbols, *range(self.first_piece, self.vocab_size)])
         return [SPACE, *(piece.replace(SPACE, " ") for piece in pieces if re.search(f"[^{SPACE}]{SPACE}", piece))]
 
     def _find_sign(self) -> np.ndarray | None:
@@ -214,7 +214,7 @@ class Tokenizer:
         sp = self._processor
         sign = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         newline = sp.piece_to_id("\n")
-        alone = sum("\n" in sp.id_to_piece(id) for id in range(self.vocabulary)) == 1
+        alone = sum("\n" in sp.id_to_piece(id) for id in range(self.vocab_size)) == 1
         exact = sp.encode("a\n b") == [*sp.encode("a"), newline, *sp.encode(" b")] and sp.encode("\n") == [newline]
         return np.array(sign, np.int32) if alone and exact and all(map(sp.is_byte, sign)) else None
 

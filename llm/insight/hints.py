@@ -17,11 +17,11 @@ LONG_READ = 40  # tokens read for each parameter, beyond which a larger model le
 SHORT_DECAY = 0.4  # of a run: a rate that falls over less of it ended worse, one that never falls by far
 
 
-def of_text(recipe: Recipe, tokens: int, vocabulary: int) -> str:
+def of_text(recipe: Recipe, tokens: int, vocab_size: int) -> str:
     """What a training side of `tokens` tokens allows a recipe that knows its length in steps: two lines."""
     model, train = recipe.model, recipe.train
-    read, numbers = train.steps * train.tokens_per_step, cost.parameters(model, vocabulary)
-    pieces = vocabulary * model.dim * (1 if model.tied else 2) / numbers
+    read, numbers = train.steps * train.tokens_per_step, cost.parameters(model, vocab_size)
+    pieces = vocab_size * model.dim * (1 if model.tied else 2) / numbers
     epochs = read / tokens
     if train.hours:
         change = f"more hours until the text is read {FRESH} times, then more text; the run says how often it was"

@@ -126,7 +126,7 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
         "rope_dimension_count": shape.head_dim,
         "rope_freq_base": config["rope_theta"],
         "layer_norm_rms_eps": config["rms_norm_eps"],
-        "vocab_size": tokenizer.vocabulary,
+        "vocab_size": tokenizer.vocab_size,
         "tokenizer_model": "llama",
         "tokenizer_pre": "default",
         "token_list": tokens,
@@ -144,7 +144,7 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int]]:
     """Name, score and type of each piece. Symbols, which match the raw text, are named with plain spaces."""
-    ids = range(tokenizer.vocabulary)
+    ids = range(tokenizer.vocab_size)
     names = [tokenizer.piece(id) for id in ids]
     pieces = set(names[tokenizer.first_piece :])
     types = [NORMAL if id >= tokenizer.first_piece else BYTE for id in ids]

@@ -22,7 +22,7 @@ def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str,
     config = {
         "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family.name]],
         "model_type": family.name,
-        "vocab_size": tokenizer.vocabulary,
+        "vocab_size": tokenizer.vocab_size,
         "hidden_size": shape.dim,
         "intermediate_size": shape.ffn_dim,
         "num_hidden_layers": shape.layers,
@@ -54,7 +54,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         return tokenizer.files
     if not tokenizer.is_exact_bpe:
         return {}
-    names = [tokenizer.piece(id).replace(SPACE, " ") for id in range(tokenizer.vocabulary)]
+    names = [tokenizer.piece(id).replace(SPACE, " ") for id in range(tokenizer.vocab_size)]
     vocabulary = {name: id for id, name in enumerate(names)}
     bos, unknown = names[tokenizer.bos], names[tokenizer.unknown]
     symbols = [_added(id, names[id], special=False) for id in tokenizer.symbols]

@@ -113,7 +113,7 @@ def _open(folder: Path, which: str, device: torch.device | None, new_model: Any)
             f"llm.open_run({folder.name!r}, model=...)"
         )
     family = hf_config.family_of(recipe) if own else hf_config.read_family(found.folder)
-    model = (new_model or Transformer)(recipe.model, tokenizer.vocabulary, recipe.seed, family=family)
+    model = (new_model or Transformer)(recipe.model, tokenizer.vocab_size, recipe.seed, family=family)
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
     tensor_files.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
     return LoadedRun(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)

@@ -67,7 +67,7 @@ A language model that continues a text, trained{began} on the text below{only}.
 {texts}
 | training side | {_side(shards.train)} |
 | held out | {_side(shards.validation)} |
-| tokenizer | {tokenizer.vocabulary:,} pieces, fingerprint `{tokenizer.fingerprint[:12]}` |
+| tokenizer | {tokenizer.vocab_size:,} pieces, fingerprint `{tokenizer.fingerprint[:12]}` |
 | parameters | {numbers:,} |
 | architecture | {family}: {shape.layers} layers of {shape.dim}, {shape.heads} heads of {shape.head_dim} over \
 {shape.kv_heads} of keys and values, MLP {shape.ffn_dim}, {"tied" if shape.tied else "untied"} embeddings |

@@ -142,16 +142,16 @@ class Trainer:
     @cached_property
     def step_flops(self) -> float:
         """Operations of a step on each rank."""
-        each = cost.flops_per_token(self.recipe.model, self.context.tokenizer.vocabulary)
+        each = cost.flops_per_token(self.recipe.model, self.context.tokenizer.vocab_size)
         return each * self.recipe.train.tokens_per_step / process.world()
 
     def costs(self) -> tuple[cost.Memory, cost.Traffic]:
         """By formula: bytes that the first rank holds, and bytes that each sends a step."""
         recipe, split = self.recipe, self.context.sharding
-        muon, vocabulary = recipe.train.optimizer == "muon", self.context.tokenizer.vocabulary
+        muon, vocab_size = recipe.train.optimizer == "muon", self.context.tokenizer.vocab_size
         traffic = cost.traffic(
             recipe.model,
-            vocabulary,
+            vocab_size,
             muon=muon,
             shard_size=split.shard_size,
             replica_size=split.replica_size,
@@ -160,7 +160,7 @@ class Trainer:
             orthogonalised=self.context.orthogonalise_in.itemsize,
             exact=self.context.settings.exact,
         )
-        return cost.memory(recipe.model, vocabulary, muon=muon, shard_size=split.shard_size), traffic
+        return cost.memory(recipe.model, vocab_size, muon=muon, shard_size=split.shard_size), traffic
 
 
 class StepClock:
@@ -188,7 +188,7 @@ def new_state(context: RunContext) -> TrainState:
     recipe, sharding_, device = context.recipe, context.sharding, context.device
     with device:
         model = (context.parts.model or Transformer)(
-            recipe.model, context.tokenizer.vocabulary, recipe.seed, sharding_.shard_module, hf_config.family_of(recipe)
+            recipe.model, context.tokenizer.vocab_size, recipe.seed, sharding_.shard_module, hf_config.family_of(recipe)
         )
     sharding_.shard_module(model, root=True)
     model.model.recompute = context.settings.recompute

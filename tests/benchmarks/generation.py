@@ -40,7 +40,7 @@ def compare(recipe: str, rows: int, device: str, dtype: torch.dtype, rounds: int
     settled = load(Path(recipe), ["model.dropout=0"])
     shape, vocabulary = settled.model, settled.tokenizer.vocabulary
     ours = tiny.stirred(Transformer(shape, vocabulary), seed=5).eval()
-    like: Any = SimpleNamespace(bos=1, ends=(1,), vocabulary=vocabulary, banned=(), is_exact_bpe=False)  # no text
+    like: Any = SimpleNamespace(bos=1, ends=(1,), vocab_size=vocabulary, banned=(), is_exact_bpe=False)  # no text
     with tempfile.TemporaryDirectory() as folder:
         theirs = theirs_of(saved(Path(folder) / "step-000001", ours, like)).to(device, dtype)
     ours = ours.to(device, dtype)

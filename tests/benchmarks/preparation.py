@@ -87,7 +87,7 @@ def rate(folder: Path, text: str) -> None:
     recipe = load(recipe_file(folder, file))
     documents = list(Corpus(recipe.text).documents())
     size = sum(map(len, documents)) / 1e6
-    Tokenizer.train(documents[:10_000], vocabulary=8192).save(folder)
+    Tokenizer.train(documents[:10_000], vocab_size=8192).save(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     texts = [document.decode() for document in documents]
     threads = cores()
@@ -152,7 +152,7 @@ def children(parent: int) -> list[str]:
 
 def windows(folder: Path) -> None:
     documents = list(wiki_documents("en-us"))
-    tokenizer = Tokenizer.train(documents, vocabulary=8192)
+    tokenizer = Tokenizer.train(documents, vocab_size=8192)
     write_all(documents, folder, tokenizer)
     train = Shards.open(folder / "shards").train
     starts = np.random.default_rng(1).integers(0, train.tokens - 513, 100_000).tolist()

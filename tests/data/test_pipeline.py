@@ -92,7 +92,7 @@ def test_the_tokenizer_sees_nothing_of_the_validation_side(tmp_path: Path) -> No
     one = prepare(recipe(tmp_path))
     sides = one.shards.train, one.shards.validation
     text = one.tokenizer.decode(sides[0].read(0, sides[0].tokens).tolist()).encode()
-    assert Tokenizer.train([text], vocabulary=320).fingerprint == one.tokenizer.fingerprint
+    assert Tokenizer.train([text], vocab_size=320).fingerprint == one.tokenizer.fingerprint
 
 
 def test_a_second_start_does_not_read_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_a_tokenizer_of_others_is_used_and_told_to_lose_text(tmp_path: Path) -> 
     text_file(tmp_path)
     (tmp_path / "other.model").write_bytes(trained())
     prepared, said = told(tmp_path, tokenizer__path=tmp_path / "other.model")
-    assert prepared.tokenizer.vocabulary == 100
+    assert prepared.tokenizer.vocab_size == 100
     assert "does not give every text back" in said and "training" not in said
     with pytest.raises(RecipeError, match=r"none\.model is not there"):
         told(tmp_path, tokenizer__path=tmp_path / "none.model")
@@ -185,7 +185,7 @@ def test_a_large_text_is_sampled_and_it_is_said(tmp_path: Path, monkeypatch: pyt
     text_file(tmp_path)
     monkeypatch.setattr(preparation, "SAMPLE", 30_000)
     prepared, said = told(tmp_path)
-    assert "on a sample of 0.0 MB of 0.1 MB of text" in said and prepared.tokenizer.vocabulary == 320
+    assert "on a sample of 0.0 MB of 0.1 MB of text" in said and prepared.tokenizer.vocab_size == 320
     shutil.rmtree(tmp_path / "data" / "tokenizers")
     again, _ = told(tmp_path)  # the survey is kept, so that the sample is read on its own
     assert again.tokenizer.fingerprint == prepared.tokenizer.fingerprint
@@ -227,7 +227,7 @@ def test_a_share_that_leaves_too_little_to_measure_by_is_raised_and_it_is_said(t
     part = validation.text_bytes / (train.text_bytes + validation.text_bytes)
     assert f"validation: {part:.1%} of the bytes, as text.validation = {asked:g} would leave too little" in said
     text = prepared.tokenizer.decode(train.read(0, train.tokens).tolist()).encode()
-    assert Tokenizer.train([text], vocabulary=320).fingerprint == prepared.tokenizer.fingerprint  # saw nothing held out
+    assert Tokenizer.train([text], vocab_size=320).fingerprint == prepared.tokenizer.fingerprint  # saw nothing held out
     assert "made before" in told(tmp_path, text__validation=asked)[1]
 
 

@@ -31,7 +31,7 @@ TEXT = [f"{number} ".encode() + DOCUMENTS[number % 200] * (1 + number % 3) for n
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(DOCUMENTS, vocabulary=320)
+    return Tokenizer.train(DOCUMENTS, vocab_size=320)
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_datasets_opens_a_shard(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 def test_a_large_vocabulary_takes_wider_integers(tmp_path: Path, tokenizer: Tokenizer) -> None:
     large = copy.copy(tokenizer)
-    large.vocabulary = 70_000
+    large.vocab_size = 70_000
     assert write(tmp_path, large).train.read(0, 9).dtype == np.uint32
 
 
@@ -141,7 +141,7 @@ def test_one_side_may_be_empty(tmp_path: Path, tokenizer: Tokenizer) -> None:
 @needs_wiki
 def test_the_packaged_text_is_split_once_and_comes_back(tmp_path: Path) -> None:
     documents = list(wiki_documents("en-us"))
-    tokenizer = Tokenizer.train(documents[::10], vocabulary=1000)
+    tokenizer = Tokenizer.train(documents[::10], vocab_size=1000)
     opened = write(tmp_path, tokenizer, documents)
     train, validation = texts(opened.train, tokenizer), texts(opened.validation, tokenizer)
     assert len(train) + len(validation) == len(documents) and not set(train) & set(validation)

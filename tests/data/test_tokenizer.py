@@ -30,7 +30,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(DOCUMENTS, vocabulary=330, terms=("New York", "Har", "a,b", 'q"'))
+    return Tokenizer.train(DOCUMENTS, vocab_size=330, terms=("New York", "Har", "a,b", 'q"'))
 
 
 def trained(**settings: object) -> bytes:
@@ -47,7 +47,7 @@ def trained(**settings: object) -> bytes:
 def test_hostile_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(0 <= id < tokenizer.vocabulary for id in ids) and tokenizer.bos not in ids
+    assert all(0 <= id < tokenizer.vocab_size for id in ids) and tokenizer.bos not in ids
 
 
 @settings(deadline=None, max_examples=300)
@@ -100,7 +100,7 @@ def test_remembered_words_have_the_ids_that_sentencepiece_gives_the_whole_text(s
 @cache
 def spaced() -> Tokenizer:
     """A vocabulary with terms that begin with a space, end with one, hold some, or are nothing else."""
-    return Tokenizer.train(DOCUMENTS, vocabulary=330, terms=("New York", "the sea", "b ", " é", "  ", "ab  a"))
+    return Tokenizer.train(DOCUMENTS, vocab_size=330, terms=("New York", "the sea", "b ", " é", "  ", "ab  a"))
 
 
 @cache
@@ -111,7 +111,7 @@ def joining() -> Tokenizer:
 
 @cache
 def plain() -> Tokenizer:
-    return Tokenizer.train(DOCUMENTS, vocabulary=400)
+    return Tokenizer.train(DOCUMENTS, vocab_size=400)
 
 
 def test_words_are_remembered_for_what_they_are_and_not_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_a_vocabulary_whose_pieces_join_words_is_asked_for_whole_texts() -> None
 )
 def test_every_packaged_document_comes_back(language: str) -> None:
     documents = list(wiki_documents(language))
-    tokenizer = Tokenizer.train(documents[::5], vocabulary=2048)
+    tokenizer = Tokenizer.train(documents[::5], vocab_size=2048)
     encoded = tokenizer.encode_batch([document.decode() for document in documents], threads=2)
     assert all(tokenizer.decode(ids).encode() == text for ids, text in zip(encoded, documents, strict=True))
     whole = tokenizer._encode([document.decode() for document in documents], threads=2)
@@ -152,12 +152,12 @@ def test_terms_stay_whole(tokenizer: Tokenizer) -> None:
 
 
 def test_the_same_text_gives_the_same_file_and_another_text_another_fingerprint(tmp_path: Path) -> None:
-    one, two = (Tokenizer.train(DOCUMENTS, vocabulary=320) for _ in range(2))
-    other = Tokenizer.train(DOCUMENTS[:50], vocabulary=320)
+    one, two = (Tokenizer.train(DOCUMENTS, vocab_size=320) for _ in range(2))
+    other = Tokenizer.train(DOCUMENTS[:50], vocab_size=320)
     one.save(tmp_path)
     assert one.model == two.model and one.fingerprint == two.fingerprint != other.fingerprint
     again = Tokenizer.load(tmp_path / "tokenizer.model")
-    assert again.fingerprint == one.fingerprint and again.lossless and again.vocabulary == 320
+    assert again.fingerprint == one.fingerprint and again.lossless and again.vocab_size == 320
     lines = (tmp_path / "tokenizer.vocab").read_text(encoding="utf-8").split("\n")
     assert lines[1] == "<s>\t0" and len(lines) == 322  # one for each piece; the newline's own piece breaks its line
 
@@ -181,29 +181,29 @@ def test_a_vocabulary_of_others_is_used_and_known_to_lose_text() -> None:
 @pytest.mark.parametrize("documents", [DOCUMENTS[:3], ["一二三四五六七八".encode()], [b"\t\t", b"ab ab ab"]])
 def test_too_little_text_says_the_largest_vocabulary_that_fits(documents: list[bytes]) -> None:
     with pytest.raises(TextError, match="so little text") as raised:
-        Tokenizer.train(documents, vocabulary=5000)
+        Tokenizer.train(documents, vocab_size=5000)
     fits = int(re.findall(r"tokenizer.vocabulary=(\d+)", str(raised.value))[0])
-    assert Tokenizer.train(documents, vocabulary=fits).vocabulary == fits
+    assert Tokenizer.train(documents, vocab_size=fits).vocab_size == fits
     with pytest.raises(TextError, match=f"at most tokenizer.vocabulary={fits}"):
-        Tokenizer.train(documents, vocabulary=fits + 1)
+        Tokenizer.train(documents, vocab_size=fits + 1)
 
 
 def test_text_that_allows_no_vocabulary_is_told_of_none() -> None:
     with pytest.raises(TextError, match=r"use more text$"):
-        Tokenizer.train([b"a"], vocabulary=5000)
+        Tokenizer.train([b"a"], vocab_size=5000)
 
 
 def test_too_small_a_vocabulary_says_the_smallest_that_fits() -> None:
     letters = ["".join(chr(0x4E00 + 40 * i + j) for j in range(40)).encode() for i in range(10)]
     with pytest.raises(TextError, match="too small") as raised:
-        Tokenizer.train(letters, vocabulary=300)
+        Tokenizer.train(letters, vocab_size=300)
     fits = int(re.findall(r"tokenizer.vocabulary=(\d+)", str(raised.value))[0])
-    assert Tokenizer.train(letters, vocabulary=fits).vocabulary == fits
+    assert Tokenizer.train(letters, vocab_size=fits).vocab_size == fits
 
 
 def test_a_term_that_cannot_be_a_piece_is_one_line() -> None:
     with pytest.raises(RecipeError, match=r"tokenizer\.terms: <s>"):
-        Tokenizer.train(DOCUMENTS, vocabulary=320, terms=("Har", "<s>"))
+        Tokenizer.train(DOCUMENTS, vocab_size=320, terms=("Har", "<s>"))
 
 
 @pytest.mark.parametrize(
@@ -213,11 +213,11 @@ def test_a_term_that_no_vocabulary_can_keep_whole_is_named(terms: tuple[str, ...
     with pytest.raises(
         RecipeError, match=r"^tokenizer\.terms: '[ -~]+' cannot be a piece of its own .*: leave it out$"
     ):
-        Tokenizer.train(DOCUMENTS, vocabulary=320, terms=terms)
+        Tokenizer.train(DOCUMENTS, vocab_size=320, terms=terms)
 
 
 def test_long_lines_and_tabs_are_not_left_out_of_training() -> None:
-    tokenizer = Tokenizer.train([b"river " * 10_000, b"sea\twind\n" * 50], vocabulary=280)
+    tokenizer = Tokenizer.train([b"river " * 10_000, b"sea\twind\n" * 50], vocab_size=280)
     assert len(tokenizer.encode(" river")) == len(tokenizer.encode("wind")) == 1
 
 

@@ -44,12 +44,12 @@ TOP_5 = {"f32": 0.999, "f16": 0.99, "bf16": 0.95, "q8_0": 0.9}
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     """Its size is no multiple of anything; terms hold spaces, and one is the start of a name of llama.cpp's own."""
-    return Tokenizer.train(DOCUMENTS, vocabulary=491, terms=("New York", " of the ", "Har", "<s"))
+    return Tokenizer.train(DOCUMENTS, vocab_size=491, terms=("New York", " of the ", "Har", "<s"))
 
 
 def made(folder: Path, shape: Model, tokenizer: Tokenizer) -> LoadedRun:
     """As if a run had left it, every weight drawn."""
-    model = tiny.stirred(Transformer(shape, tokenizer.vocabulary), seed=5).eval()
+    model = tiny.stirred(Transformer(shape, tokenizer.vocab_size), seed=5).eval()
     with torch.no_grad():
         (model.lm_head.weight if not shape.tied else model.model.norm.weight).mul_(
             3
@@ -148,7 +148,7 @@ def weights_changed(names: tuple[str, ...], turn: Callable[[torch.Tensor], torch
     """The file is of a model in which these matrices are turned; the run's are not."""
 
     def plant(opened: LoadedRun) -> LoadedRun:
-        other = Transformer(opened.model.shape, opened.tokenizer.vocabulary).eval()
+        other = Transformer(opened.model.shape, opened.tokenizer.vocab_size).eval()
         weights = opened.model.state_dict()
         turned = {name: turn(each) if name.split(".")[-2] in names else each for name, each in weights.items()}
         other.load_state_dict(turned)

@@ -42,7 +42,7 @@ TERMS = ("New York", "Har", "a,b", 'q"', " of the ", "<b>")
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     scripts = " ".join(SCRIPTS).encode()
-    return Tokenizer.train([*DOCUMENTS, scripts * 3], vocabulary=480, terms=TERMS)
+    return Tokenizer.train([*DOCUMENTS, scripts * 3], vocab_size=480, terms=TERMS)
 
 
 def saved(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
@@ -74,7 +74,7 @@ def opened(folder: Path) -> Any:
 def ours_and_theirs_agree(ours: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     """Logits to the bit at every position of the context, and 200 greedy tokens."""
     theirs = opened(folder)
-    tokens = tiny.ids(1, ours.shape.context, vocabulary=tokenizer.vocabulary)
+    tokens = tiny.ids(1, ours.shape.context, vocabulary=tokenizer.vocab_size)
     with torch.no_grad():
         assert torch.equal(ours.logits(tokens), theirs(tokens).logits)
     ids = [tokenizer.bos, *tokenizer.encode("the sea")]
@@ -108,7 +108,7 @@ def test_a_shape_of_our_recipes_that_was_trained_opens_as_it_lies(tmp_path: Path
 
 @pytest.mark.parametrize("shape", slow_but("quickstart"))
 def test_transformers_opens_a_checkpoint_and_says_the_same(tmp_path: Path, tokenizer: Tokenizer, shape: Model) -> None:
-    model = tiny.stirred(Transformer(shape, tokenizer.vocabulary), seed=5)
+    model = tiny.stirred(Transformer(shape, tokenizer.vocab_size), seed=5)
     ours_and_theirs_agree(model, tokenizer, saved(tmp_path / "step-000001", model, tokenizer))
 
 
@@ -135,7 +135,7 @@ def test_5000_tough_texts_have_their_ids_and_come_back(tmp_path: Path, tokenizer
     texts = [*(text for text in HOSTILE if len(text) < 10_000), *signs, *tough_texts(tokenizer, 5_600)]
     assert len(set(texts)) > 6_000 and {"", "<s>", "<0x0A>", "New York"} <= set(texts)
     assert sum(SPACE in text for text in texts) > 1_500
-    assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.bos and len(theirs) == tokenizer.vocabulary
+    assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.bos and len(theirs) == tokenizer.vocab_size
     for text, ids, found in zip(
         texts, tokenizer.encode_batch(texts, threads=2), theirs(texts)["input_ids"], strict=True
     ):
@@ -175,6 +175,6 @@ def test_a_vocabulary_of_another_kind_leaves_the_tokenizer_files_out_and_says_so
     of_run = open_run(str(tmp_path / "runs" / "tiny"))
     assert not list(of_run.checkpoint.folder.glob("tokenizer*"))
     theirs = opened(of_run.checkpoint.folder)  # the model opens all the same
-    tokens = tiny.ids(1, 16, vocabulary=of_run.tokenizer.vocabulary)
+    tokens = tiny.ids(1, 16, vocabulary=of_run.tokenizer.vocab_size)
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, of_run.model.logits(tokens))
