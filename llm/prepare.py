@@ -6,7 +6,7 @@ from llm.base import atomic_io
 from llm.base.command import Parser
 from llm.base.errors import RecipeError, run
 from llm.config.reading import load
-from llm.data.documents import wiki_documents
+from llm.data.sources import wiki_documents
 
 MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
 LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}

@@ -366,7 +366,7 @@ def test_a_run_in_a_process_of_ones_own_leaves_it_as_it_was(tmp_path: Path, text
 
         Trainer.__init__ = kept  # type: ignore[method-assign]
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
-        import_module("llm.data.documents").lean_datasets()
+        import_module("llm.data.sources").lean_datasets()
         before, last = found(), None
         for precision, until in (("fp32", -1), ("bf16", -1), ("fp32", 1)):
             try:

@@ -22,8 +22,9 @@ from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
 from llm.config.schema import Recipe, Text
 from llm.data import shards as sharding
-from llm.data.documents import BLOCK, LONGEST, Corpus, Source, fraction
+from llm.data.documents import MAX_DOCUMENT, PAGE, Corpus, fraction
 from llm.data.shards import Shards
+from llm.data.sources import Source
 from llm.data.tokenizer import MANIFEST, SETTINGS, Tokenizer
 from llm.distributed.threads import cores
 
@@ -161,7 +162,7 @@ def _read_only(path: Path) -> bool:
 
 
 def _surveyed(
-    text: Text, cache: Path, show: "_Show", *, verify: bool, most: int = LONGEST, own: Source | None = None
+    text: Text, cache: Path, show: "_Show", *, verify: bool, most: int = MAX_DOCUMENT, own: Source | None = None
 ) -> tuple[Corpus, Survey, list[bytes]]:
     """The text's documents, of `most` bytes, and their survey, out of the cache or with a sample for the tokenizer.
 
@@ -179,8 +180,8 @@ def _surveyed(
                 atomic_io.write_checksummed(path, asdict(survey))
     whole = sum(survey.text_bytes)
     fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
-    if not fits and most == LONGEST:
-        most = max(LEAST_PIECE, min(BLOCK, whole // 10))
+    if not fits and most == MAX_DOCUMENT:
+        most = max(LEAST_PIECE, min(PAGE, whole // 10))
         pieces = _surveyed(text, cache, show, verify=verify, most=most, own=own)
         if pieces[1].is_split:
             found = f"documents ({sum(survey.documents):,} by the rule {survey.rule})"

@@ -17,8 +17,9 @@ import numpy as np
 
 from llm.base import atomic_io
 from llm.base.errors import RefusedError
-from llm.data.documents import is_validation, lean_datasets
+from llm.data.documents import is_validation
 from llm.data.encoding import Here, Process
+from llm.data.sources import lean_datasets
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.threads import cores
 

@@ -13,8 +13,9 @@ import torch
 from llm.base.constants import IGNORED
 from llm.base.errors import TextError
 from llm.data.batches import Tokens, eval_batches
-from llm.data.documents import Corpus, holds_rows
+from llm.data.documents import Corpus
 from llm.data.shards import Split, of_run
+from llm.data.text_files import holds_rows
 from llm.distributed.process import warn
 from llm.run_folder.loaded_run import LoadedRun
 

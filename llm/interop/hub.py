@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm.base.errors import RecipeError
-from llm.data.documents import network_errors
+from llm.data.sources import network_errors
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:

@@ -6,9 +6,9 @@ It has no dates, speeds or paths: it describes the model, not the machine.
 from pathlib import Path
 
 from llm.config.schema import Recipe
-from llm.data.documents import licence
 from llm.data.prompts import example
 from llm.data.shards import Shards, Split
+from llm.data.sources import licence
 from llm.data.tokenizer import Tokenizer
 
 FILE_NAME = "README.md"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from llm.data.documents import wiki_documents
+from llm.data.sources import wiki_documents
 from llm.prepare import MARKER
 from tests.benchmarks.alternatives import plant
 from tests.forks import ROOT, ended, script, start

@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from llm.config.reading import load
-from llm.data.documents import Corpus, wiki_documents
+from llm.data.documents import Corpus
 from llm.data.pipeline import LARGE
 from llm.data.shards import Shards, write
+from llm.data.sources import wiki_documents
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.threads import cores
 

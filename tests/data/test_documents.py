@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from llm.base.errors import LLMError, RecipeError, TextError
 from llm.config.schema import Text
 from llm.data import documents as documents_module
-from llm.data.documents import Corpus, cut_documents, is_validation, rule_for, wiki_documents
+from llm.data import sources, text_files
+from llm.data.documents import Corpus, cut_documents, is_validation, rule_for
+from llm.data.sources import wiki_documents
 
 RULES = ["headings", "blank-lines", "blocks", "lines", "marker ###"]
 SNIPPETS = [
@@ -126,11 +128,11 @@ def test_characters_and_line_ends_survive_any_chunk_and_a_byte_order_mark_is_lef
         file.write(text)
     expected = [text[: text.index(b"<")], b"no newline at the end"]
     rule = "marker <|endoftext|>"
-    monkeypatch.setattr(documents_module, "CHUNK", max(size, 3))  # the mark has 3 bytes
+    monkeypatch.setattr(text_files, "CHUNK", max(size, 3))  # the mark has 3 bytes
     notes: Counter[str] = Counter()
     with_mark = Corpus(Text(files=(str(tmp_path / "bom.txt"),), documents=rule))
     assert list(with_mark.documents(notes)) == expected and notes == {"byte order marks left out": 1}
-    monkeypatch.setattr(documents_module, "CHUNK", size)
+    monkeypatch.setattr(text_files, "CHUNK", size)
     assert read(tmp_path / "plain.txt", documents=rule) == expected == read(tmp_path / "packed.txt.gz", documents=rule)
 
 
@@ -242,7 +244,7 @@ def test_markers_are_found_wherever_in_a_file_they_stand_and_its_chunks_end(
     begin = b"x" * 100 + b"\n\n" if size < 1 << 20 else b"a line of a long preface\n" * 50_000
     text = begin + b"a\r\n<|endoftext|>\r\nb <|endoftext|>\n<|endoftext|>\n" + b"y" * 40 + b"\n<|endoftext|>"
     (tmp_path / "a.txt").write_bytes(text)
-    monkeypatch.setattr(documents_module, "CHUNK", size)
+    monkeypatch.setattr(text_files, "CHUNK", size)
     documents = read(tmp_path / "a.txt")
     assert [d[-40:] for d in documents[-3:]] == [(begin + b"a\r\n")[-40:], b"b <|endoftext|>\n", b"y" * 39 + b"\n"]
 
@@ -317,7 +319,7 @@ def test_rows_of_a_hub_data_set_are_documents(tmp_path: Path, monkeypatch: pytes
         del settings["revision"]
         return load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), **settings)
 
-    monkeypatch.setattr(documents_module, "_ask_hub", lambda name, dataset, revision: "c" * 40)
+    monkeypatch.setattr(sources, "_ask_hub", lambda name, dataset, revision: "c" * 40)
     monkeypatch.setattr(datasets, "load_dataset", load)
     found = Corpus(Text(files=("hub:owner/name@main#en",), field="body"))
     assert list(found.documents()) == [b"one", b"two"]
@@ -411,7 +413,7 @@ def test_an_unknown_rule_is_refused_at_once(tmp_path: Path, documents: str) -> N
 
 def test_a_line_of_jsonl_must_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * (3 << 20)}))
-    monkeypatch.setattr(documents_module, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(sources, "LONGEST_ROW", 1 << 20)
     with pytest.raises(TextError, match="line of more than 1 MiB"):
         read(tmp_path / "a.jsonl")
 

@@ -19,8 +19,8 @@ from llm.base import atomic_io
 from llm.base.errors import DiskError, LLMError, RecipeError, RefusedError, TextError
 from llm.config.reading import load
 from llm.config.schema import Recipe
-from llm.data import documents
 from llm.data import pipeline as preparation
+from llm.data import text_files
 from llm.data.pipeline import MEASURABLE, Prepared, prepare
 from llm.data.tokenizer import Tokenizer
 from llm.prepare import main
@@ -102,7 +102,7 @@ def test_a_second_start_does_not_read_the_text(tmp_path: Path, monkeypatch: pyte
     def unreadable(path: Path, identity: object, notes: object) -> Iterator[bytes]:
         raise TextError("it is read")
 
-    monkeypatch.setattr(documents, "_chunks", unreadable)
+    monkeypatch.setattr(text_files, "read_chunks", unreadable)
     second, said = told(tmp_path)
     assert "made before" in said and "training" not in said
     assert second.shards.fingerprint == first.shards.fingerprint
@@ -130,7 +130,7 @@ def test_an_edit_whose_time_is_put_back_is_seen_at_the_next_start(tmp_path: Path
 
 def test_an_edit_that_looks_like_none_is_seen_by_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file system that keeps no time of change."""
-    monkeypatch.setattr(documents, "_identity", lambda path, stat: [str(path), stat.st_size, stat.st_mtime_ns])
+    monkeypatch.setattr(text_files, "identity", lambda path, stat: [str(path), stat.st_size, stat.st_mtime_ns])
     path = text_file(tmp_path)
     first, _ = told(tmp_path)
     edited(path)

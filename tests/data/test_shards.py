@@ -19,8 +19,9 @@ import pytest
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RefusedError
 from llm.data import shards
-from llm.data.documents import is_validation, wiki_documents
+from llm.data.documents import is_validation
 from llm.data.shards import Shards, Split
+from llm.data.sources import wiki_documents
 from llm.data.tokenizer import Tokenizer
 from tests.data.test_documents import needs_wiki
 from tests.data.test_tokenizer import DOCUMENTS

