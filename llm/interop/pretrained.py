@@ -15,10 +15,10 @@ from llm.base.errors import RecipeError, RefusedError
 from llm.config.resolving import resolve, with_steps
 from llm.config.schema import Model, Recipe
 from llm.data import prompts
-from llm.data.documents import Source, own_source
 from llm.data.hf_tokenizer import borrow
 from llm.data.pipeline import Prepared, Say, prepare
 from llm.data.shards import Shards
+from llm.data.sources import Source, own_source
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.sharding import LocalShard
 from llm.model.cost import parameters
