@@ -1,4 +1,4 @@
-"""python -m llm.prepare RECIPE: make a text ready for training. python -m llm.prepare --wiki FILE: write one."""
+"""python -m llm.prepare RECIPE: prepare a text for training. python -m llm.prepare --wiki FILE: write a text."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from llm.base.errors import RecipeError, run
 from llm.config.reading import load
 from llm.data.sources import wiki_documents
 
-MARKER = "<|endoftext|>"  # the line between the documents of a text file that we write
+MARKER = "<|endoftext|>"  # the line between documents in the file that --wiki writes
 LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}
 
 

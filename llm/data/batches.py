@@ -1,4 +1,4 @@
-"""The batches that this process reads at a step, from the recipe and the step alone: nothing to save or to skip."""
+"""The batches that this process reads at a step: a function of recipe and step, with no state to save or restore."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """The training side in the order of `order`, `windows_per_step` a step, dealt to `world` processes by micro-batch.
+    """Windows of the training side in shuffled order, `windows_per_step` a step, dealt to ranks by micro-batch.
 
-    Micro-batch m of a step holds the same windows on any world; process `rank` runs those with m = rank modulo `world`.
-    The windows of `skipped` steps (first, last; counted from 1, as people count) are left out: those steps read what
-    follows. Elsewhere here `step` is how many updates are done before, as in the trainer.
+    Micro-batch m of a step holds the same windows in any world; `rank` runs those with m = rank modulo `world`. The
+    windows of `skipped` steps (first, last; counted from 1) are left out: those steps read the windows that follow.
+    Everywhere else in this class, `step` counts the updates done before it.
     """
 
     side: Split
@@ -44,14 +44,14 @@ class BatchLoader:
     skipped: tuple[tuple[int, int], ...] = ()
 
     def first(self, step: int) -> int:
-        """Position of the first window that the group reads at `step`."""
+        """Position of the first window that all ranks together read at `step`."""
         for low, high in sorted(self.skipped):
             if step + 1 >= low:
                 step += high - low + 1
         return step * self.windows_per_step
 
     def positions(self, step: int) -> list[np.ndarray]:
-        """Positions of this process's windows at `step`, an int64 array for each micro-batch."""
+        """Positions of this rank's windows at `step`: an int64 array for each micro-batch."""
         first = self.first(step)
         stride = self.micro_batch * self.world
         return [
@@ -60,7 +60,7 @@ class BatchLoader:
         ]
 
     def at(self, step: int) -> Iterator[Batch]:
-        """This process's micro-batches of `step`."""
+        """This rank's micro-batches at `step`."""
         for positions in self.positions(step):
             starts = self.order.starts(positions)
             rows = np.stack(
@@ -71,7 +71,7 @@ class BatchLoader:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens in memory, read as a side of the shards is."""
+    """Tokens in memory, with the interface of `Split`."""
 
     ids: np.ndarray
 
@@ -84,9 +84,9 @@ class Tokens:
 
 
 def eval_batches(side: Split | Tokens, context: int, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Every token of `side` but its first as a target once, in windows that do not overlap, `rows` at a time.
+    """Batches of `rows` windows without overlap, in which every token but the first is a target once.
 
-    Dealt to `world` processes, each of which gets as many batches; what is missing at the end are IGNORED targets.
+    Every rank gets the same number of batches, filled up with IGNORED targets at the end.
     """
     stride = rows * context
     rounds = -(-(side.tokens - 1) // (world * stride))

@@ -1,8 +1,8 @@
-"""Encode blocks of documents, here or in processes of their own.
+"""Encode blocks of documents, in this process or in child processes.
 
-sentencepiece lets other threads run meanwhile; looking up remembered words does not, so that only processes use every
-core. They are plain children that read blocks from their stdin and end with it: none outlives its parent, however that
-dies, and a Ctrl-C is the parent's alone.
+sentencepiece releases the interpreter's lock, looking up remembered words does not: there only processes use all
+cores. They are plain children that read blocks from stdin and end when it closes, so none outlives its parent, however
+the parent dies, and Ctrl-C reaches only the parent.
 """
 
 import itertools
@@ -19,14 +19,14 @@ from llm.base.errors import GroupError
 from llm.data.tokenizer import Tokenizer
 
 
-class Here:
-    """Encodes in the thread that asks."""
+class LocalEncoder:
+    """Encodes in the calling thread."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
 
     def encode(self, text: bytes, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the documents that lie end to end in `text`, each after a BOS, and where each begins: (documents,)."""
+        """Ids of the documents that `text` holds end to end, each after a BOS, and where each begins: (documents,)."""
         bounds = [0, *np.cumsum(lengths).tolist()]
         encoded = self._tokenizer.encode_batch([text[a:b].decode() for a, b in itertools.pairwise(bounds)], threads=1)
         starts = np.cumsum([0, *(len(ids) + 1 for ids in encoded)])
@@ -40,8 +40,8 @@ class Here:
         pass
 
 
-class Process:
-    """Encodes in a process of its own, which remembers words of its own."""
+class ProcessEncoder:
+    """Encodes in a child process, which remembers words of its own."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         code = "import sys; sys.path.insert(0, sys.argv[1]); from llm.data.encoding import serve; serve(sys.argv[2])"
@@ -50,10 +50,10 @@ class Process:
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self._child.stdin and self._child.stdout
         self._to, self._from = self._child.stdin, self._child.stdout
-        self._model: bytes | None = tokenizer.model  # is sent with the first block, when the child is up
+        self._model: bytes | None = tokenizer.model  # sent with the first block, once the child is up
 
     def encode(self, text: bytes, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `Here.encode`. GroupError where the process was killed."""
+        """As `LocalEncoder.encode`. GroupError if the process was killed."""
         try:
             if self._model is not None:
                 _send(self._to, self._model)
@@ -62,8 +62,8 @@ class Process:
             return np.frombuffer(_receive(self._from), self._dtype), np.frombuffer(_receive(self._from), np.int64)
         except (BrokenPipeError, EOFError) as error:
             raise GroupError(
-                f"a process that encodes text ended with status {self._child.wait()}; where memory ran out give more, "
-                f"and run the same command again"
+                f"a process that encodes text ended with status {self._child.wait()}: run the same command again, "
+                f"with more memory if it ran out"
             ) from error
 
     def close(self) -> None:
@@ -74,14 +74,14 @@ class Process:
 
 
 def serve(dtype: str) -> None:
-    """What such a process does: blocks in, ids out, until its parent is gone."""
+    """The child's loop: read blocks, write ids, until the parent is gone."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     with suppress(EOFError, BrokenPipeError):
-        here = Here(Tokenizer(_receive(source), "the vocabulary"), np.dtype(dtype))
+        encoder = LocalEncoder(Tokenizer(_receive(source), "the vocabulary"), np.dtype(dtype))
         while True:
-            tokens, starts = here.encode(_receive(source), np.frombuffer(_receive(source), np.int64))
+            tokens, starts = encoder.encode(_receive(source), np.frombuffer(_receive(source), np.int64))
             _send(sink, tokens.tobytes(), starts.astype(np.int64).tobytes())
-    os._exit(0)  # without a word about the half of an answer that nobody reads
+    os._exit(0)  # quietly, although half an answer may be left unread
 
 
 def _send(pipe: IO[bytes], *parts: bytes) -> None:
@@ -92,7 +92,7 @@ def _send(pipe: IO[bytes], *parts: bytes) -> None:
 
 
 def _receive(pipe: IO[bytes]) -> bytes:
-    """The next part. EOFError where the other side is gone."""
+    """The next part. EOFError if the other side is gone."""
     head = pipe.read(8)
     part = pipe.read(int.from_bytes(head, "little"))
     if len(head) < 8 or len(part) < int.from_bytes(head, "little"):

@@ -1,7 +1,7 @@
-"""The tokenizer of somebody else's model, through the library `tokenizers`, its files kept as they are.
+"""Tokenizers of other people's models, through the library `tokenizers`; their files are kept unchanged.
 
-The only module that imports tokenizers. Ids are theirs to the last: what their tokenizer takes for a special piece in a
-text is one here too, unless their settings say otherwise as ours do.
+The only module that imports tokenizers. Ids are exactly theirs: special tokens written in a text are recognised unless
+their settings turn that off (`split_special_tokens`).
 """
 
 import json
@@ -18,13 +18,13 @@ from llm.base.errors import RecipeError, RefusedError
 from llm.data.tokenizer import MANIFEST, PROBES, SPACE, Tokenizer
 
 FILE = "tokenizer.json"
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 class HFTokenizer(Tokenizer):
-    """Documents begin with `bos`, which is their piece for a beginning, or else for an end; ids 0..vocab_size-1.
+    """Ids 0..vocab_size-1. Documents begin with `bos`, the model's token for a beginning, or else for an end.
 
-    A vocabulary may be larger than the tokenizer's pieces: the ids that are left over mean nothing.
+    `vocab_size` is the model's and may exceed the tokenizer's pieces; the ids left over mean nothing.
     """
 
     def __init__(self, files: dict[str, bytes], *, bos: int, ends: Iterable[int], vocab_size: int, name: str) -> None:
@@ -34,7 +34,7 @@ class HFTokenizer(Tokenizer):
         self._library.encode_special_tokens = _settings(files).get("split_special_tokens") is True
         named = [bos, *ends, self._library.get_vocab_size() - 1]
         if not all(isinstance(id, int) and 0 <= id < vocab_size for id in named):
-            raise RefusedError(f"{name} has ids that the model of {vocab_size} pieces has no place for")
+            raise RefusedError(f"{name} has ids outside the model's {vocab_size} pieces")
         self.files, self.bos, self.vocab_size = files, bos, vocab_size
         self.ends = tuple(sorted({bos, *ends}))
         self.banned = tuple(id for id in range(vocab_size) if self._library.id_to_token(id) is None)
@@ -47,7 +47,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest over the tokenizer's file and what else decides the ids of a document."""
+        """Digest of everything that decides the ids of a document."""
         return atomic_io.digest_of([self.files[FILE].decode(), self.bos, self.vocab_size])
 
     @cached_property
@@ -66,7 +66,7 @@ class HFTokenizer(Tokenizer):
         return str(self._library.id_to_token(int(id)) or "")
 
     def save(self, folder: Path, **about: Any) -> None:
-        """Write their files as they are, and a manifest with their digests and what they do not say."""
+        """Write their files unchanged, and a manifest with their digests and what they leave open."""
         digests = {name: atomic_io.digest_of(data.decode()) for name, data in self.files.items()}
         for name, data in self.files.items():
             atomic_io.write_bytes(folder / name, data)
@@ -74,7 +74,7 @@ class HFTokenizer(Tokenizer):
         atomic_io.write_checksummed(folder / MANIFEST, {**about, **says, "files": digests})
 
     def _bytes_of_all(self) -> list[bytes]:
-        """By id: byte-level pieces write each byte as a letter, others a byte as <0x..> and most a space as U+2581."""
+        """Bytes by id. Byte-level pieces write each byte as a letter; others write <0x..> and U+2581 for a space."""
         added = self._library.get_added_tokens_decoder()
         decoder = json.dumps(json.loads(self.files[FILE]).get("decoder"), ensure_ascii=False)
         byte_level, space = '"ByteLevel"' in decoder, SPACE if SPACE in decoder else " "
@@ -94,11 +94,11 @@ class HFTokenizer(Tokenizer):
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer that a run keeps in `folder`, trained here or borrowed. RefusedError where it is damaged."""
+    """The tokenizer in a run's `folder`, trained here or borrowed. RefusedError if it is damaged."""
     if not (folder / FILE).is_file():
         return Tokenizer.load(folder / "tokenizer.model")
     manifest = atomic_io.read_checksummed(folder / MANIFEST)
-    files = {name: folder / name for name in manifest["files"] if name in (FILE, *BESIDE)}
+    files = {name: folder / name for name in manifest["files"] if name in (FILE, *EXTRA_FILES)}
     for name, path in files.items():
         if not path.is_file() or atomic_io.digest_of(path.read_text(errors="replace")) != manifest["files"][name]:
             raise RefusedError(f"{path} is missing or damaged: its digest is not the recorded one")
@@ -108,26 +108,26 @@ def load(folder: Path) -> Tokenizer:
 
 
 def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of the model folder whose config.json is `config`; RefusedError where it cannot be had."""
+    """The tokenizer of a model folder with this config.json. RefusedError if it cannot be used."""
     vocab_size = config["vocab_size"]
-    files = {name: (folder / name).read_bytes() for name in (FILE, *BESIDE) if (folder / name).is_file()}
-    about = _settings(files, BESIDE[1]) | _settings(files, BESIDE[0])
+    files = {name: (folder / name).read_bytes() for name in (FILE, *EXTRA_FILES) if (folder / name).is_file()}
+    about = _settings(files, EXTRA_FILES[1]) | _settings(files, EXTRA_FILES[0])
     if "auto_map" in about:
-        raise RefusedError(f"{folder / BESIDE[0]} asks for code of its own (auto_map), which is not run here")
+        raise RefusedError(f"{folder / EXTRA_FILES[0]} asks for code of its own (auto_map), which is not run here")
     generation = folder / "generation_config.json"
     stated = [config, atomic_io.read_json(generation) if generation.is_file() else {}]
     if not isinstance(stated[1], dict):
         raise RefusedError(f"{generation} is damaged: no settings of generation")
 
     def piece(name: str, id_of: Callable[[str], int | None]) -> list[int]:
-        """The id of the tokenizer's piece for bos or eos, in a list, which is empty where it has none."""
+        """The id of the tokenizer's bos or eos, in a list that is empty if there is none."""
         content = about.get(f"{name}_token")
         content = content.get("content") if isinstance(content, dict) else content
         id = id_of(content) if isinstance(content, str) else None
         return [] if id is None else [id]
 
     def stated_ids(name: str) -> list[int]:
-        """Those of bos or eos that the model's configurations give."""
+        """The ids of bos or eos in the model's configuration files."""
         values = [each.get(f"{name}_token_id") for each in stated]
         ids = [id for value in values if value is not None for id in (value if isinstance(value, list) else [value])]
         for id in ids:
@@ -149,7 +149,7 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     library = _opened(files, str(folder / FILE))
     added = library.get_added_tokens_decoder()
     ends = [*piece("eos", library.token_to_id), *stated_ids("eos")]
-    # A configuration may keep its family's ids, which are ordinary pieces of this tokenizer.
+    # A configuration may have inherited its family's ids, which are ordinary pieces in this tokenizer.
     special = [id for id in stated_ids("bos") if id in added and added[id].special]
     starts = [*piece("bos", library.token_to_id), *special, *ends]
     if not starts:
@@ -157,8 +157,8 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     return HFTokenizer(files, bos=starts[0], ends=ends, vocab_size=vocab_size, name=str(folder / FILE))
 
 
-def _settings(files: dict[str, bytes], name: str = BESIDE[0]) -> dict[str, Any]:
-    """tokenizer_config.json, or another of such files. RefusedError where it is none."""
+def _settings(files: dict[str, bytes], name: str = EXTRA_FILES[0]) -> dict[str, Any]:
+    """The settings in tokenizer_config.json or a similar file. RefusedError if it is not a JSON object."""
     try:
         settings = json.loads(files.get(name, b"{}"))
         if isinstance(settings, dict):
@@ -180,7 +180,7 @@ def _opened(files: dict[str, bytes], name: str) -> Any:
 
 
 def _byte_letters() -> dict[str, bytes]:
-    """What each letter of a byte-level piece stands for: printable bytes themselves, the others from U+0100 on."""
+    """The byte of each letter in a byte-level piece: printable bytes stand for themselves, others start at U+0100."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): bytes([byte]) for byte in plain} | {chr(256 + n): bytes([b]) for n, b in enumerate(others)}

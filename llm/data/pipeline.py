@@ -1,7 +1,18 @@
-"""Prepare a text: survey it, train its tokenizer, write its token shards; each once, by content, kept in the cache.
+"""Prepare a text: survey it, train its tokenizer and write its token shards, each once and cached by content.
 
-The text is read once to be surveyed (twice where it is small) and once to be encoded, and not at all where its files
-have the size, times and inode that they had then.
+The road of the data, and the module of each stage:
+
+1. file -> chunks of text      sources.py, text_files.py   read, decompressed, checked to be UTF-8
+2. chunks -> documents         documents.py                cut by a rule; their bytes are not altered
+3. survey and split            pipeline.py                 digest and sizes; a hash of each document picks its side
+4. tokenizer                   tokenizer.py                trained on the training side; hf_tokenizer.py for others'
+5. documents -> blocks of ids  encoding.py                 in threads or processes
+6. blocks -> shards            shards.py                   Arrow files, mapped and read as one row of tokens
+7. shards -> windows           shuffle.py                  the window at each position, a function of the seed
+8. windows -> batches          batches.py                  the windows of a step and rank
+
+1 to 6 happen here; 7 and 8 while a model is trained. The text is read once to survey it (twice if it is small) and
+once to encode it, and not at all if its files still have the size, times and inode of the last survey.
 """
 
 import hashlib
@@ -28,19 +39,19 @@ from llm.data.sources import Source
 from llm.data.tokenizer import MANIFEST, SETTINGS, Tokenizer
 from llm.distributed.threads import cores
 
-SAMPLE = 16 << 20  # bytes that a tokenizer is trained on at most: more text changes few pieces and costs memory
-SMALL = 128 << 20  # bytes of shards that are checked against their sha256 at every start: a blink
-MEASURABLE = 1 << 10  # bytes of the validation side at least, some 300 tokens: its loss is then known to 0.15 nats
-LEAST = 256  # bytes of the validation side of the smallest text
-LEAST_PIECE = 512  # bytes: a document is not cut smaller than this so that a part of it can be held out
-LARGE = 16 << 20  # bytes of text that are worth the start of processes that encode it
+SAMPLE = 16 << 20  # bytes of text at most to train a tokenizer on: more changes few pieces and costs memory
+SMALL = 128 << 20  # bytes of shards up to which every start checks their sha256, in a fraction of a second
+MEASURABLE = 1 << 10  # least bytes of the validation side: some 300 tokens, which give its loss to 0.15 nats
+LEAST = 256  # least bytes of the validation side of a very small text
+LEAST_PIECE = 512  # bytes below which no document is cut in order to hold a part of it out
+LARGE = 16 << 20  # bytes of text from which it pays to start processes that encode it
 Item = TypeVar("Item")
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A text made ready: what encodes it and where its tokens lie."""
+    """A prepared text: its tokenizer and its token shards."""
 
     tokenizer: Tokenizer
     shards: Shards
@@ -48,23 +59,23 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one reading of the text finds out: its digest, and its documents and bytes on the two sides."""
+    """The result of reading a text once: its digest, and the documents and bytes of both sides. Stored as JSON."""
 
     sha256: str
     rule: str
-    share: float  # that is held out: text.validation, or more where that leaves too little to measure by
+    share: float  # fraction held out: text.validation, or more where that leaves too little to measure by
     documents: list[int]  # train, validation
     text_bytes: list[int]
-    notes: dict[str, int]  # what was cut or left out, and how often
+    notes: dict[str, int]  # counts of cuts and omissions
 
     @property
     def enough(self) -> float:
-        """Bytes that the validation side needs: MEASURABLE, or of a smaller text a twentieth, but LEAST."""
+        """Bytes that the validation side needs: MEASURABLE, or a twentieth of a smaller text, but at least LEAST."""
         return min(MEASURABLE, max(LEAST, sum(self.text_bytes) / 20))
 
     @property
     def is_split(self) -> bool:
-        """Whether both sides can be used, or no validation side is asked for."""
+        """True if both sides are usable, or no validation side is asked for."""
         return self.documents[0] > 0 and (not self.share or self.text_bytes[1] >= self.enough)
 
 
@@ -76,11 +87,10 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     own: Source | None = None,
 ) -> Prepared:
-    """The recipe's text as tokens, from the cache where it is there; `say` gets lines on what was found and done.
+    """The recipe's text as tokens, from the cache where possible; `say` receives lines on progress and findings.
 
-    `tokenizer` is used instead of the one that the recipe names, the documents of `own` instead of those that it names.
-
-    With `verify` the text is read again although its files look the same, and the shards are checked byte by byte.
+    A given `tokenizer` or `own` source replaces what the recipe names. `verify` reads the text again even if its files look
+    unchanged, and checks every byte of the shards.
     """
     cache = _cache(recipe.text.cache or "data")
     show = _Show(say, progress)
@@ -137,10 +147,7 @@ def _sides(train: int, validation: int) -> str:
 
 @contextmanager
 def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
-    """Hold the lock of what will lie at `path`; whoever waits for another process says so.
-
-    In a cache that cannot be written to there is nothing to lock.
-    """
+    """Hold the lock of a cache entry; a process that has to wait for another says so. A read-only cache needs none."""
     lock = path.parent.parent / "locks" / f"{path.parent.name}-{path.stem}.lock"
     if _read_only(lock.parent):
         yield
@@ -157,16 +164,16 @@ def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
 
 
 def _read_only(path: Path) -> bool:
-    """Whether nothing can be written at `path`, which need not be there yet."""
+    """True if `path`, which need not exist yet, cannot be written to."""
     return not os.access(next(each for each in (path, *path.absolute().parents) if each.exists()), os.W_OK)
 
 
 def _surveyed(
     text: Text, cache: Path, show: "_Show", *, verify: bool, most: int = MAX_DOCUMENT, own: Source | None = None
 ) -> tuple[Corpus, Survey, list[bytes]]:
-    """The text's documents, of `most` bytes, and their survey, out of the cache or with a sample for the tokenizer.
+    """Corpus and survey of the text, from the cache (with an empty sample) or read, with a sample for the tokenizer.
 
-    Documents too few or too large to hold out about as much as is asked for are cut smaller.
+    If documents of at most `most` bytes are too few or too large to hold some out, they are cut smaller.
     """
     corpus = Corpus(text, most, own)
     path = cache / "surveys" / f"{atomic_io.digest_of([corpus.identity, text.validation])}.json"
@@ -191,9 +198,9 @@ def _surveyed(
 
 
 def _survey(corpus: Corpus, asked: float, show: "_Show") -> tuple[Survey, list[bytes]]:
-    """Read the text, and split it at the share `asked`, or at the least that holds enough out to measure by.
+    """Read the text and hold out the fraction `asked`, or the smallest one that leaves enough to measure by.
 
-    Also answers training documents of SAMPLE bytes at most, those of the smallest hashes.
+    Also returns a sample of the training documents: those with the smallest hashes, at most SAMPLE bytes.
     """
     survey, sample, sizes = _read(corpus, asked, show)
     if not asked or survey.text_bytes[1] >= survey.enough:
@@ -208,8 +215,8 @@ def _survey(corpus: Corpus, asked: float, show: "_Show") -> tuple[Survey, list[b
     return survey, sample
 
 
-def _read(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[bytes], dict[float, int]]:
-    """Survey and sample of a text that is split at `share`, and the bytes at each of MEASURABLE lowest fractions."""
+def _read(corpus: Corpus, val_fraction: float, show: "_Show") -> tuple[Survey, list[bytes], dict[float, int]]:
+    """Survey and sample of the text at this split, and the bytes of text at each of the lowest MEASURABLE fractions."""
     digest, notes = hashlib.sha256(), Counter[str]()
     documents, text_bytes = [0, 0], [0, 0]
     sample: list[tuple[float, int, bytes]] = []
@@ -219,7 +226,7 @@ def _read(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[byt
         digest.update(len(document).to_bytes(8, "big"))
         digest.update(document)
         place = fraction(document)
-        side = int(place < share)
+        side = int(place < val_fraction)
         documents[side] += 1
         text_bytes[side] += len(document)
         sizes[place] += len(document)
@@ -230,12 +237,12 @@ def _read(corpus: Corpus, share: float, show: "_Show") -> tuple[Survey, list[byt
             sampled += len(document)
             while sampled > SAMPLE:
                 sampled -= len(heapq.heappop(sample)[2])
-    survey = Survey(digest.hexdigest(), corpus.rule, share, documents, text_bytes, dict(notes))
+    survey = Survey(digest.hexdigest(), corpus.rule, val_fraction, documents, text_bytes, dict(notes))
     return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])], sizes
 
 
 def _check(survey: Survey, text: Text, own: Source | None) -> None:
-    """TextError where the text, or one of its sides, holds nothing or too little; a share that is advised was tried."""
+    """TextError if the text or one of its sides holds too little. A fraction that the message advises was tried."""
     names, (train, validation) = ", ".join(text.files), survey.documents
     if train + validation == 0:
         raise TextError(f"{names}: there is nothing but whitespace: put your text there")
@@ -254,7 +261,7 @@ def _check(survey: Survey, text: Text, own: Source | None) -> None:
 
 
 def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
-    """The tokenizer that the recipe asks for, trained on the training side of the text, or read from the cache."""
+    """The recipe's tokenizer, trained on the training side of the text or read from the cache."""
     wanted = recipe.tokenizer
     key = atomic_io.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, wanted.vocabulary, wanted.terms])
     folder = cache / "tokenizers" / key
@@ -278,9 +285,8 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
 def _sharded(
     corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: "_Show", *, verify: bool
 ) -> Shards:
-    """The shards of this text, split and tokenizer, written or gone on with where they are not whole yet."""
-    share = survey.share
-    about = {"text": survey.sha256, "validation": share, "tokenizer": tokenizer.fingerprint}
+    """The shards of this text, split and tokenizer; writing continues where an earlier call was killed."""
+    about = {"text": survey.sha256, "validation": survey.share, "tokenizer": tokenizer.fingerprint}
     fingerprint = atomic_io.digest_of([sharding.FORMAT, about])
     folder = cache / "shards" / fingerprint
     with _alone(folder, "these token shards", show.say):
@@ -296,7 +302,9 @@ def _sharded(
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocab_size)
         about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocab_size}
         processes = cores() if tokenizer.by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
-        written = sharding.write(corpus.documents(), folder, tokenizer, share=share, about=about, processes=processes)
+        written = sharding.write(
+            corpus.documents(), folder, tokenizer, val_fraction=survey.share, about=about, processes=processes
+        )
         for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
             pass
         shards = Shards.open(folder)
@@ -307,7 +315,7 @@ def _sharded(
 
 
 def _check_space(folder: Path, text_bytes: int, vocab_size: int) -> None:
-    """DiskError where the shards would not fit: at two bytes of text a token, which ordinary text exceeds."""
+    """DiskError if the shards would not fit, assuming two bytes of text per token; ordinary text has more."""
     there = sum(path.stat().st_size for path in folder.glob("*.arrow"))
     needed = text_bytes // 2 * (2 if vocab_size <= 1 << 16 else 4) - there
     folder.mkdir(parents=True, exist_ok=True)
@@ -321,13 +329,13 @@ def _check_space(folder: Path, text_bytes: int, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class _Show:
-    """Shows how far a long work is: a bar on a terminal, else a line now and then, nothing where `progress` is off."""
+    """Progress of a long task: a bar on a terminal, otherwise a line every 10 s; nothing if `progress` is off."""
 
     say: Say
     progress: bool
 
     def over(self, items: Iterable[Item], what: str, total: int | None, size: Callable[[Item], int]) -> Iterator[Item]:
-        """The same items; `size` tells the bytes of text of one, of `total` in all."""
+        """The same items; `size` gives the bytes of text in one of them, `total` those of all."""
         if self.progress and sys.stderr.isatty():
             from tqdm import tqdm
 

@@ -1,7 +1,7 @@
-"""Token shards: Arrow streams whose rows are documents, each BOS and its ids, mapped and read as one row of tokens.
+"""Token shards: Arrow streams whose rows are documents (BOS and ids), memory-mapped and read as one row of tokens.
 
-A file holds one record batch, so that its tokens lie in one piece and a window is a view; how long windows are is not
-baked in. A file is finished once the journal names it; the manifest comes last and makes the folder a whole.
+A file holds one record batch, so its tokens are contiguous and a window of any length is a view. A file is finished
+once the journal names it; the manifest is written last and completes the folder.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ import numpy as np
 from llm.base import atomic_io
 from llm.base.errors import RefusedError
 from llm.data.documents import is_validation
-from llm.data.encoding import Here, Process
+from llm.data.encoding import LocalEncoder, ProcessEncoder
 from llm.data.sources import lean_datasets
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.threads import cores
 
 FORMAT = 1
-FILE = 16 << 20  # bytes of text in a file: what is held in memory before it is written
-BLOCK = 1 << 20  # bytes of text in a row of the pipeline: small next to memory, large next to what a row costs
+FILE = 16 << 20  # bytes of text in a file, which are held in memory until it is written
+BLOCK = 1 << 20  # bytes of text encoded at once: little memory, yet the overhead per block does not matter
 SIDES = ("train", "validation")
-PLACE = "shards.json"  # in a run
+PLACE = "shards.json"  # in a run's folder
 
-Files = dict[str, list[dict[str, Any]]]  # by side, what the manifest says of each file
+Files = dict[str, list[dict[str, Any]]]  # the manifest's entries, by side
 
 
 class Split:
-    """The training or the validation side: its documents end to end, `tokens` of them in all."""
+    """The training or validation side: its documents end to end, `tokens` tokens in all."""
 
     def __init__(self, folder: Path, files: list[dict[str, Any]], dtype: str) -> None:
         self.tokens: int = sum(file["tokens"] for file in files)
@@ -45,7 +45,7 @@ class Split:
         self._begins = np.cumsum([0] + [file["tokens"] for file in files])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1: (stop - start,) of the shards' integer type, a view where they lie in one file.
+        """Tokens start..stop-1: (stop - start,) of the shards' integer type, a view unless two files meet in it.
 
         IndexError past the last token.
         """
@@ -60,9 +60,10 @@ class Split:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def verified(self) -> "Split":
-        """This side; RefusedError names a file whose mapped bytes are no longer those that were written."""
+        """This side, checked. RefusedError names a file whose mapped bytes have changed since it was written."""
         for (path, file), (_, _, data) in zip(self._files, self._columns, strict=True):
-            cut = path.is_file() and path.stat().st_size != file["bytes"]  # to read past its end kills the process
+            # Reading past the end of a file that was cut kills the process, so its size is checked first.
+            cut = path.is_file() and path.stat().st_size != file["bytes"]
             if cut or hashlib.sha256(data).hexdigest() != file["sha256"]:
                 raise RefusedError(f"{path} was damaged while it was in use: {_mend(path.parent)}")
         return self
@@ -75,7 +76,7 @@ class Split:
 
 
 class Shards:
-    """An opened folder of shards. `fingerprint` says which text, split and tokenizer they are of."""
+    """An opened folder of shards. `fingerprint` identifies their text, split and tokenizer."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -84,7 +85,7 @@ class Shards:
 
     @classmethod
     def open(cls, folder: Path, verify: bool = False) -> "Shards":
-        """Map the files, sizes and counts checked; with `verify` every byte. RefusedError names the file at fault."""
+        """Map the files and check sizes and counts, with `verify` every byte. RefusedError names the faulty file."""
         path = folder / "manifest.json"
         if not path.is_file():
             raise RefusedError(f"{folder} holds no finished shards: prepare the text again")
@@ -101,15 +102,15 @@ class Shards:
 
 
 def keep_place(shards: Shards, run: Path) -> None:
-    """Write into a run where its shards lie, and of what they are."""
+    """Record in a run's folder where its shards lie and what they hold."""
     place = {"folder": str(shards.folder), "absolute": str(shards.folder.resolve())}
     atomic_io.write_checksummed(run / PLACE, {**place, **shards.manifest})
 
 
 def of_run(run: Path, verify: bool = False) -> Shards:
-    """The shards of a run, also from another working folder, or where both were moved. RefusedError where they are not.
+    """The shards of a run, from any working folder and after both were moved together. RefusedError if not found.
 
-    A relative place is one in the project, whose runs/ holds the run.
+    A relative path starts at the project, the folder whose runs/ holds the run.
     """
     kept = atomic_io.read_checksummed(run / PLACE)
     tops = (run.absolute().parent.parent, run.resolve().parent.parent, Path())
@@ -131,13 +132,13 @@ def _is_whole(folder: Path, file: dict[str, Any]) -> bool:
 
 
 def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Views of the file's tokens and of where its documents begin (and the last one ends); then all its bytes."""
+    """Views of the file's tokens and of its documents' bounds (documents + 1,), and the whole mapping."""
     import pyarrow
 
     if not path.is_file() or path.stat().st_size != file["bytes"]:
-        raise RefusedError(f"{path} is missing or has not its {file['bytes']} bytes: {_mend(path.parent)}")
+        raise RefusedError(f"{path} is missing or is not {file['bytes']} bytes long: {_mend(path.parent)}")
     try:
-        with pyarrow.memory_map(str(path)) as source:  # what was read keeps the map, without the open file
+        with pyarrow.memory_map(str(path)) as source:  # the buffer keeps the mapping alive, without the open file
             data = source.read_buffer()
         column = pyarrow.ipc.open_stream(data).read_all()["tokens"].chunk(0)
         tokens, starts = _view(column.values), _view(column.offsets)
@@ -149,7 +150,7 @@ def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray,
 
 
 def _view(array: Any) -> np.ndarray:
-    """An Arrow array's numbers; its own `to_numpy` imports pandas."""
+    """An Arrow array as NumPy, without copying; its own `to_numpy` imports pandas."""
     dtype = np.dtype(str(array.type))
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
@@ -159,15 +160,15 @@ def write(
     folder: Path,
     tokenizer: Tokenizer,
     *,
-    share: float,
+    val_fraction: float,
     about: dict[str, Any],
     processes: int = 0,
 ) -> Iterator[int]:
-    """Encode `documents` into shards in `folder`, which are whole at the end; yields the bytes of text done.
+    """Encode `documents` into shards in `folder`; yields the bytes of text done so far, step by step.
 
-    Files that an earlier, killed call finished are kept where they are what its journal says. `about` goes into the
-    manifest. The caller holds the folder's lock, and gives the same documents as in the earlier call. Without
-    `processes` this one encodes; the files' bytes are the same with any number of them.
+    Files that an earlier, killed call finished are kept if they match its journal. `about` goes into the manifest. The
+    caller holds the folder's lock and passes the same documents as in the earlier call. With 0 `processes`, this
+    process encodes; the files are the same bytes for any number.
     """
     atomic_io.make_folder(folder)
     files = _finished(folder)
@@ -175,7 +176,7 @@ def write(
     yield sum(file["text_bytes"] for file in itertools.chain(*files.values()))
     done = {side: sum(file["documents"] for file in files[side]) for side in SIDES}
     waiting: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for block in _encoded(_blocks(documents, share, done), tokenizer, dtype, processes):
+    for block in _encoded(_blocks(documents, val_fraction, done), tokenizer, dtype, processes):
         side = block["side"]
         waiting[side].append(block)
         yield block["text_bytes"]
@@ -192,7 +193,7 @@ def write(
 
 
 def _finished(folder: Path) -> Files:
-    """The files that the journal names and that are still what it says; all else in the folder is swept away."""
+    """The files that match their entry in the journal; everything else in the folder is removed."""
     journal = folder / "journal.json"
     named: Files = atomic_io.read_json(journal) if journal.is_file() else {side: [] for side in SIDES}
     files = {side: list(itertools.takewhile(lambda file: _is_whole(folder, file), named[side])) for side in SIDES}
@@ -203,12 +204,12 @@ def _finished(folder: Path) -> Files:
     return files
 
 
-def _blocks(documents: Iterable[bytes], share: float, done: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Documents of one side, about BLOCK bytes a block; the first `done` of each side, whole blocks, are left out."""
+def _blocks(documents: Iterable[bytes], val_fraction: float, done: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Blocks of documents of one side, about BLOCK bytes each, without the first `done` documents of each side."""
     gathered: dict[str, list[bytes]] = {side: [] for side in SIDES}
     size, skip = dict.fromkeys(SIDES, 0), dict(done)
     for document in documents:
-        side = SIDES[is_validation(document, share)]
+        side = SIDES[is_validation(document, val_fraction)]
         if skip[side]:
             skip[side] -= 1
             continue
@@ -227,10 +228,10 @@ def _block(side: str, documents: list[bytes]) -> dict[str, Any]:
 def _encoded(
     source: Iterator[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, processes: int
 ) -> Iterator[dict[str, Any]]:
-    """The blocks in order, each with `tokens`, the ids of its documents end to end, and `starts`, where each begins."""
+    """The blocks in order, each with `tokens`, the ids of its documents end to end, and their `starts` in it."""
     datasets = lean_datasets()
-    idle: SimpleQueue[Here | Process] = SimpleQueue()
-    encoders = [(Process if processes else Here)(tokenizer, dtype) for _ in range(processes or cores())]
+    idle: SimpleQueue[LocalEncoder | ProcessEncoder] = SimpleQueue()
+    encoders = [(ProcessEncoder if processes else LocalEncoder)(tokenizer, dtype) for _ in range(processes or cores())]
     for encoder in encoders:
         idle.put(encoder)
 
@@ -246,10 +247,10 @@ def _encoded(
     columns = {"side": datasets.Value("string"), "text": datasets.Value("large_binary"), "lengths": lengths}
     rows = datasets.IterableDataset.from_generator(_Unhashed(source), features=datasets.Features(columns))
     try:
-        if tokenizer.by_words and not processes:  # at each new word another thread would take the interpreter's lock
+        if tokenizer.by_words and not processes:  # threads would fight for the interpreter's lock at each new word
             yield from map(encode, rows.with_format("arrow"))
             return
-        # A block a thread keeps all cores busy to the end: sentencepiece's own threads wait for their slowest.
+        # One block per thread keeps all cores busy; sentencepiece's own threads would wait for the slowest of them.
         with ThreadPoolExecutor(len(encoders)) as pool:
             waiting: deque[Future[dict[str, Any]]] = deque()
             for table in rows.with_format("arrow"):
@@ -264,7 +265,7 @@ def _encoded(
 
 
 class _Unhashed:
-    """A generator for `datasets`, which hashes by pickling, for a cache that is not used, and cannot pickle one."""
+    """A generator that `datasets` can pickle, as it wants to in order to hash it for a cache that is not used."""
 
     def __init__(self, source: Iterator[dict[str, Any]]) -> None:
         self._source = source
@@ -277,7 +278,7 @@ class _Unhashed:
 
 
 def _write_file(folder: Path, files: Files, side: str, blocks: list[dict[str, Any]]) -> None:
-    """Make these blocks the side's next file, and name it in the journal."""
+    """Write these blocks as the side's next file, and name it in the journal."""
     import pyarrow
 
     tokens = np.concatenate([block["tokens"] for block in blocks])

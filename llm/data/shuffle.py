@@ -1,7 +1,7 @@
-"""Which window stands at which position of the endless shuffled order: a keyed permutation with no memory.
+"""The order of the training windows: a keyed permutation per epoch, computed rather than stored.
 
-Every epoch is a permutation of its own, computed, not stored, so that any step's windows follow from (seed, step)
-alone. In every epoch the windows begin at another offset, so that no token is always the first of its window.
+The windows of any step thus follow from (seed, step) alone. Each epoch's windows begin at another offset, so that no
+token is always the first of its window.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from llm.base.hashing import mix
 
 
 def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where a permutation of 0 .. size - 1 that is picked by `key` sends each `index`: int64, in the shape of `index`.
+    """The image of each `index` under a permutation of 0 .. size - 1 chosen by `key`: int64, in the shape of `index`.
 
     A Feistel network on the next even number of bits, walked until it falls below `size` (Black and Rogaway, "Ciphers
     with arbitrary finite domains", 2002): fewer than four walks on average.
@@ -35,7 +35,7 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WindowShuffle:
-    """The order of the windows of `context` tokens, and the one after, over a training side of `tokens` tokens."""
+    """The shuffled order of windows (`context` tokens and the one after) over a training side of `tokens` tokens."""
 
     seed: int
     tokens: int
@@ -43,11 +43,11 @@ class WindowShuffle:
 
     @property
     def windows(self) -> int:
-        """Windows of an epoch. One fewer than would fit is taken where that leaves room for the offset."""
+        """Windows per epoch: one fewer than fit (but at least 1), to leave room for the offset."""
         return max(1, self.tokens // self.context - 1)
 
     def offset(self, epoch: int) -> int:
-        """Token at which the first window of `epoch` begins: any that leaves room, so that the end is read too."""
+        """First token of the first window of `epoch`, drawn from all that leave room, so that the end is read too."""
         slack = self.tokens - 1 - self.windows * self.context
         return mix(self.seed, epoch, 1) % (slack + 1)
 

@@ -1,8 +1,8 @@
 """Text to token ids and back, with sentencepiece: train, encode, decode, fingerprint.
 
-Our own vocabularies are BPE with one piece for each byte and no normalisation, so that every text comes back byte for
-byte. They are trained with one fixed number of threads: the same text gives the same file. As no piece of theirs goes
-on from one word into the next, the ids of a text are those of its words, and most words have been met before.
+Vocabularies trained here are BPE with a piece for each byte and no normalisation, so every text comes back byte for
+byte. They are trained with a fixed number of threads: the same text gives the same file. Since none of their pieces
+crosses from one word into the next, a text is encoded word by word, and most words are found in a cache.
 """
 
 import codecs
@@ -22,32 +22,32 @@ from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError, TextError
 from llm.config.schema import MIN_VOCAB_SIZE
 
-sentencepiece.set_min_log_level(3)  # what goes wrong is raised, and said by us
+sentencepiece.set_min_log_level(3)  # errors are raised and reported here
 
 MANIFEST = "manifest.json"  # beside a .model of our own
-SETTINGS = 1  # counts the changes of how vocabularies are trained
-LINE = 4000  # bytes of a line in training: sentencepiece leaves out longer ones than 4,192 without a word
-PART = 1 << 14  # characters encoded at once: the cost a character grows with the length
-SPACE = "\u2581"  # how sentencepiece writes a space inside of pieces
-WORD = re.compile(r"\n| *[^ \n]+| +")  # a newline, or spaces and what follows them: what such pieces do not cross
-REMEMBERED = 200_000  # words whose ids are kept: about 50 MB
-LONGEST_WORD = 32  # characters of a word that is kept: longer ones seldom come again
-MOST_CROSSING = 64  # pieces that go on into the next word: with more, looking for them costs more than words save
+SETTINGS = 1  # counts changes to the way vocabularies are trained
+LINE = 4000  # bytes of a line in training: sentencepiece silently leaves out lines of more than 4,192
+PART = 1 << 14  # characters encoded at once: the cost per character grows with the length
+SPACE = "\u2581"  # a space inside sentencepiece's pieces
+WORD = re.compile(r"\n| *[^ \n]+| +")  # a newline, or spaces and what follows: our pieces cross none
+REMEMBERED = 200_000  # words in the cache: about 50 MB
+LONGEST_WORD = 32  # characters of a word in the cache: longer ones seldom come again
+MOST_CROSSING = 64  # pieces that cross into the next word; with more, the search for them costs more than it saves
 PROBES = (
     "a", " a", "a ", "a\nb", "\n\n", "  a   b ", "\t\r\n", "\0", "A1234.5", "Ａﬁ①é e\u0301 ß", "한국어 漢字 ไทย עברית", 
     "🎉👩‍👩‍👧", "\ufeff\u200b\u2028\u00a0", "<s></s><unk><0x41>", f"a{SPACE}b {SPACE}", "\U0010ffff\ufffd")  # fmt: skip
 
 
 class Tokenizer:
-    """A vocabulary of sentencepiece, ids 0..vocab_size-1. A document begins with `bos`, which `encode` does not add.
+    """A sentencepiece vocabulary, ids 0..vocab_size-1. A document begins with `bos`, which `encode` does not add.
 
-    A text ends before any of `ends`: where the next one begins, and where those who made the model let theirs end.
+    A text ends before any of `ends`: `bos`, where the next document begins, and the end tokens of a borrowed model.
     """
 
     def __init__(self, model: bytes, name: str, ends: Iterable[int] = ()) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            if not model:  # which is taken for a vocabulary of nothing
+            if not model:  # sentencepiece takes it for an empty vocabulary
                 raise RuntimeError
         except RuntimeError as error:
             raise RefusedError(f"{name} is damaged or no sentencepiece model: name another") from error
@@ -65,23 +65,20 @@ class Tokenizer:
         self._bytes = self._bytes_of_all()
         self._adds_space = b"".join(self._bytes[id] for id in self._processor.encode("a")) == b" a"
         self._sign = self._find_sign()
-        # In a vocabulary of our own: control pieces, then symbols that are split off first, bytes, and pieces by rank.
+        # Order of ids in our own vocabularies: controls, symbols that are split off first, bytes, pieces by rank.
         bytes_at = [id for id in range(self.vocab_size) if self._processor.is_byte(id)]
         self.unknown: int = self._processor.unk_id()
         self.controls = [id for id in range(self.vocab_size) if self._processor.is_control(id)]
         self.symbols = [id for id in range(min(bytes_at, default=0)) if id not in (self.unknown, *self.controls)]
         self.first_piece = max(bytes_at, default=-1) + 1
         self._words, self._crossing = _Words(self._processor), self._find_crossing()
-        self.by_words = False  # whether texts are encoded word by word: once that is known to be exact
+        self.by_words = False  # not before it is known to be exact
         self.lossless = all(self.decode(self.encode(probe)) == probe for probe in PROBES)
         self.by_words = self.is_exact_bpe and len(self._crossing) <= MOST_CROSSING
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """The vocabulary in a .model file. RefusedError where it is damaged, RecipeError where it is not there.
-
-        One that we saved must be what its manifest says, to the bit.
-        """
+        """Load a .model file. RefusedError if it is damaged or differs from its manifest, RecipeError if missing."""
         if not path.is_file():
             raise RecipeError(f"{path} is not there: name a sentencepiece .model")
         manifest = path.with_name(MANIFEST)
@@ -92,7 +89,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[bytes], *, vocab_size: int, terms: Sequence[str] = ()) -> "Tokenizer":
-        """A lossless BPE vocabulary of this size, in which `terms` stay whole. TextError where the text forbids it."""
+        """Train a lossless BPE vocabulary that keeps `terms` whole. TextError if the text does not allow this size."""
         if taken := [term for term in terms if re.fullmatch(r"<s>|<unk>|<0x[0-9A-F]{2}>", term)]:
             raise RecipeError(f"tokenizer.terms: {taken[0]} is the name of a piece of its own: leave it out")
         if odd := [term for term in terms if re.search(r"^ $|[\x00\u2581\ud800-\udfff]", term)]:
@@ -108,7 +105,7 @@ class Tokenizer:
                 byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
                 remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1,
                 pad_id=-1, num_threads=4,
-                required_chars=SPACE)  # without a piece of its own a space would be read back as a U+2581  # fmt: skip
+                required_chars=SPACE)  # else a space would be decoded as U+2581  # fmt: skip
         except RuntimeError as error:
             if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
                 fits = f", or at most tokenizer.vocabulary={most[1]}" if int(most[1]) >= MIN_VOCAB_SIZE else ""
@@ -125,7 +122,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest over pieces, scores and types, and over the ids of PROBES, in which the other settings show."""
+        """Digest of pieces, scores, types and the ids of PROBES, which reveal all other settings."""
         sp, ids = self._processor, list(range(self.vocab_size))
         types = [[sp.is_unknown(id), sp.is_control(id), sp.is_byte(id), sp.is_unused(id)] for id in ids]
         pieces = [sp.id_to_piece(ids), [score.hex() for score in sp.get_score(ids)], types]
@@ -133,13 +130,13 @@ class Tokenizer:
 
     @cached_property
     def is_exact_bpe(self) -> bool:
-        """Whether ids follow from pieces and their ranks alone, as in the vocabularies that are trained here."""
+        """True if pieces and their ranks alone decide the ids, as in vocabularies trained here."""
         scores = self._processor.get_score(list(range(self.first_piece, self.vocab_size)))
         return self.lossless and self._sign is not None and all(score == -rank for rank, score in enumerate(scores))
 
     @property
     def is_portable(self) -> bool:
-        """Whether tokenizer.json can say it."""
+        """True if tokenizer.json can express it."""
         return self.is_exact_bpe
 
     def encode(self, text: str) -> list[int]:
@@ -153,7 +150,7 @@ class Tokenizer:
         return [self._words.encode(text) if words else next(whole) for text, words in zip(texts, alone, strict=True)]
 
     def _encode(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
-        """The same by sentencepiece, which is asked for each text anew."""
+        """`encode_batch` by sentencepiece, without the cache of words."""
         if self._sign is None or not any(len(text) > PART or SPACE in text for text in texts):
             ids: list[np.ndarray] = self._processor.encode(texts, num_threads=threads, return_type="numpy")
             return ids
@@ -169,15 +166,15 @@ class Tokenizer:
         return text[1:] if self._adds_space and text.startswith(" ") else text
 
     def piece(self, id: int) -> str:
-        """The piece as the vocabulary writes it, `▁` for a space."""
+        """The piece as stored in the vocabulary, with `▁` for a space."""
         return str(self._processor.id_to_piece(int(id)))
 
     def bytes_of(self, id: int) -> bytes:
-        """The bytes of text that this id stands for; none for BOS and the like."""
+        """The bytes of text that this id stands for; empty for controls such as BOS."""
         return self._bytes[id]
 
     def save(self, folder: Path, **about: Any) -> None:
-        """Write tokenizer.model, tokenizer.vocab for people (a piece, a tab and its score on a line), a manifest."""
+        """Write tokenizer.model, tokenizer.vocab for people (piece, tab, score) and a manifest."""
         ids = list(range(self.vocab_size))
         rows = zip(self._processor.id_to_piece(ids), self._processor.get_score(ids), strict=True)
         vocab = "".join(f"{piece}\t{score:g}\n" for piece, score in rows)
@@ -188,7 +185,7 @@ class Tokenizer:
         atomic_io.write_checksummed(folder / MANIFEST, {**about, "sha256": hashlib.sha256(self.model).hexdigest()})
 
     def _is_no_text(self, id: int) -> bool:
-        """Whether a model should never say this id: the unknown, unused ones, and controls that end no text."""
+        """True if a model must never generate this id: unknown, unused, or a control that ends no text."""
         sp = self._processor
         return bool(sp.is_unknown(id) or sp.is_unused(id) or (sp.is_control(id) and id not in self.ends))
 
@@ -205,12 +202,12 @@ class Tokenizer:
         return table
 
     def _find_crossing(self) -> list[str]:
-        """What must not be in a text that is encoded word by word: U+2581, and pieces with a space behind a letter."""
+        """Strings that rule out encoding a text word by word: U+2581, and pieces with a space after a letter."""
         pieces = (self._processor.id_to_piece(id) for id in [*self.symbols, *range(self.first_piece, self.vocab_size)])
         return [SPACE, *(piece.replace(SPACE, " ") for piece in pieces if re.search(f"[^{SPACE}]{SPACE}", piece))]
 
     def _find_sign(self) -> np.ndarray | None:
-        """The byte pieces that write a literal U+2581, None for a vocabulary whose texts cannot be encoded in parts."""
+        """The byte pieces of a literal U+2581, or None if this vocabulary cannot encode texts in parts."""
         sp = self._processor
         sign = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         newline = sp.piece_to_id("\n")
@@ -220,7 +217,7 @@ class Tokenizer:
 
 
 class _Words(dict[str, bytes]):
-    """The ids of words as bytes of int32, which sentencepiece is asked for once; too many are forgotten together."""
+    """A cache of the ids of words, as bytes of int32; emptied when it is full."""
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
         super().__init__()
@@ -239,24 +236,24 @@ class _Words(dict[str, bytes]):
 
 
 class TextStream:
-    """Text out of ids as they come, such that the joined text is what `decode` gives for all of them after a prompt."""
+    """Decodes ids one at a time; the joined text equals `decode` of all of them after a prompt."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._bytes_of = tokenizer.bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, id: int) -> str:
-        """The text that is certain by now: bytes of an unfinished character are held back."""
+        """The text that this id completes; bytes of an unfinished character are held back."""
         return self._decoder.decode(self._bytes_of(id))
 
     def flush(self) -> str:
-        """What was held back, as U+FFFD."""
+        """The bytes held back, as U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
 def _lines(documents: Iterable[bytes]) -> Iterator[str]:
     for document in documents:
-        for line in re.split("[\n\t]", document.decode()):  # the trainer leaves out lines with a tab, its own mark
+        for line in re.split("[\n\t]", document.decode()):  # the trainer leaves out lines with a tab, its separator
             if len(line) * 4 <= LINE or len(line.encode()) <= LINE:
                 yield line
             else:
@@ -264,7 +261,7 @@ def _lines(documents: Iterable[bytes]) -> Iterator[str]:
 
 
 def _parts(text: str) -> list[str]:
-    """Parts of `text` that are encoded alone: long text line by line, and each literal U+2581, which becomes bytes."""
+    """Split `text` into parts to encode separately: long text at line ends, and each literal U+2581."""
     parts = []
     for each in re.split(f"({SPACE})", text):
         begin = 0

@@ -1,6 +1,6 @@
-"""What a text costs without any network: bits per byte of gzip, of xz and of a byte 5-gram that read the training side.
+"""Baselines without a network: bits per byte of gzip, xz and a byte 5-gram.
 
-Each has read what the model has, as far as it can: gzip looks 32 KiB back, xz and the 5-gram see all of it.
+xz and the 5-gram see the training side first, as the model does; gzip looks only 32 KiB back.
 """
 
 import lzma
@@ -9,11 +9,11 @@ import zlib
 import numpy as np
 
 ORDER = 5  # bytes of a gram
-MOST = 32 << 20  # bytes of training text that are read: counting sorts them
+MOST = 32 << 20  # bytes of training text to read: counting has to sort them
 
 
 def yardsticks(train: bytes, text: bytes) -> dict[str, float]:
-    """Bits per byte of `text` for each of them, after having read `train`."""
+    """Bits per byte of `text` by each baseline, after `train`."""
     train = train[-MOST:]
     return {
         "gzip": 8 * len(zlib.compress(text, 9)) / len(text),
@@ -27,11 +27,11 @@ def _xz(data: bytes) -> int:
 
 
 def ngram_bits(train: bytes, text: bytes, order: int = ORDER) -> float:
-    """Bits that `text` costs by counts of `train`, of up to `order` bytes, interpolated after Witten and Bell (1991).
+    """Bits of `text` under an n-gram model of `train`, interpolated as by Witten and Bell (1991).
 
     p_n(c | h) = (count(hc) + kinds(h) p_{n-1}(c | h')) / (count(h) + kinds(h)), from 1/256 on.
     """
-    share = np.full(len(text), 1 / 256)
+    probability = np.full(len(text), 1 / 256)
     for length in range(1, order + 1):
         grams, counts = np.unique(_codes(train, length), return_counts=True)
         contexts, first = np.unique(grams >> 8, return_index=True)
@@ -41,13 +41,13 @@ def ngram_bits(train: bytes, text: bytes, order: int = ORDER) -> float:
         at = slice(len(text) - len(seen), None)  # the first bytes have no context of this length
         count, total, kind = _look(grams, counts, seen), *(_look(contexts, of, seen >> 8) for of in (totals, kinds))
         known = total > 0
-        longer = (count + kind * share[at]) / np.maximum(total + kind, 1)
-        share[at] = np.where(known, longer, share[at])
-    return float(-np.log2(share).sum())
+        longer = (count + kind * probability[at]) / np.maximum(total + kind, 1)
+        probability[at] = np.where(known, longer, probability[at])
+    return float(-np.log2(probability).sum())
 
 
 def _codes(data: bytes, length: int) -> np.ndarray:
-    """Every run of `length` bytes as one number: (len(data) - length + 1,) of int64."""
+    """Each run of `length` bytes as an integer: (len(data) - length + 1,) of int64."""
     values = np.frombuffer(data, np.uint8).astype(np.int64)
     codes = np.zeros(max(len(values) - length + 1, 0), np.int64)
     for at in range(length):
@@ -56,7 +56,7 @@ def _codes(data: bytes, length: int) -> np.ndarray:
 
 
 def _look(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 for one that is not there. `keys` are sorted."""
+    """The value of each wanted key, 0 for a missing one. `keys` are sorted."""
     if not len(keys):
         return np.zeros(len(wanted))
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

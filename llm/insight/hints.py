@@ -1,8 +1,7 @@
-"""What a text allows a recipe, and what came of it: each ends with the one change that would help most.
+"""Hints before and after a run: facts about text and run, then the one change that would help most.
 
-Held against the tables of recipes/README.md: more pieces win there, so nobody is told to take fewer, and dropout pays
-only where the text is read many times. That up to four epochs cost almost nothing, and how many tokens a weight can
-use, is what others found at larger sizes.
+They follow the measurements in recipes/README.md, where more pieces always win and dropout pays only if the text is
+read many times. FRESH and LONG_READ come from the literature on larger models.
 """
 
 from typing import Any
@@ -11,14 +10,14 @@ from llm.config.resolving import MANY_EPOCHS
 from llm.config.schema import Recipe
 from llm.model import cost
 
-FRESH = 4  # passes over a text that count almost as much as fresh text
-LEARNT_BY_HEART = 0.5  # nats by which validation lies above training where a text was read too often for its size
-LONG_READ = 40  # tokens read for each parameter, beyond which a larger model learns more from them
-SHORT_DECAY = 0.4  # of a run: a rate that falls over less of it ended worse, one that never falls by far
+FRESH = 4  # epochs that are worth almost as much as fresh text
+LEARNT_BY_HEART = 0.5  # nats of validation loss above training loss that show memorisation
+LONG_READ = 40  # tokens read per parameter, beyond which a larger model learns more from them
+SHORT_DECAY = 0.4  # fraction of a run: shorter decays of the learning rate ended worse, none by far the worst
 
 
 def of_text(recipe: Recipe, tokens: int, vocab_size: int) -> str:
-    """What a training side of `tokens` tokens allows a recipe that knows its length in steps: two lines."""
+    """Two lines before a run with a known number of steps: what its `tokens` tokens allow, and a hint."""
     model, train = recipe.model, recipe.train
     read, numbers = train.steps * train.tokens_per_step, cost.parameters(model, vocab_size)
     pieces = vocab_size * model.dim * (1 if model.tied else 2) / numbers
@@ -29,7 +28,7 @@ def of_text(recipe: Recipe, tokens: int, vocab_size: int) -> str:
         change = f"reading the text more often, up to {FRESH} times for almost full worth: train.epochs={FRESH}"
     elif epochs > MANY_EPOCHS and not model.dropout:
         change = f"dropout, as the text is read more than {MANY_EPOCHS} times: model.dropout=auto"
-    elif read > LONG_READ * numbers and tokens > numbers:  # with fewer tokens than weights, more would learn by heart
+    elif read > LONG_READ * numbers and tokens > numbers:  # else a larger model would memorise the text
         change = f"a larger model, as each weight sees {read / numbers:,.0f} tokens: model.layers={model.layers * 2}"
     else:
         change = "more text"
@@ -41,7 +40,7 @@ def of_text(recipe: Recipe, tokens: int, vocab_size: int) -> str:
 
 
 def of_run(recipe: Recipe, evaluations: list[dict[str, Any]]) -> str:
-    """From when on more epochs stopped paying, if they did, and what would help; `evaluations` in their order."""
+    """One line after a run: the trend of its `evaluations`, which are in order, and a hint."""
     best, last = min(evaluations, key=lambda each: each["bits_per_byte"]), evaluations[-1]
     by_heart = last["val_loss"] - last.get("train_loss", last["val_loss"]) >= LEARNT_BY_HEART
     worse, epochs = best["step"] < last["step"], last["epochs_seen"]

@@ -62,7 +62,7 @@ def spread(values: list[float]) -> str:
 
 def write_all(documents: Iterable[bytes], folder: Path, tokenizer: Tokenizer, processes: int = 0) -> None:
     about = {"fingerprint": ""}
-    for _ in write(documents, folder / "shards", tokenizer, share=0.05, about=about, processes=processes):
+    for _ in write(documents, folder / "shards", tokenizer, val_fraction=0.05, about=about, processes=processes):
         pass
 
 
