@@ -89,8 +89,8 @@ def prepare(
 ) -> Prepared:
     """The recipe's text as tokens, from the cache where possible; `say` receives lines on progress and findings.
 
-    A given `tokenizer` or `own` source replaces what the recipe names. `verify` reads the text again even if its files look
-    unchanged, and checks every byte of the shards.
+    A given `tokenizer` or `own` source replaces what the recipe names. `verify` reads the text again even if its
+    files look unchanged, and checks every byte of the shards.
     """
     cache = _cache(recipe.text.cache or "data")
     show = _Show(say, progress)
