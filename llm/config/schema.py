@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 Auto: TypeAlias = Literal["auto"]
 Epochs = typing.NewType("Epochs", str)  # a time constant in passes over the text, such as "0.7 epochs"
 
-MIN_VOCAB_SIZE = 264  # 256 bytes, the pieces without text, and a few to spare
+MIN_VOCAB_SIZE = 268  # 256 bytes, the pieces without text, and a few to spare
 RUN_NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # cannot lead out of runs/
 STEP = "step-([0-9]{1,15})"  # a checkpoint's folder
 RESERVED_NAMES = "best|newest|checkpoints|step-.*"  # RUN/best and the like name checkpoints

@@ -24,8 +24,10 @@ from llm.config.schema import MIN_VOCAB_SIZE
 
 sentencepiece.set_min_log_level(3)  # errors are raised and reported here
 
+# Turn markers of conversations: each has an id, and no text is ever encoded to one.
+CONTROLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 MANIFEST = "manifest.json"  # beside a .model of our own
-SETTINGS = 1  # counts changes to the way vocabularies are trained
+SETTINGS = 2  # counts changes to the way vocabularies are trained
 LINE = 4000  # bytes of a line in training: sentencepiece silently leaves out lines of more than 4,192
 PART = 1 << 14  # characters encoded at once: the cost per character grows with the length
 SPACE = "\u2581"  # a space inside sentencepiece's pieces
@@ -90,7 +92,8 @@ class Tokenizer:
     @classmethod
     def train(cls, documents: Iterable[bytes], *, vocab_size: int, terms: Sequence[str] = ()) -> "Tokenizer":
         """Train a lossless BPE vocabulary that keeps `terms` whole. TextError if the text does not allow this size."""
-        if taken := [term for term in terms if re.fullmatch(r"<s>|<unk>|<0x[0-9A-F]{2}>", term)]:
+        reserved = {"<s>", "<unk>", *CONTROLS}
+        if taken := [term for term in terms if term in reserved or re.fullmatch("<0x[0-9A-F]{2}>", term)]:
             raise RecipeError(f"tokenizer.terms: {taken[0]} is the name of a piece of its own: leave it out")
         if odd := [term for term in terms if re.search(r"^ $|[\x00\u2581\ud800-\udfff]", term)]:
             raise RecipeError(
@@ -101,6 +104,7 @@ class Tokenizer:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_lines(documents), model_writer=out, model_type="bpe", vocab_size=vocab_size,
+                control_symbols=list(CONTROLS),
                 user_defined_symbols=["\n", *dict.fromkeys(term.replace(" ", SPACE) for term in terms)],
                 byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
                 remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=-1,
@@ -168,6 +172,11 @@ class Tokenizer:
     def piece(self, id: int) -> str:
         """The piece as stored in the vocabulary, with `▁` for a space."""
         return str(self._processor.id_to_piece(int(id)))
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of a piece by its stored name, or None."""
+        id = self._processor.piece_to_id(piece)
+        return int(id) if id != self.unknown or piece == self.piece(self.unknown) else None
 
     def bytes_of(self, id: int) -> bytes:
         """The bytes of text that this id stands for; empty for controls such as BOS."""

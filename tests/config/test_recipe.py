@@ -499,7 +499,7 @@ def test_an_ordinary_name_of_a_run_is_taken(tmp_path: Path, name: str) -> None:
         (["machine.micro_batch=3"], "does not divide the 16 windows of a step", "machine.micro_batch=2"),
         (["machine.micro_batch=100"], "try 16", "machine.micro_batch=16"),
         (["model.context=2", "train.tokens_per_step=9999999986", "machine.micro_batch=999999999"], "try", None),
-        (["tokenizer.vocabulary=264", "tokenizer.terms=[a, b]"], "at least 266", "tokenizer.vocabulary=266"),
+        (["tokenizer.vocabulary=268", "tokenizer.terms=[a, b]"], "at least 270", "tokenizer.vocabulary=270"),
         (["train.warmup=61"], "overlap in a run of 100 steps: use at most train.warmup=60", "train.warmup=60"),
         (["train.warmup=1", "train.decay=100%"], "overlap", "train.decay=99%"),
     ],

@@ -243,7 +243,7 @@ UNSPLIT: dict[str, tuple[bytes, dict[str, object]]] = {
 def test_the_share_that_an_error_on_the_sides_names_works(tmp_path: Path, case: str) -> None:
     data, changes = UNSPLIT[case]
     (tmp_path / "text.txt").write_bytes(data)
-    changes = {"text__validation": 0.05, "tokenizer__vocabulary": 284, "model__context": 8, **changes}
+    changes = {"text__validation": 0.05, "tokenizer__vocabulary": 288, "model__context": 8, **changes}
     with pytest.raises(TextError) as raised:
         told(tmp_path, **changes)
     assert raised.value.status == 2

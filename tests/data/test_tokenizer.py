@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llm.base.errors import RecipeError, RefusedError, TextError
 from llm.data import tokenizer as tokenization
 from llm.data.sources import wiki_documents
-from llm.data.tokenizer import PART, PROBES, TextStream, Tokenizer
+from llm.data.tokenizer import CONTROLS, PART, PROBES, TextStream, Tokenizer
 from tests.data.test_documents import needs_wiki
 
 draw = random.Random(1)
@@ -26,6 +26,9 @@ HOSTILE = [
     "é\n" * 40_000, "x\u2581" * 3_000, "\u202eabc\u202c", "e\u0301\u0323", "ß ẞ ſ ﬃ ½ Å Å", "<unk>", "<s>", "<0x0A>",
     "\ud7ff\ue000\U00010000\U0010fffd", "\t\t  \t", "  \n  \n\n   ", "1234567890" * 9, "NewYork", " New  York ",
     "مرحبا بالعالم", "👨‍👩‍👧‍👦🇩🇪"]  # fmt: skip
+
+
+MARKED = "".join(f"{control} {control}{control}\n<{control}>" for control in CONTROLS)  # text that spells the markers
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,25 @@ def test_a_stream_holds_back_an_unfinished_character(tokenizer: Tokenizer) -> No
     ids, stream = tokenizer.encode("🎉"), TextStream(tokenizer)
     assert [stream.feed(id) for id in ids] == ["", "", "", "🎉"]
     assert stream.feed(ids[0]) == "" and stream.flush() == "\ufffd"
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from([*CONTROLS, "<", "|", ">", "<|", "|>", "user", "end", " ", "\n", "a"]), max_size=40))
+def test_no_text_yields_a_turn_marker_even_if_the_vocabulary_was_trained_on_them(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    for vocabulary in (plain(), on_markers()):
+        markers = [vocabulary.id_of(control) for control in CONTROLS]
+        assert markers == [2, 3, 4, 5] and set(markers) <= set(vocabulary.banned)
+        assert [vocabulary.piece(id) for id in markers] == list(CONTROLS)
+        assert vocabulary.decode(markers) == ""
+        ids = vocabulary.encode(text)
+        assert vocabulary.decode(ids) == text and not {*markers, vocabulary.bos} & {*ids}
+
+
+@cache
+def on_markers() -> Tokenizer:
+    """A vocabulary trained on little else but the spelled markers."""
+    return Tokenizer.train([MARKED.encode()] * 50 + DOCUMENTS[:20], vocab_size=330)
 
 
 def test_long_text_has_the_ids_that_sentencepiece_gives_it_whole(tokenizer: Tokenizer) -> None:
@@ -204,6 +226,8 @@ def test_too_small_a_vocabulary_says_the_smallest_that_fits() -> None:
 def test_a_term_that_cannot_be_a_piece_is_one_line() -> None:
     with pytest.raises(RecipeError, match=r"tokenizer\.terms: <s>"):
         Tokenizer.train(DOCUMENTS, vocab_size=320, terms=("Har", "<s>"))
+    with pytest.raises(RecipeError, match=r"tokenizer\.terms: <\|end\|>"):
+        Tokenizer.train(DOCUMENTS, vocab_size=320, terms=("Har", "<|end|>"))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +241,7 @@ def test_a_term_that_no_vocabulary_can_keep_whole_is_named(terms: tuple[str, ...
 
 
 def test_long_lines_and_tabs_are_not_left_out_of_training() -> None:
-    tokenizer = Tokenizer.train([b"river " * 10_000, b"sea\twind\n" * 50], vocab_size=280)
+    tokenizer = Tokenizer.train([b"river " * 10_000, b"sea\twind\n" * 50], vocab_size=284)
     assert len(tokenizer.encode(" river")) == len(tokenizer.encode("wind")) == 1
 
 
