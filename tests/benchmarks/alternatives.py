@@ -3,7 +3,6 @@
 They are planted into a child of learning.py, never into the product.
 """
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from llm.data.batches import eval_batches
 from llm.distributed.sharding import local_shard
+from llm.model import transformer
 from llm.model.transformer import Transformer
 from llm.optim import optimizer
 from llm.optim.optimizer import Optimizer, Stack
@@ -28,7 +28,7 @@ def plant(text: str) -> None:
             ALTERNATIVES[each]()
             continue
         module, *path, last = name.split(".")
-        place: Any = importlib.import_module(f"llm.{module}")
+        place: Any = {"optimizer": optimizer, "transformer": transformer}[module]
         for key in path:
             place = getattr(place, key)
         numbers = [float(number) for number in value.split(",")]
