@@ -25,30 +25,42 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits in fp32, mask of counted targets, their index, log of the softmax's denominator, and summed loss."""
     wide = logits.float()
-    counted = targets != IGNORED
-    index = targets.where(counted, 0)[:, None]
+    counted, index = _targets(targets)
     log_total = wide.logsumexp(-1, keepdim=True)
-    return wide, counted, index, log_total, ((log_total - wide.gather(-1, index)).squeeze(-1) * counted).sum()
+    return wide, counted, index, log_total, ((log_total - wide.gather(-1, index)) * counted).sum()
+
+
+def _targets(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which targets count, and their index in the vocabulary: (rows, 1) each."""
+    counted = (targets != IGNORED)[:, None]
+    return counted, targets[:, None].where(counted, 0)
 
 
 def loss_and_grad(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
     """Summed loss (nats) of logits (rows, vocab_size) and its gradient in their type, in place where possible.
 
-    Without `learn` the second result is meaningless.
+    Without `learn` the second result is meaningless. Each pass over the logits costs as much as a product of narrow
+    matrices, so there are few: one exponential serves the sum and the gradient.
     """
-    wide, counted, index, log_total, nats = _nats(logits, targets)
     if not learn:
-        return nats, logits
-    grad_logits = wide.sub_(log_total).exp_()  # the softmax
-    grad_logits.scatter_add_(-1, index, grad_logits.new_full((), -1.0).expand(index.shape))
-    return nats, grad_logits.mul_(counted[:, None]).to(logits.dtype)
+        return _nats(logits, targets)[-1], logits
+    wide = logits.float()
+    counted, index = _targets(targets)
+    highest = wide.amax(-1, keepdim=True)
+    wanted = wide.gather(-1, index) - highest
+    grad_logits = wide.sub_(highest).exp_()
+    total = grad_logits.sum(-1, keepdim=True)
+    nats = ((total.log() - wanted) * counted).sum()
+    grad_logits.mul_(counted / total)  # the softmax, or 0
+    grad_logits.scatter_add_(-1, index, -counted.to(grad_logits.dtype))
+    return nats, grad_logits.to(logits.dtype)
 
 
 def loss_and_grad_fused(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The same out of place: a compiler makes one kernel of it, which reads and writes the logits once."""
     wide, counted, index, log_total, nats = _nats(logits, targets)
     hit = torch.arange(wide.shape[1], device=wide.device) == index
-    return nats, (((wide - log_total).exp() - hit.float()) * counted[:, None]).to(logits.dtype)
+    return nats, (((wide - log_total).exp() - hit.float()) * counted).to(logits.dtype)
 
 
 class _HeadAndLoss(torch.autograd.Function):
