@@ -12,8 +12,6 @@ from llm.config.reading import load
 from llm.config.schema import Recipe
 
 if TYPE_CHECKING:
-    from llm.data.tokenizer import Tokenizer
-    from llm.model.transformer import Transformer
     from llm.run_folder.loaded_run import LoadedRun
 
 PACKAGED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a checkout
@@ -93,30 +91,11 @@ class Run:
     """A trained run: `recipe`, `tokenizer`, `model`, `metrics`, and what can be done with them."""
 
     def __init__(self, loaded: "LoadedRun") -> None:
-        self.loaded = loaded
+        self.loaded, self.folder, self.step = loaded, loaded.folder, loaded.checkpoint.step
+        self.recipe, self.tokenizer, self.model = loaded.recipe, loaded.tokenizer, loaded.model
 
     def __repr__(self) -> str:
         return f"<Run {self.loaded.name} in {self.folder}>"
-
-    @property
-    def folder(self) -> Path:
-        return self.loaded.folder
-
-    @property
-    def step(self) -> int:
-        return self.loaded.checkpoint.step
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.loaded.recipe
-
-    @property
-    def tokenizer(self) -> "Tokenizer":
-        return self.loaded.tokenizer
-
-    @property
-    def model(self) -> "Transformer":
-        return self.loaded.model
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("fp32", "bf16")
 GGUF = ("f32", "f16", "bf16", "q8_0")
-SHARD = 4 << 30  # bytes of a file of weights
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,9 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--to", type=Path, metavar="FOLDER", help="default: exports/RUN, and the type where it is not fp32")
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
-    parser.add_number(
-        "--shard", default=SHARD, least=1, metavar="BYTES", help="most bytes of a file of weights (default 4 GiB)"
-    )
+    parser.add_number("--shard", default=4 << 30, least=1, metavar="BYTES", help="most bytes of a file (default 4 GiB)")
     add("--gguf", choices=GGUF, help="write a file of this type for llama.cpp and Ollama instead")
     add("--push", metavar="OWNER/NAME", help="then send it to the hub, with the token of `hf auth login`")
     add("--public", action="store_true", help="make a new repository of the hub public, not private")
@@ -58,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(line)
     except RefusedError as error:
         raise RefusedError(
-            f"the export of {opened.name} does not match the run: {error}; {target} was not kept"
+            f"the export of {opened.name} does not match the run: {error}; not kept: {target}"
         ) from error
     megabytes = sum(each.stat().st_size for each in target.iterdir()) / 1e6
     print(f"{opened.name} is exported to {target}: {kind}, {megabytes:,.1f} MB")

@@ -36,9 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         bounds = {name: each.metadata[name] for name in ("least", "most")}
         help = f"{each.metadata['help']} (default {default:g})"
         parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
-    parser.add_number(
-        "--seed", most=(1 << 63) - 1, help="the same seed gives the same text (default: another one each time)"
-    )
+    parser.add_number("--seed", most=(1 << 63) - 1, help="the same seed gives the same text (default: a new one)")
     given = parser.parse_args(arguments)
     given.sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
     return given

@@ -159,9 +159,7 @@ def _compose(where: str, text: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
-        raise RecipeError(
-            f"{where} is nested too deeply: a recipe has sections with keys, and no more levels"
-        ) from None
+        raise RecipeError(f"{where} is nested too deeply: a recipe has sections with keys, not more levels") from None
     except (ValueError, OverflowError):
         raise RecipeError(f"{where} is not YAML: the number in an escape or a directive is out of range") from None
 

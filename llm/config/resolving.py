@@ -44,11 +44,9 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _check_one_length(train: Train) -> None:
-    given = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
-    if len(given) != 1:
-        raise RecipeError(
-            f"{' and '.join(given) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}"
-        )
+    said = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
+    if len(said) != 1:
+        raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
 
 
 def _resolve_model(model: Model) -> Model:
@@ -59,15 +57,12 @@ def _resolve_model(model: Model) -> Model:
         )
     head_dim = model.head_dim or model.dim // model.heads
     if head_dim % 2:
-        raise RecipeError(
-            f"model.head_dim = {head_dim}: rotary positions need an even number, for example {head_dim + 1}"
-        )
+        even = f"an even number, for example {head_dim + 1}"
+        raise RecipeError(f"model.head_dim = {head_dim}: rotary positions need {even}")
     kv_heads = model.kv_heads or model.heads
     if model.heads % kv_heads:
-        fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
-        raise RecipeError(
-            f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: use one of {fitting}"
-        )
+        fit = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        raise RecipeError(f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: use one of {fit}")
     ffn_dim = model.ffn_dim or -(-model.dim * 8 // 3 // 64) * 64
     return replace(model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=ffn_dim)
 
