@@ -31,14 +31,9 @@ def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return wide, counted, index, log_total, ((log_total - wide.gather(-1, index)).squeeze(-1) * counted).sum()
 
 
-def loss_and_grad(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
-    """Summed loss (nats) of logits (rows, vocab_size) and its gradient in their type, in place where possible.
-
-    Without `learn` the second result is meaningless.
-    """
+def loss_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss (nats) of logits (rows, vocab_size) and its gradient in their type, in place where possible."""
     wide, counted, index, log_total, nats = _nats(logits, targets)
-    if not learn:
-        return nats, logits
     grad_logits = wide.sub_(log_total).exp_()  # the softmax
     grad_logits.scatter_add_(-1, index, grad_logits.new_full((), -1.0).expand(index.shape))
     return nats, grad_logits.mul_(counted[:, None]).to(logits.dtype)
@@ -66,11 +61,11 @@ class _HeadAndLoss(torch.autograd.Function):
         for low in range(0, hidden.shape[0], rows):
             part, target = hidden[low : low + rows], targets[low : low + rows]
             logits = product(part, head.T)  # (rows, vocab_size)
-            nats, grad_logits = (
-                _HeadAndLoss.learn(logits, target) if learn else loss_and_grad(logits, target, learn=False)
-            )
-            total += nats
-            if hidden_gradient is not None and weight_gradient is not None:
+            if hidden_gradient is None or weight_gradient is None:
+                total += _nats(logits, target)[-1]
+            else:
+                nats, grad_logits = _HeadAndLoss.learn(logits, target)
+                total += nats
                 grad_logits = grad_logits.to(head.dtype)
                 torch.mm(grad_logits, head, out=hidden_gradient[low : low + rows])
                 if hidden.dtype == torch.float32:

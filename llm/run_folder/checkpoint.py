@@ -103,9 +103,7 @@ class _Draft:
                 if sharding.first_replica and (sharding.sharded or coordinator.writes):
                     atomic_io.write_at(path, own_rows(tensors, offsets))
                 continue
-            gathered = (
-                (offsets[key], as_bytes(sharding.gather_whole(shard))) for key, shard in sorted(tensors.items())
-            )
+            gathered = ((offsets[key], as_bytes(sharding.gather_whole(rows))) for key, rows in sorted(tensors.items()))
             if coordinator.writes:
                 atomic_io.write_at(path, gathered)
             else:
@@ -211,10 +209,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RefusedError(f"{path} names a file outside of its folder: refused")
     if not _has_form(manifest):
         raise RefusedError(f"{path} is damaged or foreign: a field of it is missing or of another type")
-    if folder.name.startswith("step-") and folder.name != f"step-{manifest['step']:06d}":
-        raise RefusedError(
-            f"{folder} holds the checkpoint of step {manifest['step']}: rename it to step-{manifest['step']:06d}"
-        )
+    true_name = f"step-{manifest['step']:06d}"
+    if folder.name.startswith("step-") and folder.name != true_name:
+        raise RefusedError(f"{folder} holds the checkpoint of step {manifest['step']}: rename it to {true_name}")
     if manifest["format"] == 1 and (skip := manifest["science"].get("train.skip")):
         manifest["science"]["train.skip"] = counted_from_1(skip)
     if folder.parent.name == "checkpoints" and not _belongs(manifest, folder.parent.parent):
@@ -242,33 +239,27 @@ def _belongs(manifest: dict[str, Any], run: Path) -> bool:
 def _has_form(manifest: dict[str, Any]) -> bool:
     """Whether every field that is read from a manifest is there and of its type, whoever wrote it."""
 
-    def number(value: Any, least: float = 0) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1 << 62
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
-    science, metrics, scale, best = (manifest.get(name) for name in ("science", "metrics", "scale", "best"))
-    curve = manifest.get("curve", [])
-    skip = science.get("train.skip", []) if isinstance(science, dict) else []
+    def pair(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(map(number, value))
+
+    def file(value: Any) -> bool:
+        return isinstance(value, dict) and number(value.get("bytes")) and isinstance(value.get("sha256"), str)
+
+    kinds = {"step": int, "science": dict, "metrics": dict, "machine": dict, "tokenizer": str, "data": str}
+    if "parent" not in manifest or not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+        return False
+    skip, curve = manifest["science"].get("train.skip", []), manifest.get("curve", [])
+    numbers = manifest["step"], manifest["metrics"].get("bits_per_byte") or 0, manifest.get("best") or 0
     return (
-        isinstance(manifest.get("step"), int)
-        and number(manifest["step"])
-        and isinstance(science, dict)
+        all(map(number, numbers))
         and isinstance(skip, list)
         and all(isinstance(each, str) for each in [*skip, manifest.get("run", "")])
-        and isinstance(metrics, dict)
-        and number(metrics.get("bits_per_byte") or 0)
-        and number(best or 0)
-        and all(isinstance(manifest.get(name), str) for name in ("tokenizer", "data"))
-        and isinstance(manifest.get("machine"), dict)
-        and "parent" in manifest
-        and isinstance(scale, list)
-        and len(scale) == 2
-        and all(map(number, scale))
         and isinstance(curve, list)
-        and all(isinstance(each, list) and len(each) == 2 and all(map(number, each)) for each in curve)
-        and all(
-            isinstance(file, dict) and number(file.get("bytes")) and isinstance(file.get("sha256"), str)
-            for file in manifest["files"].values()
-        )
+        and all(map(pair, [manifest.get("scale"), *curve]))
+        and all(map(file, manifest["files"].values()))
     )
 
 

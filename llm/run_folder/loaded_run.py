@@ -116,8 +116,5 @@ def _open(folder: Path, which: str, device: torch.device | None, new_model: Any)
     model = (new_model or Transformer)(recipe.model, tokenizer.vocab_size, recipe.seed, family=family)
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
     tensor_files.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
-    return LoadedRun(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)
-
-
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return LoadedRun(folder, recipe, tokenizer, model.to(device or fastest).eval(), found)
