@@ -13,8 +13,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 
 class LLMError(Exception):
@@ -83,6 +84,14 @@ def as_disk_error(error: OSError) -> LLMError | None:
         there = next((folder for folder in Path(error.filename).absolute().parents if folder.exists()), None)
         found = f", {shutil.disk_usage(there).free / 1e6:,.1f} MB are free" if there else ""
     return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}{found}; {remedies[error.errno]}")
+
+
+def optional(package: str, otherwise: str) -> Any:
+    """An optional package. RecipeError says `otherwise` where it is not installed."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise RecipeError(otherwise) from None
 
 
 def reason(error: BaseException) -> str:

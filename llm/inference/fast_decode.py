@@ -136,9 +136,8 @@ class GraphDecoder:
     """
 
     LEAST = 128  # slots of the shortest graph; each following graph has twice as many
-    streams: ClassVar[
-        dict[torch.device, torch.cuda.Stream]
-    ] = {}  # to record on; reused, as libraries keep a buffer per stream
+    # Streams to record on; reused, as libraries keep a buffer per stream.
+    streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
         self.model, self.cache = model, cache

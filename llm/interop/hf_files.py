@@ -7,7 +7,7 @@ piece and becomes bytes there as here. A borrowed tokenizer is copied unchanged.
 
 from typing import Any
 
-from llm.base import atomic_io
+from llm.base.atomic_io import as_json
 from llm.config.schema import Model
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import SPACE, Tokenizer
@@ -45,7 +45,7 @@ def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str,
     generation: dict[str, Any] = {**ends, "do_sample": True, "temperature": 0.8, "top_k": 0, "min_p": 0.05}
     if tokenizer.banned:
         generation["suppress_tokens"] = list(tokenizer.banned)
-    return {"config.json": _json(config), "generation_config.json": _json(generation)}
+    return {"config.json": as_json(config), "generation_config.json": as_json(generation)}
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -98,7 +98,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "split_special_tokens": True,
         "model_max_length": 1_000_000_000,
     }
-    return {"tokenizer.json": _json(whole), "tokenizer_config.json": _json(config)}
+    return {"tokenizer.json": as_json(whole), "tokenizer_config.json": as_json(config)}
 
 
 def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]:
@@ -115,7 +115,3 @@ def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]
 def _added(id: int, content: str, *, special: bool) -> dict[str, Any]:
     strict = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": id, "content": content, **strict, "special": special}
-
-
-def _json(value: Any) -> bytes:
-    return atomic_io.as_json(value)

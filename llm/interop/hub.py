@@ -8,11 +8,9 @@ from llm.data.sources import network_errors
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
     """Upload the folder; its address on the hub. RecipeError, without the token, where that fails."""
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
-    except ImportError:
-        raise RecipeError("--push needs huggingface_hub: pip install huggingface_hub") from None
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
     disable_progress_bars()
     api = HfApi()
     try:

@@ -91,9 +91,8 @@ def load(folder: Path, into: dict[str, LocalShard]) -> str:
             if each != HEAD and not each.endswith("rotary_emb.inv_freq"):  # redundant tensors that some libraries save
                 raise RefusedError(f"{folder / name} holds {each}, which the model here has no place for")
         heads += [name] if HEAD in there - into.keys() else []
-        tensor_files.load_tensors(
-            folder / name, {each: wanted.pop(each) for each in there & wanted.keys()}, allow_extra=True
-        )
+        here = {each: wanted.pop(each) for each in there & wanted.keys()}
+        tensor_files.load_tensors(folder / name, here, allow_extra=True)
     if wanted:
         raise RefusedError(f"{folder} lacks {sorted(wanted)[0]}")
     for name in heads:  # of a tied model: its head must equal the embedding
