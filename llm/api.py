@@ -107,10 +107,9 @@ class Run:
         from llm.inference.generation import continuations
         from llm.inference.sampling import Sampling
 
-        tokenizer, choice = self.tokenizer, Sampling(**sampling)  # type: ignore[arg-type]
-        ids = [[tokenizer.bos, *tokenizer.encode(prompt)]]
-        ends, banned = tokenizer.ends, tokenizer.banned
-        return continuations(self.model, ids, tokens, choice, tokenizer.decode, seed, ends, banned)[0]
+        choice = Sampling(**sampling)  # type: ignore[arg-type]
+        ids = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)]]
+        return continuations(self.model, self.tokenizer, ids, tokens, choice, seed)[0]
 
     def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
         """Loss, bits per byte and perplexities of the run's held-out text, or of `texts`: files or named texts."""

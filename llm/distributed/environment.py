@@ -314,9 +314,7 @@ def _refuse_uneven(recipe: Recipe, settings: RuntimeSettings) -> None:
             f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
         )
     if settings.shard == "hybrid" and world % (local := process.place().local_world):
-        raise RecipeError(
-            f"machine.shard = hybrid needs as many processes on each machine: {world} in all, {local} on this one"
-        )
+        raise RecipeError(f"machine.shard = hybrid needs as many processes on each machine: {local} here of {world}")
     micro_batch, per_rank = settings.micro_batch, windows // world
     if settings.exact and micro_batch:
         count = windows // micro_batch

@@ -150,9 +150,8 @@ class Sharding:
             assert device is not None
             from torch.distributed.device_mesh import init_device_mesh
 
-            mesh = init_device_mesh(
-                device.type, (self.replica_size, self.shard_size), mesh_dim_names=("replicas", "shards")
-            )
+            sizes = self.replica_size, self.shard_size
+            mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicas", "shards"))
             self.mesh = mesh["shards"]
             self.shard_group, self.replica_group = mesh.get_group("shards"), mesh.get_group("replicas")
             self.index = mesh.get_local_rank("shards")

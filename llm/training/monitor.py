@@ -27,12 +27,10 @@ class Monitor:
     def open(self, *, evaluate_again: bool) -> None:
         """Go on from this step in the files of the run; `evaluate_again`: its evaluation will be done again."""
         if process.rank() == 0:
-            recipe, step = self.context.recipe, self.state.step
+            folder, step, on_log = self.context.folder, self.state.step, self.context.parts.on_log
             shown = {"world": process.world()}
-            self.tracker = Tracker(
-                self.context.folder, recipe, step, shown, again=evaluate_again, on_log=self.context.parts.on_log
-            )
-            self.trace = trace.Trace(self.context.folder, step)
+            self.tracker = Tracker(folder, self.context.recipe, step, shown, again=evaluate_again, on_log=on_log)
+            self.trace = trace.Trace(folder, step)
 
     def flush(self) -> None:
         """Make the records durable, as a checkpoint is about to rest on them."""

@@ -148,13 +148,11 @@ def same_bits(a: Path, b: Path) -> str:
 def same_curve(a: Path, b: Path, tolerance: float) -> str:
     """The first step at which two runs read other windows, or their losses differ by more than `tolerance` of one."""
     for first, second in zip(trace.read(a), trace.read(b), strict=True):
-        losses = [float.fromhex(line["loss"]) for line in (first, second)]
+        losses, at = [float.fromhex(line["loss"]) for line in (first, second)], f"at step {first['step']}"
         if first["windows"] != second["windows"]:
-            return f"at step {first['step']} they read other windows"
+            return f"{at} they read other windows"
         if not abs(losses[0] - losses[1]) <= tolerance * abs(losses[0]):
-            return (
-                f"at step {first['step']} the losses are {losses[0]:.6f} and {losses[1]:.6f}, over {tolerance:g} apart"
-            )
+            return f"{at} the losses are {losses[0]:.6f} and {losses[1]:.6f}, over {tolerance:g} apart"
     return ""
 
 

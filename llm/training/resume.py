@@ -23,23 +23,16 @@ from llm.training.evaluation import Evaluator
 from llm.training.length import Length
 from llm.training.micro_batch import MicroBatches
 from llm.training.mismatch import refuse_difference, refuse_parts, refuse_shape
-from llm.training.monitor import Monitor
 
 
 class Checkpoints:
     """Saves and loads the state. `saved` is the step of the newest checkpoint, -1 before there is one."""
 
     def __init__(
-        self,
-        context: RunContext,
-        state: TrainState,
-        length: Length,
-        micro_batches: MicroBatches,
-        evaluator: Evaluator,
-        monitor: Monitor,
+        self, context: RunContext, state: TrainState, length: Length, micro_batches: MicroBatches, evaluator: Evaluator
     ) -> None:
         self.context, self.state, self.length = context, state, length
-        self.micro_batches, self.evaluator, self.monitor = micro_batches, evaluator, monitor
+        self.micro_batches, self.evaluator, self.monitor = micro_batches, evaluator, evaluator.monitor
         self.saved = -1
         self.identity = ""  # by which the run knows its checkpoints, from `resume` on
         self.parent: dict[str, Any] | None = None  # the checkpoint or folder that this run began from

@@ -32,12 +32,7 @@ Prepare: TypeAlias = Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]]
 
 
 def train(
-    recipe: Recipe,
-    prepare: Prepare = ready,
-    until: int = -1,
-    *,
-    runs: Path = Path("runs"),
-    parts: Parts | None = None,
+    recipe: Recipe, prepare: Prepare = ready, until: int = -1, *, runs: Path = Path("runs"), parts: Parts | None = None
 ) -> Path:
     """Train or resume a run in this process; its folder. The process is left as it was found.
 
@@ -60,8 +55,8 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
     accelerator, coordinator, settings = start_group(recipe, run)
     recipe, tokenizer, shards = coordinator.first(partial(prepare, recipe))
     with coordinator.error_barrier():
-        data = {"the text's": shards.fingerprint[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
-        data = {f"{name} fingerprint": value for name, value in data.items()}
+        found = {"the text's": shards.fingerprint[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
+        data = {f"{name} fingerprint": value for name, value in found.items()}
         coordinator.agree("data", data, "give every machine the same files")
     coordinator.meet_on_disk(run)
     with _locked(run, coordinator), _status(run):
