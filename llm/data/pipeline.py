@@ -24,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -179,13 +179,10 @@ def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
     if _read_only(lock.parent):
         yield
         return
-    with atomic_io.lock(lock) as alone:
-        if alone:
-            atomic_io.sweep(path.parent, of=path.name)
-            yield
-            return
-    say(f"another process prepares {what}: waiting for it")
-    with atomic_io.lock(lock, wait=True):
+    with ExitStack() as held:
+        if not held.enter_context(atomic_io.lock(lock)):
+            say(f"another process prepares {what}: waiting for it")
+            held.enter_context(atomic_io.lock(lock, wait=True))
         atomic_io.sweep(path.parent, of=path.name)
         yield
 

@@ -113,32 +113,17 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
     config = json.loads(_small_file(opened, "config.json"))
     tokens, scores, types = vocabulary(tokenizer)
     return {
-        "name": opened.folder.name,
-        "context_length": shape.context,
-        "embedding_length": shape.dim,
-        "block_count": shape.layers,
-        "feed_forward_length": shape.ffn_dim,
-        "head_count": shape.heads,
-        "head_count_kv": shape.kv_heads,
-        "key_length": shape.head_dim,
-        "value_length": shape.head_dim,
-        "rope_dimension_count": shape.head_dim,
-        "rope_freq_base": config["rope_theta"],
-        "layer_norm_rms_eps": config["rms_norm_eps"],
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_model": "llama",
-        "tokenizer_pre": "default",
-        "token_list": tokens,
-        "token_scores": scores,
-        "token_types": types,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.bos,  # a document ends where the next begins
-        "unk_token_id": tokenizer.unknown,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "add_space_prefix": False,
-        "remove_extra_whitespaces": False,
-    }
+        "name": opened.folder.name, "context_length": shape.context, "embedding_length": shape.dim,
+        "block_count": shape.layers, "feed_forward_length": shape.ffn_dim,
+        "head_count": shape.heads, "head_count_kv": shape.kv_heads,
+        "key_length": shape.head_dim, "value_length": shape.head_dim, "rope_dimension_count": shape.head_dim,
+        "rope_freq_base": config["rope_theta"], "layer_norm_rms_eps": config["rms_norm_eps"],
+        "vocab_size": tokenizer.vocab_size, "tokenizer_model": "llama", "tokenizer_pre": "default",
+        "token_list": tokens, "token_scores": scores, "token_types": types,
+        "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.bos,  # a document ends where the next begins
+        "unk_token_id": tokenizer.unknown, "add_bos_token": True, "add_eos_token": False,
+        "add_space_prefix": False, "remove_extra_whitespaces": False,
+    }  # fmt: skip
 
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int]]:

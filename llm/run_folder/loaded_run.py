@@ -44,10 +44,8 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
     if name is None:
         trained = [path for path in runs.glob("*") if checkpoint.folders(path)]
         if not trained:
-            raise RecipeError(
-                f"there is no trained run under {runs}/ here: "
-                "train one with `python launch/train.py recipes/quickstart.yaml`"
-            )
+            mend = "train one with `python launch/train.py recipes/quickstart.yaml`"
+            raise RecipeError(f"there is no trained run under {runs}/ here: {mend}")
         return max(trained, key=lambda path: max(folder.stat().st_mtime for folder in checkpoint.folders(path))), "best"
     path, which = Path(name), "best"
     if path.name in ("best", "newest") or path.name.startswith("step-"):
@@ -60,10 +58,8 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
                 raise RecipeError(f"{folder} has no checkpoint yet")
             return folder, which
     known = sorted(each.name for each in runs.glob("*") if each.is_dir())
-    raise RecipeError(
-        f"there is no run {name!r} under {runs}/ here: "
-        f"{'there are ' + ', '.join(known[:10]) if known else 'there is none yet'}"
-    )
+    others = f"there are {', '.join(known[:10])}" if known else "there is none yet"
+    raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")
 
 
 def open_run(
@@ -103,15 +99,12 @@ def _open(folder: Path, which: str, device: torch.device | None, new_model: Any)
     recipe = load(folder / "recipe.yaml")
     tokenizer = hf_tokenizer.load(folder / "tokenizer")
     if tokenizer.fingerprint != found.manifest["tokenizer"]:
-        raise RefusedError(
-            f"{folder / 'tokenizer'} is not the tokenizer that {found.folder.name} was trained with, or is damaged"
-        )
+        with_it = f"that {found.folder.name} was trained with"
+        raise RefusedError(f"{folder / 'tokenizer'} is not the tokenizer {with_it}, or is damaged")
     own = found.manifest.get("parts", {}).get("model")
     if own and new_model is None:
-        raise RefusedError(
-            f"{folder} was trained with a model of its own, {own}: open it in Python by "
-            f"llm.open_run({folder.name!r}, model=...)"
-        )
+        mend = f"open it in Python by llm.open_run({folder.name!r}, model=...)"
+        raise RefusedError(f"{folder} was trained with a model of its own, {own}: {mend}")
     family = hf_config.family_of(recipe) if own else hf_config.read_family(found.folder)
     model = (new_model or Transformer)(recipe.model, tokenizer.vocab_size, recipe.seed, family=family)
     weights = {name: local_shard(p) for name, p in model.named_parameters()}

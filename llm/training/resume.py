@@ -137,11 +137,8 @@ class Checkpoints:
             raise RecipeError(f"from = {name} is not there; checkpoints of {run}: {there}")
         source = checkpoint.open_checkpoint(folder)
         if source.manifest["tokenizer"] != self.context.tokenizer.fingerprint:
-            theirs = self.context.folder.parent / run / "tokenizer" / "tokenizer.model"
-            raise RefusedError(
-                f"from = {name} has another tokenizer than this recipe's text gives: keep its own by "
-                f"tokenizer.path={theirs}"
-            )
+            mend = f"keep its own by tokenizer.path={self.context.folder.parent / run / 'tokenizer/tokenizer.model'}"
+            raise RefusedError(f"from = {name} has another tokenizer than this recipe's text gives: {mend}")
         refuse_parts(source, self.context.parts)
         refuse_shape(source, self.context.recipe)
         self._load(source)

@@ -118,10 +118,8 @@ class Trainer:
     def save_and_stop(self) -> None:
         self.checkpoints.save(evaluation_due=self.evaluation_due)
         self.length.save()
-        raise StoppedError(
-            f"stopped ({self.stop}) after step {self.state.step} of {self.steps}; all is saved, "
-            "the same command goes on"
-        )
+        where = f"after step {self.state.step} of {self.steps}"
+        raise StoppedError(f"stopped ({self.stop}) {where}; all is saved, the same command goes on")
 
     # ------------------------------------------------------------------ what a step costs
 
