@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llm.run_folder.loaded_run import LoadedRun
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         "export",
         "Write a run's model for other programs, read it again with their library, and keep it only if it says the "
@@ -32,11 +32,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", given.push):
         raise RecipeError(f"--push = {given.push[:80]!r}: OWNER/NAME is expected")
-    return given
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
     import torch
 
     from llm.run_folder.loaded_run import find, open_run
@@ -52,9 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
             for line in write_and_check(draft, opened, given):
                 print(line)
     except RefusedError as error:
-        raise RefusedError(
-            f"the export of {opened.name} does not match the run: {error}; not kept: {target}"
-        ) from error
+        lost = f"{target} was not kept"
+        raise RefusedError(f"the export of {opened.name} does not match the run: {error}; {lost}") from error
     megabytes = sum(each.stat().st_size for each in target.iterdir()) / 1e6
     print(f"{opened.name} is exported to {target}: {kind}, {megabytes:,.1f} MB")
     if given.push:

@@ -18,16 +18,14 @@ def resolve(recipe: Recipe) -> Recipe:
 
     A length in epochs or hours stays, since it depends on the text or on the machine.
     """
-    _check_names(recipe)
-    _check_one_length(recipe.train)
+    _check_values(recipe)
     model = _resolve_model(recipe.model)
-    _check_batch(recipe)
-    _check_vocab_size(recipe)
+    _check_sizes(recipe)
     skipped(recipe)
     return replace(recipe, from_=checkpoint_name(recipe.from_), model=model, train=_resolve_length(recipe))
 
 
-def _check_names(recipe: Recipe) -> None:
+def _check_values(recipe: Recipe) -> None:
     if not re.fullmatch(RUN_NAME, recipe.run):
         raise RecipeError(
             f"run = {recipe.run[:120]!r}: expected at most 100 letters (a to z, A to Z), digits, '_', '.' and '-', "
@@ -41,10 +39,7 @@ def _check_names(recipe: Recipe) -> None:
         raise RecipeError("tokenizer.terms: each term must be one or more words on one line, and not empty")
     if recipe.model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
         raise RecipeError("model.from brings its own tokenizer: remove tokenizer.path and tokenizer.terms")
-
-
-def _check_one_length(train: Train) -> None:
-    said = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
+    said = [name for name in LENGTHS if getattr(recipe.train, name.split(".")[1])]
     if len(said) != 1:
         raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
 
@@ -67,7 +62,8 @@ def _resolve_model(model: Model) -> Model:
     return replace(model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=ffn_dim)
 
 
-def _check_batch(recipe: Recipe) -> None:
+def _check_sizes(recipe: Recipe) -> None:
+    """RecipeError unless windows, micro-batches and the vocabulary fit."""
     tokens, context, micro_batch = recipe.train.tokens_per_step, recipe.model.context, recipe.machine.micro_batch
     if tokens % context:
         raise RecipeError(
@@ -81,15 +77,10 @@ def _check_batch(recipe: Recipe) -> None:
             f"machine.micro_batch = {micro_batch} does not divide the {windows} windows of a step "
             f"(train.tokens_per_step / model.context): try {max(d for d in divisors if d <= micro_batch)}"
         )
-
-
-def _check_vocab_size(recipe: Recipe) -> None:
     vocab_size, terms = recipe.tokenizer.vocabulary, len(recipe.tokenizer.terms)
-    if vocab_size < MIN_VOCAB_SIZE + terms:
-        raise RecipeError(
-            f"tokenizer.vocabulary = {vocab_size} is too small for 256 bytes and {terms} terms: "
-            f"use at least {MIN_VOCAB_SIZE + terms}"
-        )
+    if vocab_size < (least := MIN_VOCAB_SIZE + terms):
+        fault = f"tokenizer.vocabulary = {vocab_size} is too small for 256 bytes and {terms} terms"
+        raise RecipeError(f"{fault}: use at least {least}")
 
 
 def _resolve_length(recipe: Recipe) -> Train:

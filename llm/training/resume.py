@@ -190,10 +190,8 @@ class Checkpoints:
                 return Checkpoint(path, checkpoint.read_manifest(path)) if newest >= 0 else None
             with coordinator.error_barrier():
                 if coordinator.writes and mine < 0:
-                    raise RefusedError(
-                        f"{folder} has no checkpoint on the disk of process {process.rank()}, others have "
-                        f"step {newest}: copy it there"
-                    )
+                    fault = f"{folder} has no checkpoint on the disk of process {process.rank()}"
+                    raise RefusedError(f"{fault}, others have step {newest}: copy it there")
             bound = oldest
 
     def _load(self, source: Checkpoint) -> None:
