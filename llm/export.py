@@ -13,6 +13,9 @@ from llm.base.errors import RecipeError, RefusedError, run
 if TYPE_CHECKING:
     from llm.run_folder.loaded_run import LoadedRun
 
+GGUF = ("f32", "f16", "bf16", "q8_0")
+SHARD = 4 << 30  # bytes of a file of weights
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
@@ -24,9 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--to", type=Path, metavar="FOLDER", help="default: exports/RUN, and the type where it is not fp32")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
-    parser.add_number("--shard", default=4 << 30, least=1, metavar="BYTES", help="most bytes of a file (default 4 GiB)")
-    types = ("f32", "f16", "bf16", "q8_0")
-    add("--gguf", choices=types, help="write a file of this type for llama.cpp and Ollama instead")
+    parser.add_number("--shard", default=SHARD, least=1, metavar="BYTES", help="most bytes of a file (default 4 GiB)")
+    add("--gguf", choices=GGUF, help="write a file of this type for llama.cpp and Ollama instead")
     add("--push", metavar="OWNER/NAME", help="then send it to the hub, with the token of `hf auth login`")
     add("--public", action="store_true", help="make a new repository of the hub public, not private")
     given = parser.parse_args(arguments)

@@ -46,10 +46,8 @@ def _check_values(recipe: Recipe) -> None:
 
 def _resolve_model(model: Model) -> Model:
     if not model.head_dim and model.dim % model.heads:
-        raise RecipeError(
-            f"model.dim = {model.dim} is not divisible by model.heads = {model.heads}: set model.head_dim, "
-            f"for example {max(2, model.dim // model.heads // 2 * 2)}"
-        )
+        fault = f"model.dim = {model.dim} is not divisible by model.heads = {model.heads}"
+        raise RecipeError(f"{fault}: set model.head_dim, for example {max(2, model.dim // model.heads // 2 * 2)}")
     head_dim = model.head_dim or model.dim // model.heads
     if head_dim % 2:
         even = f"an even number, for example {head_dim + 1}"
@@ -66,10 +64,8 @@ def _check_sizes(recipe: Recipe) -> None:
     """RecipeError unless windows, micro-batches and the vocabulary fit."""
     tokens, context, micro_batch = recipe.train.tokens_per_step, recipe.model.context, recipe.machine.micro_batch
     if tokens % context:
-        raise RecipeError(
-            f"train.tokens_per_step = {tokens} is not a multiple of model.context = {context}: "
-            f"try {max(1, round(tokens / context)) * context}"
-        )
+        fault = f"train.tokens_per_step = {tokens} is not a multiple of model.context = {context}"
+        raise RecipeError(f"{fault}: try {max(1, round(tokens / context)) * context}")
     windows = recipe.windows_per_step
     if isinstance(micro_batch, int) and windows % micro_batch:
         divisors = {d for n in range(1, math.isqrt(windows) + 1) if windows % n == 0 for d in (n, windows // n)}
@@ -145,10 +141,8 @@ def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
         match = _RANGE.fullmatch(text)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if high < low or low < 1 or any(low <= other[1] and other[0] <= high for other in ranges):
-            raise RecipeError(
-                f"train.skip = {text!r}: expected ranges that do not overlap, such as 1200-1210; "
-                "steps count from 1, as in the messages of a run"
-            )
+            rule = "ranges that do not overlap, such as 1200-1210; steps count from 1, as in the messages of a run"
+            raise RecipeError(f"train.skip = {text!r}: expected {rule}")
         ranges.append((low, high))
     return tuple(ranges)
 

@@ -343,7 +343,6 @@ def _check_space(folder: Path, text_bytes: int, vocab_size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DiskError(
-            f"token shards in {folder} need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
-            f"make room, or name another place by text.cache=FOLDER, and run the same command again"
-        )
+        fault = f"token shards in {folder} need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        mend = "make room, or name another place by text.cache=FOLDER, and run the same command again"
+        raise DiskError(f"{fault}: {mend}")

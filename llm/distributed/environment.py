@@ -239,10 +239,9 @@ def _meet() -> None:
         torch.distributed.init_process_group("nccl" if has_accelerator() else "gloo", timeout=coordination.HUNG)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise GroupError(
-            f"the {process.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT): start all of "
-            f"them, with a free port of the first one's machine ({str(error).splitlines()[0][:160]})"
-        ) from None
+        fault = f"the {process.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT)"
+        mend = "start all of them, with a free port of the first one's machine"
+        raise GroupError(f"{fault}: {mend} ({str(error).splitlines()[0][:160]})") from None
 
 
 @contextmanager
@@ -308,11 +307,10 @@ def use_deterministic_kernels() -> None:
 def _refuse_uneven(recipe: Recipe, settings: RuntimeSettings) -> None:
     """RecipeError where a step's windows cannot be dealt to the processes in micro-batches of one size."""
     windows, world = recipe.windows_per_step, process.world()
+    step = f"{windows} windows a step (train.tokens_per_step / model.context)"
     if windows % world:
-        raise RecipeError(
-            f"{windows} windows a step (train.tokens_per_step / model.context) cannot be shared by {world} processes: "
-            f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
-        )
+        mend = f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
+        raise RecipeError(f"{step} cannot be shared by {world} processes: {mend}")
     if settings.shard == "hybrid" and world % (local := process.place().local_world):
         raise RecipeError(f"machine.shard = hybrid needs as many processes on each machine: {local} here of {world}")
     micro_batch, per_rank = settings.micro_batch, windows // world
@@ -325,10 +323,8 @@ def _refuse_uneven(recipe: Recipe, settings: RuntimeSettings) -> None:
             )
     if micro_batch and per_rank % micro_batch:
         nearest = max(size for size in range(1, min(micro_batch, per_rank) + 1) if per_rank % size == 0)
-        raise RecipeError(
-            f"{windows} windows a step (train.tokens_per_step / model.context) cannot be split into micro-batches of "
-            f"machine.micro_batch = {micro_batch} on {world} processes: try {nearest}"
-        )
+        split = f"micro-batches of machine.micro_batch = {micro_batch} on {world} processes"
+        raise RecipeError(f"{step} cannot be split into {split}: try {nearest}")
 
 
 def die_with_parent() -> None:

@@ -156,12 +156,8 @@ class Sharding:
             self.shard_group, self.replica_group = mesh.get_group("shards"), mesh.get_group("replicas")
             self.index = mesh.get_local_rank("shards")
             self.sharded = self.shard_size >= self.MIN_PROCESSES
-
-    @property
-    def first_replica(self) -> bool:
-        """Whether this rank belongs to the first replica, which writes checkpoints."""
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return rank < self.shard_size
+        self.first_replica = rank < self.shard_size  # whether this rank belongs to it; it writes checkpoints
 
     def shard_module(self, module: Module, root: bool = False) -> Module:
         """Shard the parameters of `module` that are not sharded yet; call it on the root after all blocks.

@@ -99,10 +99,8 @@ def load(folder: Path, into: dict[str, LocalShard]) -> str:
         head = into[EMBEDDING].like(torch.empty_like(into[EMBEDDING].local))
         tensor_files.load_tensors(folder / name, {HEAD: head}, allow_extra=True)
         if not torch.equal(head.local, into[EMBEDDING].local):
-            raise RefusedError(
-                f"{folder / name} holds another {HEAD} than {EMBEDDING}, while config.json says tie_word_embeddings = "
-                f"true: set it to false"
-            )
+            said = "while config.json says tie_word_embeddings = true: set it to false"
+            raise RefusedError(f"{folder / name} holds another {HEAD} than {EMBEDDING}, {said}")
     return atomic_io.digest_of([atomic_io.sha256(folder / name) for name in names])
 
 

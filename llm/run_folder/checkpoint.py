@@ -178,10 +178,8 @@ def _check_space(folder: Path, size: int) -> None:
     atomic_io.make_folder(folder.parent)
     needed, free = size + size // 50 + SLACK, shutil.disk_usage(folder.parent).free
     if free < needed:
-        raise DiskError(
-            f"the checkpoint {folder} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; earlier ones are "
-            "whole. Make room and run the same command again"
-        )
+        fault = f"the checkpoint {folder} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+        raise DiskError(f"{fault}; earlier ones are whole. Make room and run the same command again")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -216,10 +214,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest["science"]["train.skip"] = counted_from_1(skip)
     if folder.parent.name == "checkpoints" and not _belongs(manifest, folder.parent.parent):
         owner = str(manifest["machine"].get("run"))[:100]
-        raise ForeignError(
-            f"{folder} is a checkpoint of another run ({owner}): take it out of there; to start from it, put it into "
-            f"its own run and say run=NAME from={owner}/{folder.name}"
-        )
+        mend = f"to start from it, put it into its own run and say run=NAME from={owner}/{folder.name}"
+        raise ForeignError(f"{folder} is a checkpoint of another run ({owner}): take it out of there; {mend}")
     return manifest
 
 
@@ -263,14 +259,10 @@ def _has_form(manifest: dict[str, Any]) -> bool:
     )
 
 
-def folders(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, the newest first, valid or not."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and step_of(path.name) >= 0]
-    return sorted(found, key=lambda path: -step_of(path.name))
-
-
-def up_to(run: Path, bound: int) -> list[Path]:
-    return [folder for folder in folders(run) if step_of(folder.name) <= bound]
+def folders(run: Path, bound: int = sys.maxsize) -> list[Path]:
+    """Checkpoint folders of a run of at most step `bound`, the newest first, valid or not."""
+    named = [path for path in (run / "checkpoints").glob("step-*") if 0 <= step_of(path.name) <= bound]
+    return sorted(filter(Path.is_dir, named), key=lambda path: -step_of(path.name))
 
 
 def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> Checkpoint | None:
@@ -278,24 +270,23 @@ def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> 
 
     Damaged ones and those of other runs are passed over with a line to `warn`; RefusedError where no other is left.
     """
-    candidates = up_to(run, bound)
+    candidates = folders(run, bound)
     for folder in candidates:
         try:
             return open_checkpoint(folder)
         except RefusedError as error:
             warn(f"{error}; {folder.name} is passed over")
     if candidates:
-        raise RefusedError(
-            f"{run}: all {len(candidates)} checkpoints are damaged or another run's; nothing was changed. Start "
-            f"another run=NAME, or move {run / 'checkpoints'} away to begin this one anew"
-        )
+        mend = f"Start another run=NAME, or move {run / 'checkpoints'} away to begin this one anew"
+        fault = f"all {len(candidates)} checkpoints are damaged or another run's; nothing was changed"
+        raise RefusedError(f"{run}: {fault}. {mend}")
     return None
 
 
 def readable(run: Path, bound: int = sys.maxsize, warn: Callable[[str], None] = lambda line: None) -> list[Checkpoint]:
     """The run's own checkpoints with a valid manifest, the newest first; those of other runs are reported to `warn`."""
     found = []
-    for folder in up_to(run, bound):
+    for folder in folders(run, bound):
         try:
             found.append(Checkpoint(folder, read_manifest(folder)))
         except ForeignError as error:
@@ -318,6 +309,6 @@ def retain(run: Path, keep: int, step: int) -> None:
     """
     best_one = best(run, step)
     last = min((each.step for each in readable(run, step)[:keep]), default=0)  # the oldest that is kept for its age
-    for folder in up_to(run, step):
+    for folder in folders(run, step):
         if step_of(folder.name) < last and (best_one is None or folder != best_one.folder):
             atomic_io.remove(folder)

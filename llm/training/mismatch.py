@@ -24,10 +24,8 @@ def refuse_parts(source: Checkpoint, parts: Parts) -> None:
         theirs, ours = (names.get(part) for names in (source.manifest.get("parts", {}), parts.names()))
         if bool(theirs) != bool(ours):
             mend = f"pass {part}= to llm.train" if theirs else f"leave {part}= out"
-            raise RefusedError(
-                f"{source.folder} was trained with {part} = {theirs or 'our own'}, this start has {ours or 'our own'}: "
-                f"{mend}, or take another run=NAME"
-            )
+            fault = f"was trained with {part} = {theirs or 'our own'}, this start has {ours or 'our own'}"
+            raise RefusedError(f"{source.folder} {fault}: {mend}, or take another run=NAME")
 
 
 def refuse_shape(source: Checkpoint, recipe: Recipe) -> None:
@@ -62,7 +60,5 @@ def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: s
         raise RefusedError(f"run {recipe.run} was trained with {cause} ({fingerprints}): {ways}")
     for name in differ:
         if not FOLLOWS.get(name, set()).intersection(differ):
-            raise RefusedError(
-                f"run {recipe.run} was trained with {name} = {stored.get(name)}, "
-                f"this recipe says {wanted.get(name)}: {other if name in SHAPE else ways}"
-            )
+            fault = f"was trained with {name} = {stored.get(name)}, this recipe says {wanted.get(name)}"
+            raise RefusedError(f"run {recipe.run} {fault}: {other if name in SHAPE else ways}")

@@ -97,7 +97,7 @@ class Monitor:
         read = [loader.first(step) + np.arange(per_step) for step in range(self.trace.step, self.state.step)]
         self.trace.add(
             self.state.step,
-            windows=trace.windows(self.context.order, np.concatenate(read)) if read else "",
+            windows=f"{mix(*self.context.order.starts(np.concatenate(read)).tolist()):016x}" if read else "",
             loss=float(loss).hex(),
             weights=f"{mix(*sums.tolist()):016x}",
         )

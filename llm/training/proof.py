@@ -62,10 +62,6 @@ class Trials:
             self.start(arguments, world, 75 if stop > 0 else 0)
         return folder
 
-    def remove(self) -> None:
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
-
 
 def start_processes(arguments: list[str], world: int, status: int) -> None:
     """Run `child` in `world` processes; RefusedError with their last line unless each ends with `status`."""
@@ -103,7 +99,8 @@ def verify_recipe(path: Path, overrides: list[str], steps: int, start: Start = s
     try:
         return _verdicts(trials, recipe, steps)
     finally:
-        trials.remove()
+        for folder in trials.folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verdicts(trials: Trials, recipe: Recipe, steps: int) -> list[Verdict]:

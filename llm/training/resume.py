@@ -159,10 +159,8 @@ class Checkpoints:
         mine = of_folder or of_checkpoint or self._new_identity()
         agreed = str(self.context.coordinator.from_main("identity", mine))
         if of_checkpoint and of_checkpoint != agreed:
-            raise RefusedError(
-                f"{self.context.folder / 'checkpoints'} of process {process.rank()} is of another run than that of "
-                "process 0: copy that one there"
-            )
+            fault = f"of process {process.rank()} is of another run than that of process 0: copy that one there"
+            raise RefusedError(f"{self.context.folder / 'checkpoints'} {fault}")
         return agreed
 
     def _new_identity(self) -> str:

@@ -128,10 +128,9 @@ def _run(context: RunContext, until: int) -> None:
             trainer.fit()
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise GroupError(
-                    f"no memory after step {trainer.state.step}: take a smaller machine.micro_batch, or "
-                    f"machine.recompute=true ({' '.join(str(error).split())[:120]})"
-                ) from error
+                mend = "take a smaller machine.micro_batch, or machine.recompute=true"
+                why = " ".join(str(error).split())[:120]
+                raise GroupError(f"no memory after step {trainer.state.step}: {mend} ({why})") from error
             raise (coordinator.blamed(error) if isinstance(error, RuntimeError) else error) from error
         finally:
             trainer.monitor.close()
