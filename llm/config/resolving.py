@@ -69,10 +69,9 @@ def _check_sizes(recipe: Recipe) -> None:
     windows = recipe.windows_per_step
     if isinstance(micro_batch, int) and windows % micro_batch:
         divisors = {d for n in range(1, math.isqrt(windows) + 1) if windows % n == 0 for d in (n, windows // n)}
-        raise RecipeError(
-            f"machine.micro_batch = {micro_batch} does not divide the {windows} windows of a step "
-            f"(train.tokens_per_step / model.context): try {max(d for d in divisors if d <= micro_batch)}"
-        )
+        fault = f"machine.micro_batch = {micro_batch} does not divide the {windows} windows of a step"
+        nearest = max(d for d in divisors if d <= micro_batch)
+        raise RecipeError(f"{fault} (train.tokens_per_step / model.context): try {nearest}")
     vocab_size, terms = recipe.tokenizer.vocabulary, len(recipe.tokenizer.terms)
     if vocab_size < (least := MIN_VOCAB_SIZE + terms):
         fault = f"tokenizer.vocabulary = {vocab_size} is too small for 256 bytes and {terms} terms"

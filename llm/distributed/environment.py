@@ -154,10 +154,9 @@ def _known(record: Path) -> dict[str, Any]:
     try:
         return atomic_io.read_checksummed(record) if record.exists() else {}
     except RefusedError as error:
-        raise RefusedError(
-            f"{error}: remove it, and the precision, micro-batch and threads that are auto are chosen anew; "
-            "checkpoints/*/checkpoint.json hold those that decided the bits"
-        ) from error
+        mend = "remove it, and the precision, micro-batch and threads that are auto are chosen anew"
+        kept = "checkpoints/*/checkpoint.json hold those that decided the bits"
+        raise RefusedError(f"{error}: {mend}; {kept}") from error
 
 
 def _micro_batch(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator) -> int:
@@ -209,10 +208,9 @@ def start_group(recipe: Recipe, run: Path) -> tuple[Accelerator, Coordinator, Ru
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     if accelerator.num_processes != process.world():
-        raise GroupError(
-            f"{process.world()} processes were asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}: "
-            "launch with torchrun, or with `accelerate launch --multi_gpu`"
-        )
+        made = f"asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}"
+        mend = "launch with torchrun, or with `accelerate launch --multi_gpu`"
+        raise GroupError(f"{process.world()} processes were {made}: {mend}")
     with coordinator.error_barrier():
         _refuse_uneven(recipe, settings)
     return accelerator, coordinator, settings
@@ -317,10 +315,9 @@ def _refuse_uneven(recipe: Recipe, settings: RuntimeSettings) -> None:
     if settings.exact and micro_batch:
         count = windows // micro_batch
         if count & (count - 1) or world & (world - 1):
-            raise RecipeError(
-                f"machine.exact sums a balanced tree over {count} micro-batches on {world} processes: both must be "
-                "powers of two; choose train.tokens_per_step and machine.micro_batch so"
-            )
+            sums = f"sums a balanced tree over {count} micro-batches on {world} processes"
+            rule = "both must be powers of two; choose train.tokens_per_step and machine.micro_batch so"
+            raise RecipeError(f"machine.exact {sums}: {rule}")
     if micro_batch and per_rank % micro_batch:
         nearest = max(size for size in range(1, min(micro_batch, per_rank) + 1) if per_rank % size == 0)
         split = f"micro-batches of machine.micro_batch = {micro_batch} on {world} processes"

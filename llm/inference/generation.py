@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm.data.tokenizer import Tokenizer
-from llm.inference.fast_decode import FastDecoder, GraphDecoder, is_known
+from llm.inference.fast_decode import KNOWN, FastDecoder, GraphDecoder
 from llm.inference.sampling import Sampling
 from llm.model.transformer import Cache, Transformer
 
@@ -108,8 +108,8 @@ def _decoder(model: Transformer, cache: Cache) -> FastDecoder | GraphDecoder | N
 
     A sharded model's weights are gathered in its own forward pass only.
     """
-    device = cache.keys.device.type
-    if hasattr(model, "unshard") or device not in ("cpu", "cuda") or not is_known(model):  # fully_shard adds `unshard`
+    device, is_ours = cache.keys.device.type, all(type(module) in KNOWN for module in model.modules())
+    if hasattr(model, "unshard") or device not in ("cpu", "cuda") or not is_ours:  # fully_shard adds `unshard`
         return None
     return GraphDecoder(model, cache) if device == "cuda" else FastDecoder(model, cache)
 

@@ -68,10 +68,9 @@ class Monitor:
                     f"{self._without_batch(step, saved)}"
                 )
         if self.state.scale.item() < FP16_LEAST:
-            raise DivergedError(
-                f"the gradient of step {last} is not finite in fp16 at any loss scale and has touched nothing; {kept}. "
-                "Use another run=NAME with machine.precision=bf16 or fp32, or with a lower train.learning_rate"
-            )
+            fault = f"the gradient of step {last} is not finite in fp16 at any loss scale and has touched nothing"
+            mend = "Use another run=NAME with machine.precision=bf16 or fp32, or with a lower train.learning_rate"
+            raise DivergedError(f"{fault}; {kept}. {mend}")
 
     def _without_batch(self, step: int, saved: int) -> str:
         """Overrides of a run that goes on from the newest checkpoint and skips the batch that `step` read."""

@@ -73,7 +73,10 @@ class Trainer:
             if self.length.revise(state.step, time.perf_counter() - began) and self.monitor.tracker is not None:
                 self.monitor.tracker.plan(self.steps)
         if state.step < self.steps:
-            self.save_and_stop()
+            self.checkpoints.save(evaluation_due=self.evaluation_due)
+            self.length.save()
+            where = f"after step {state.step} of {self.steps}"
+            raise StoppedError(f"stopped ({self.stop}) {where}; all is saved, the same command goes on")
         return state
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
@@ -114,12 +117,6 @@ class Trainer:
         if tracker is not None and tracker.evaluations and self.state.step == self.steps:
             tracker.say(hints.of_run(self.recipe, tracker.evaluations))
         self.checkpoints.complete()
-
-    def save_and_stop(self) -> None:
-        self.checkpoints.save(evaluation_due=self.evaluation_due)
-        self.length.save()
-        where = f"after step {self.state.step} of {self.steps}"
-        raise StoppedError(f"stopped ({self.stop}) {where}; all is saved, the same command goes on")
 
     # ------------------------------------------------------------------ what a step costs
 
