@@ -84,7 +84,7 @@ def open_run(name: str | None = None, *, runs: str | Path = "runs", model: Calla
     """
     from llm.run_folder.loaded_run import open_run as open_folder
 
-    return Run(open_folder(name, runs=Path(runs), new_model=model))
+    return Run(open_folder(name, runs=Path(runs), model=model))
 
 
 class Run:

@@ -23,50 +23,39 @@ class LLMError(Exception):
 
     status = 1
 
+    def __init_subclass__(cls, status: int | None = None) -> None:
+        cls.status = status or cls.status
+
     def __str__(self) -> str:
         return "".join(each if each.isprintable() else repr(each)[1:-1] for each in super().__str__())
 
 
-class RecipeError(LLMError):
+class RecipeError(LLMError, status=2):
     """The recipe or a command-line argument is wrong."""
 
-    status = 2
 
-
-class TextError(LLMError):
+class TextError(LLMError, status=2):
     """The text cannot be read or is too small."""
 
-    status = 2
 
-
-class DivergedError(LLMError):
+class DivergedError(LLMError, status=3):
     """The run ended at a loss or a gradient that is not finite."""
 
-    status = 3
 
-
-class RefusedError(LLMError):
+class RefusedError(LLMError, status=4):
     """A checkpoint, tokenizer or shard is damaged or does not belong to this run."""
 
-    status = 4
 
-
-class DiskError(LLMError):
+class DiskError(LLMError, status=5):
     """The disk is full or failed."""
 
-    status = 5
 
-
-class GroupError(LLMError):
+class GroupError(LLMError, status=6):
     """A process failed or ran out of memory, or the process group is not the requested one."""
 
-    status = 6
 
-
-class StoppedError(LLMError):
+class StoppedError(LLMError, status=75):
     """The run was asked to stop and saved everything; the same command resumes it."""
-
-    status = 75
 
 
 def as_disk_error(error: OSError) -> LLMError | None:

@@ -62,12 +62,10 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
     raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")
 
 
-def open_run(
-    name: str | None, device: torch.device | None = None, runs: Path = RUNS, new_model: Any = None
-) -> LoadedRun:
+def open_run(name: str | None, device: torch.device | None = None, runs: Path = RUNS, model: Any = None) -> LoadedRun:
     """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names a damaged file.
 
-    `new_model` makes the model, where it is not Transformer (see api.train).
+    `model` makes the model, where it is not Transformer (see api.train).
     """
     folder, which = find(name, runs)
     torch.set_num_threads(min(torch.get_num_threads(), threads.threads_per_process()))  # torch heeds no quota
@@ -75,7 +73,7 @@ def open_run(
     while True:
         there = set(checkpoint.folders(folder))
         try:
-            return _open(folder, which, device, new_model)
+            return _open(folder, which, device, model)
         except (RefusedError, FileNotFoundError):
             if there <= set(checkpoint.folders(folder)):
                 raise  # otherwise training has replaced the checkpoint being read by a newer one
