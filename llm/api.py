@@ -12,8 +12,6 @@ from llm.config.reading import load
 from llm.config.schema import Recipe
 
 if TYPE_CHECKING:
-    from llm.data.tokenizer import Tokenizer
-    from llm.model.transformer import Transformer
     from llm.run_folder.loaded_run import LoadedRun
 
 PACKAGED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a checkout
@@ -86,37 +84,18 @@ def open_run(name: str | None = None, *, runs: str | Path = "runs", model: Calla
     """
     from llm.run_folder.loaded_run import open_run as open_folder
 
-    return Run(open_folder(name, runs=Path(runs), new_model=model))
+    return Run(open_folder(name, runs=Path(runs), model=model))
 
 
 class Run:
     """A trained run: `recipe`, `tokenizer`, `model`, `metrics`, and what can be done with them."""
 
     def __init__(self, loaded: "LoadedRun") -> None:
-        self.loaded = loaded
+        self.loaded, self.folder, self.step = loaded, loaded.folder, loaded.checkpoint.step
+        self.recipe, self.tokenizer, self.model = loaded.recipe, loaded.tokenizer, loaded.model
 
     def __repr__(self) -> str:
         return f"<Run {self.loaded.name} in {self.folder}>"
-
-    @property
-    def folder(self) -> Path:
-        return self.loaded.folder
-
-    @property
-    def step(self) -> int:
-        return self.loaded.checkpoint.step
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.loaded.recipe
-
-    @property
-    def tokenizer(self) -> "Tokenizer":
-        return self.loaded.tokenizer
-
-    @property
-    def model(self) -> "Transformer":
-        return self.loaded.model
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -128,10 +107,9 @@ class Run:
         from llm.inference.generation import continuations
         from llm.inference.sampling import Sampling
 
-        tokenizer, choice = self.tokenizer, Sampling(**sampling)  # type: ignore[arg-type]
-        ids = [[tokenizer.bos, *tokenizer.encode(prompt)]]
-        ends, banned = tokenizer.ends, tokenizer.banned
-        return continuations(self.model, ids, tokens, choice, tokenizer.decode, seed, ends, banned)[0]
+        choice = Sampling(**sampling)  # type: ignore[arg-type]
+        ids = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)]]
+        return continuations(self.model, self.tokenizer, ids, tokens, choice, seed)[0]
 
     def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
         """Loss, bits per byte and perplexities of the run's held-out text, or of `texts`: files or named texts."""

@@ -1,6 +1,5 @@
 """python -m llm.evaluate [RUN]: loss and bits per byte of a text, preferences in sentence pairs, lm-eval tasks."""
 
-import argparse
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from llm.run_folder.loaded_run import LoadedRun
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         "evaluate",
         "Loss, bits per byte and perplexity of a run, over its validation side or over texts of your own; or how often "
@@ -28,11 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--tasks", metavar="NAME,...", help="tasks of lm-eval, run on the checkpoint's folder itself")
     add("--task-folder", type=Path, metavar="FOLDER", help="folder with tasks of your own, as .yaml")
     parser.add_number("--rows", default=8, least=1, help="windows at once (default 8)")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
+    given = parser.parse_args(arguments)
     from llm.inference import scoring
     from llm.run_folder.loaded_run import open_run
 

@@ -13,12 +13,11 @@ from llm.base.errors import RecipeError, RefusedError, run
 if TYPE_CHECKING:
     from llm.run_folder.loaded_run import LoadedRun
 
-DTYPES = ("fp32", "bf16")
 GGUF = ("f32", "f16", "bf16", "q8_0")
 SHARD = 4 << 30  # bytes of a file of weights
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         "export",
         "Write a run's model for other programs, read it again with their library, and keep it only if it says the "
@@ -27,21 +26,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_run()
     add = parser.add_argument
     add("--to", type=Path, metavar="FOLDER", help="default: exports/RUN, and the type where it is not fp32")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
-    parser.add_number(
-        "--shard", default=SHARD, least=1, metavar="BYTES", help="most bytes of a file of weights (default 4 GiB)"
-    )
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    parser.add_number("--shard", default=SHARD, least=1, metavar="BYTES", help="most bytes of a file (default 4 GiB)")
     add("--gguf", choices=GGUF, help="write a file of this type for llama.cpp and Ollama instead")
     add("--push", metavar="OWNER/NAME", help="then send it to the hub, with the token of `hf auth login`")
     add("--public", action="store_true", help="make a new repository of the hub public, not private")
     given = parser.parse_args(arguments)
     if given.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", given.push):
         raise RecipeError(f"--push = {given.push[:80]!r}: OWNER/NAME is expected")
-    return given
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
     import torch
 
     from llm.run_folder.loaded_run import find, open_run
@@ -57,9 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
             for line in write_and_check(draft, opened, given):
                 print(line)
     except RefusedError as error:
-        raise RefusedError(
-            f"the export of {opened.name} does not match the run: {error}; {target} was not kept"
-        ) from error
+        lost = f"{target} was not kept"
+        raise RefusedError(f"the export of {opened.name} does not match the run: {error}; {lost}") from error
     megabytes = sum(each.stat().st_size for each in target.iterdir()) / 1e6
     print(f"{opened.name} is exported to {target}: {kind}, {megabytes:,.1f} MB")
     if given.push:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PASTE_SECONDS = 0.05  # input that reaches a terminal sooner than this after the last line belongs to the same prompt
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         "sample",
         "Let a trained run continue a text. The text goes to stdout, everything else to stderr.",
@@ -36,16 +36,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         bounds = {name: each.metadata[name] for name in ("least", "most")}
         help = f"{each.metadata['help']} (default {default:g})"
         parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
-    parser.add_number(
-        "--seed", most=(1 << 63) - 1, help="the same seed gives the same text (default: another one each time)"
-    )
+    parser.add_number("--seed", most=(1 << 63) - 1, help="the same seed gives the same text (default: a new one)")
     given = parser.parse_args(arguments)
-    given.sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
-    return given
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
+    sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
     import torch
 
     from llm.run_folder.loaded_run import open_run
@@ -57,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     is_dialogue = given.prompt is None and sys.stdin.isatty()
     for prompts in prompts_of(given):
         try:
-            answer(opened, prompts, given.tokens, given.sampling, seed)
+            answer(opened, prompts, given.tokens, sampling, seed)
         except KeyboardInterrupt:
             if not is_dialogue:
                 raise

@@ -1,12 +1,10 @@
 """python -m llm.show RUN --step N: the texts that a step read. python -m llm.show A B: where two runs diverge."""
 
-import argparse
-
 from llm.base.command import Parser
 from llm.base.errors import RecipeError, run
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         "show",
         "With one run: the texts that one step read, from the recipe alone. With two: the first step at which they "
@@ -19,11 +17,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if len(given.runs) > 2 or (len(given.runs) == 1) != (given.step is not None):
         raise RecipeError("name one run and --step N, or two runs")
-    return given
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
     from llm.run_folder.loaded_run import find
     from llm.run_folder.step_texts import step_texts
     from llm.run_folder.trace import compare_runs

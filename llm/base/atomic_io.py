@@ -264,9 +264,10 @@ class Lines:
         self.path, self.file = path, path.open("a", encoding="utf-8", newline="\n")
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add one line. It reaches the operating system at once, and the disk with `flush`."""
+        """Add one line, with null for numbers that are not finite: at once for other processes, durably by `flush`."""
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
         with _named(self.path):
-            self.file.write(_line(line))
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
 
     def flush(self) -> None:
@@ -275,12 +276,6 @@ class Lines:
     def close(self) -> None:
         with _named(self.path):
             self.file.close()
-
-
-def _line(values: dict[str, Any]) -> str:
-    """A line of JSON with null in place of a number that is not finite."""
-    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """The command-line parser that all commands share. It never imports torch, so that `--help` answers at once."""
 
 import argparse
+from functools import partial
+from math import inf
 from typing import Any
 
 from llm.base.errors import RecipeError
@@ -18,23 +20,9 @@ class Parser(argparse.ArgumentParser):
         """Add the optional positional argument RUN."""
         self.add_argument("run", nargs="?", help=RUN_HELP)
 
-    def add_number(
-        self,
-        flag: str,
-        *,
-        help: str,
-        default: float | None = None,
-        least: float = 0,
-        most: float = float("inf"),
-        kind: type = int,
-        metavar: str | None = None,
-    ) -> None:
+    def add_number(self, flag: str, *, least: float = 0, most: float = inf, kind: type = int, **options: Any) -> None:
         """Add an option that takes a number of `kind` with least <= value <= most; RecipeError names the rule."""
-
-        def number(text: str) -> Any:
-            return checked(flag, text, kind, least, most)
-
-        self.add_argument(flag, type=number, default=default, metavar=metavar, help=help)
+        self.add_argument(flag, type=partial(checked, flag, kind=kind, least=least, most=most), **options)
 
 
 def checked(flag: str, text: str, kind: type, least: float, most: float) -> Any:
@@ -46,6 +34,6 @@ def checked(flag: str, text: str, kind: type, least: float, most: float) -> Any:
         raise RecipeError(f"{flag} = {text[:40]!r}: expected {expected}") from None
     if not least <= value <= most:
         upper = f"{most:,}" if isinstance(most, int) else f"{most:,.10g}"
-        rule = f"at least {least:g}" + (f" and at most {upper}" if most < float("inf") else "")
+        rule = f"at least {least:g}" + (f" and at most {upper}" if most < inf else "")
         raise RecipeError(f"{flag} = {text[:40]}: must be {rule}")
     return value

@@ -13,8 +13,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 
 class LLMError(Exception):
@@ -22,50 +23,39 @@ class LLMError(Exception):
 
     status = 1
 
+    def __init_subclass__(cls, status: int | None = None) -> None:
+        cls.status = status or cls.status
+
     def __str__(self) -> str:
         return "".join(each if each.isprintable() else repr(each)[1:-1] for each in super().__str__())
 
 
-class RecipeError(LLMError):
+class RecipeError(LLMError, status=2):
     """The recipe or a command-line argument is wrong."""
 
-    status = 2
 
-
-class TextError(LLMError):
+class TextError(LLMError, status=2):
     """The text cannot be read or is too small."""
 
-    status = 2
 
-
-class DivergedError(LLMError):
+class DivergedError(LLMError, status=3):
     """The run ended at a loss or a gradient that is not finite."""
 
-    status = 3
 
-
-class RefusedError(LLMError):
+class RefusedError(LLMError, status=4):
     """A checkpoint, tokenizer or shard is damaged or does not belong to this run."""
 
-    status = 4
 
-
-class DiskError(LLMError):
+class DiskError(LLMError, status=5):
     """The disk is full or failed."""
 
-    status = 5
 
-
-class GroupError(LLMError):
+class GroupError(LLMError, status=6):
     """A process failed or ran out of memory, or the process group is not the requested one."""
 
-    status = 6
 
-
-class StoppedError(LLMError):
+class StoppedError(LLMError, status=75):
     """The run was asked to stop and saved everything; the same command resumes it."""
-
-    status = 75
 
 
 def as_disk_error(error: OSError) -> LLMError | None:
@@ -83,6 +73,14 @@ def as_disk_error(error: OSError) -> LLMError | None:
         there = next((folder for folder in Path(error.filename).absolute().parents if folder.exists()), None)
         found = f", {shutil.disk_usage(there).free / 1e6:,.1f} MB are free" if there else ""
     return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}{found}; {remedies[error.errno]}")
+
+
+def optional(package: str, otherwise: str) -> Any:
+    """An optional package. RecipeError says `otherwise` where it is not installed."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise RecipeError(otherwise) from None
 
 
 def reason(error: BaseException) -> str:

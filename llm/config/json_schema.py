@@ -13,9 +13,8 @@ from llm.config.schema import LENGTHS, Epochs, Recipe, Train
 from llm.config.values import TIMES, TRUTH, options_of
 
 SCALAR = ["string", "number", "boolean"]  # YAML reads the string 2024 as a number and no as a boolean
-DIGITS = (
-    r"^ *[+-]?([0-9][0-9_]*[.]?[0-9_]*|[.][0-9][0-9_]*)([eE][+-]?[0-9]{1,4})?"  # as values.NUMBER, in ECMA's dialect
-)
+# values.NUMBER in ECMA's dialect.
+DIGITS = r"^ *[+-]?([0-9][0-9_]*[.]?[0-9_]*|[.][0-9][0-9_]*)([eE][+-]?[0-9]{1,4})?"
 
 
 def json_schema() -> dict[str, Any]:

@@ -39,10 +39,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(given, override)
     recipe = resolve(_build(given))
     if form != "1" and re.fullmatch(RESERVED_NAMES, recipe.run):  # runs of earlier versions may have such a name
-        raise RecipeError(
-            f"run = {recipe.run!r}: RUN/best, RUN/newest and RUN/step-N name checkpoints, so a run cannot have this "
-            f"name: say run=my-{recipe.run}"
-        )
+        fault = "RUN/best, RUN/newest and RUN/step-N name checkpoints, so a run cannot have this name"
+        raise RecipeError(f"run = {recipe.run!r}: {fault}: say run=my-{recipe.run}")
     size = len(with_checksum(dump(recipe)).encode())  # as the run keeps it, and must be able to read it again
     if size > MAX_BYTES:
         raise RecipeError(f"{path} takes {size} bytes when written out, more than {MAX_BYTES}: shorten its lists")
@@ -159,9 +157,7 @@ def _compose(where: str, text: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
-        raise RecipeError(
-            f"{where} is nested too deeply: a recipe has sections with keys, and no more levels"
-        ) from None
+        raise RecipeError(f"{where} is nested too deeply: a recipe has sections with keys, not more levels") from None
     except (ValueError, OverflowError):
         raise RecipeError(f"{where} is not YAML: the number in an escape or a directive is out of range") from None
 

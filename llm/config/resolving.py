@@ -18,16 +18,14 @@ def resolve(recipe: Recipe) -> Recipe:
 
     A length in epochs or hours stays, since it depends on the text or on the machine.
     """
-    _check_names(recipe)
-    _check_one_length(recipe.train)
+    _check_values(recipe)
     model = _resolve_model(recipe.model)
-    _check_batch(recipe)
-    _check_vocab_size(recipe)
+    _check_sizes(recipe)
     skipped(recipe)
     return replace(recipe, from_=checkpoint_name(recipe.from_), model=model, train=_resolve_length(recipe))
 
 
-def _check_names(recipe: Recipe) -> None:
+def _check_values(recipe: Recipe) -> None:
     if not re.fullmatch(RUN_NAME, recipe.run):
         raise RecipeError(
             f"run = {recipe.run[:120]!r}: expected at most 100 letters (a to z, A to Z), digits, '_', '.' and '-', "
@@ -41,60 +39,43 @@ def _check_names(recipe: Recipe) -> None:
         raise RecipeError("tokenizer.terms: each term must be one or more words on one line, and not empty")
     if recipe.model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
         raise RecipeError("model.from brings its own tokenizer: remove tokenizer.path and tokenizer.terms")
-
-
-def _check_one_length(train: Train) -> None:
-    given = [name for name in LENGTHS if getattr(train, name.split(".")[1])]
-    if len(given) != 1:
-        raise RecipeError(
-            f"{' and '.join(given) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}"
-        )
+    said = [name for name in LENGTHS if getattr(recipe.train, name.split(".")[1])]
+    if len(said) != 1:
+        raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
 
 
 def _resolve_model(model: Model) -> Model:
     if not model.head_dim and model.dim % model.heads:
-        raise RecipeError(
-            f"model.dim = {model.dim} is not divisible by model.heads = {model.heads}: set model.head_dim, "
-            f"for example {max(2, model.dim // model.heads // 2 * 2)}"
-        )
+        fault = f"model.dim = {model.dim} is not divisible by model.heads = {model.heads}"
+        raise RecipeError(f"{fault}: set model.head_dim, for example {max(2, model.dim // model.heads // 2 * 2)}")
     head_dim = model.head_dim or model.dim // model.heads
     if head_dim % 2:
-        raise RecipeError(
-            f"model.head_dim = {head_dim}: rotary positions need an even number, for example {head_dim + 1}"
-        )
+        even = f"an even number, for example {head_dim + 1}"
+        raise RecipeError(f"model.head_dim = {head_dim}: rotary positions need {even}")
     kv_heads = model.kv_heads or model.heads
     if model.heads % kv_heads:
-        fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
-        raise RecipeError(
-            f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: use one of {fitting}"
-        )
+        fit = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        raise RecipeError(f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: use one of {fit}")
     ffn_dim = model.ffn_dim or -(-model.dim * 8 // 3 // 64) * 64
     return replace(model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=ffn_dim)
 
 
-def _check_batch(recipe: Recipe) -> None:
+def _check_sizes(recipe: Recipe) -> None:
+    """RecipeError unless windows, micro-batches and the vocabulary fit."""
     tokens, context, micro_batch = recipe.train.tokens_per_step, recipe.model.context, recipe.machine.micro_batch
     if tokens % context:
-        raise RecipeError(
-            f"train.tokens_per_step = {tokens} is not a multiple of model.context = {context}: "
-            f"try {max(1, round(tokens / context)) * context}"
-        )
+        fault = f"train.tokens_per_step = {tokens} is not a multiple of model.context = {context}"
+        raise RecipeError(f"{fault}: try {max(1, round(tokens / context)) * context}")
     windows = recipe.windows_per_step
     if isinstance(micro_batch, int) and windows % micro_batch:
         divisors = {d for n in range(1, math.isqrt(windows) + 1) if windows % n == 0 for d in (n, windows // n)}
-        raise RecipeError(
-            f"machine.micro_batch = {micro_batch} does not divide the {windows} windows of a step "
-            f"(train.tokens_per_step / model.context): try {max(d for d in divisors if d <= micro_batch)}"
-        )
-
-
-def _check_vocab_size(recipe: Recipe) -> None:
+        fault = f"machine.micro_batch = {micro_batch} does not divide the {windows} windows of a step"
+        nearest = max(d for d in divisors if d <= micro_batch)
+        raise RecipeError(f"{fault} (train.tokens_per_step / model.context): try {nearest}")
     vocab_size, terms = recipe.tokenizer.vocabulary, len(recipe.tokenizer.terms)
-    if vocab_size < MIN_VOCAB_SIZE + terms:
-        raise RecipeError(
-            f"tokenizer.vocabulary = {vocab_size} is too small for 256 bytes and {terms} terms: "
-            f"use at least {MIN_VOCAB_SIZE + terms}"
-        )
+    if vocab_size < (least := MIN_VOCAB_SIZE + terms):
+        fault = f"tokenizer.vocabulary = {vocab_size} is too small for 256 bytes and {terms} terms"
+        raise RecipeError(f"{fault}: use at least {least}")
 
 
 def _resolve_length(recipe: Recipe) -> Train:
@@ -159,10 +140,8 @@ def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
         match = _RANGE.fullmatch(text)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if high < low or low < 1 or any(low <= other[1] and other[0] <= high for other in ranges):
-            raise RecipeError(
-                f"train.skip = {text!r}: expected ranges that do not overlap, such as 1200-1210; "
-                "steps count from 1, as in the messages of a run"
-            )
+            rule = "ranges that do not overlap, such as 1200-1210; steps count from 1, as in the messages of a run"
+            raise RecipeError(f"train.skip = {text!r}: expected {rule}")
         ranges.append((low, high))
     return tuple(ranges)
 

@@ -73,9 +73,8 @@ def _bounded(name: str, value: str, *, whole: bool, words: list[str], each: "Fie
     number = _number(name, time[1] if time else value, whole=whole, words=words)
     number = number * TIMES[time[2]] if time else number
     if not least <= number < below:
-        raise RecipeError(
-            f"{name} = {_short(value)}: must be at least {least:,.10g} and below {below:,.10g} ({described})"
-        )
+        rule = f"must be at least {least:,.10g} and below {below:,.10g}"
+        raise RecipeError(f"{name} = {_short(value)}: {rule} ({described})")
     return number
 
 

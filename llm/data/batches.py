@@ -62,10 +62,8 @@ class BatchLoader:
     def at(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches at `step`."""
         for positions in self.positions(step):
-            starts = self.order.starts(positions)
-            rows = np.stack(
-                [self.side.read(start, start + self.order.context + 1) for start in starts.tolist()]
-            ).astype(np.int64)
+            starts, length = self.order.starts(positions).tolist(), self.order.context + 1
+            rows = np.stack([self.side.read(start, start + length) for start in starts]).astype(np.int64)
             yield Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]), torch.from_numpy(positions))
 
 

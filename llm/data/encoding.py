@@ -61,10 +61,8 @@ class ProcessEncoder:
             _send(self._to, text, lengths.astype(np.int64).tobytes())
             return np.frombuffer(_receive(self._from), self._dtype), np.frombuffer(_receive(self._from), np.int64)
         except (BrokenPipeError, EOFError) as error:
-            raise GroupError(
-                f"a process that encodes text ended with status {self._child.wait()}: run the same command again, "
-                f"with more memory if it ran out"
-            ) from error
+            mend = "run the same command again, with more memory if it ran out"
+            raise GroupError(f"a process that encodes text ended with status {self._child.wait()}: {mend}") from error
 
     def close(self) -> None:
         with suppress(BrokenPipeError):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llm.base import atomic_io
-from llm.base.errors import RecipeError, RefusedError
+from llm.base.errors import RefusedError, optional
 from llm.data.tokenizer import MANIFEST, PROBES, SPACE, Tokenizer
 
 FILE = "tokenizer.json"
@@ -169,12 +169,9 @@ def _settings(files: dict[str, bytes], name: str = EXTRA_FILES[0]) -> dict[str, 
 
 
 def _opened(files: dict[str, bytes], name: str) -> Any:
+    library = optional("tokenizers", f"{name} is read with the package tokenizers: pip install -e '.[export]'")
     try:
-        import tokenizers
-    except ImportError:
-        raise RecipeError(f"{name} is read with the package tokenizers: pip install -e '.[export]'") from None
-    try:
-        return tokenizers.Tokenizer.from_buffer(files[FILE])
+        return library.Tokenizer.from_buffer(files[FILE])
     except Exception as error:  # the library raises nothing narrower
         raise RefusedError(f"{name} is damaged or of a kind that is not known here: {str(error)[:200]}") from error
 

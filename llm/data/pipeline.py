@@ -24,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -79,6 +79,36 @@ class Survey:
         return self.documents[0] > 0 and (not self.share or self.text_bytes[1] >= self.enough)
 
 
+@dataclass(frozen=True)
+class _Show:
+    """Progress of a long task: a bar on a terminal, otherwise a line every 10 s; nothing if `progress` is off."""
+
+    say: Say
+    progress: bool
+
+    def over(self, items: Iterable[Item], what: str, total: int | None, size: Callable[[Item], int]) -> Iterator[Item]:
+        """The same items; `size` gives the bytes of text in one of them, `total` those of all."""
+        if self.progress and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            with tqdm(desc=what, total=total, unit="B", unit_scale=True) as bar:
+                for item in items:
+                    yield item
+                    bar.update(size(item))
+            return
+        began = told = time.monotonic()
+        done = 0
+        for item in items:
+            yield item
+            done += size(item)
+            now = time.monotonic()
+            if self.progress and now - told >= 10:
+                told, rate = now, done / (now - began)
+                seconds = max((total or 0) - done, 0) / max(rate, 1)
+                left = f" of {total / 1e6:,.0f} MB, {seconds:,.0f} s left" if total else " MB"
+                self.say(f"{what}: {done / 1e6:,.0f}{left}, {rate / 1e6:,.1f} MB/s")
+
+
 def prepare(
     recipe: Recipe,
     say: Say = print,
@@ -121,8 +151,9 @@ def prepare(
     say(f"tokens: {_sides(train.tokens, validation.tokens)}, {text_bytes / tokens:.2f} bytes a token")
     if train.tokens <= recipe.model.context:
         mend = f", or at most model.context={train.tokens - 1}" if train.tokens > 2 else ""  # 2 is the least context
+        names = ", ".join(recipe.text.files)
         raise TextError(
-            f"{_names(recipe)}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
+            f"{names}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
             f"{recipe.model.context + 1:,}: use more text{mend}"
         )
     return Prepared(tokenizer, shards)
@@ -137,10 +168,6 @@ def _cache(name: str) -> Path:
     return cache
 
 
-def _names(recipe: Recipe) -> str:
-    return ", ".join(recipe.text.files)
-
-
 def _sides(train: int, validation: int) -> str:
     return f"{train:,} train + {validation:,} validation"
 
@@ -152,13 +179,10 @@ def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
     if _read_only(lock.parent):
         yield
         return
-    with atomic_io.lock(lock) as alone:
-        if alone:
-            atomic_io.sweep(path.parent, of=path.name)
-            yield
-            return
-    say(f"another process prepares {what}: waiting for it")
-    with atomic_io.lock(lock, wait=True):
+    with ExitStack() as held:
+        if not held.enter_context(atomic_io.lock(lock)):
+            say(f"another process prepares {what}: waiting for it")
+            held.enter_context(atomic_io.lock(lock, wait=True))
         atomic_io.sweep(path.parent, of=path.name)
         yield
 
@@ -169,7 +193,7 @@ def _read_only(path: Path) -> bool:
 
 
 def _surveyed(
-    text: Text, cache: Path, show: "_Show", *, verify: bool, most: int = MAX_DOCUMENT, own: Source | None = None
+    text: Text, cache: Path, show: _Show, *, verify: bool, most: int = MAX_DOCUMENT, own: Source | None = None
 ) -> tuple[Corpus, Survey, list[bytes]]:
     """Corpus and survey of the text, from the cache (with an empty sample) or read, with a sample for the tokenizer.
 
@@ -197,7 +221,7 @@ def _surveyed(
     return corpus, survey, sample
 
 
-def _survey(corpus: Corpus, asked: float, show: "_Show") -> tuple[Survey, list[bytes]]:
+def _survey(corpus: Corpus, asked: float, show: _Show) -> tuple[Survey, list[bytes]]:
     """Read the text and hold out the fraction `asked`, or the smallest one that leaves enough to measure by.
 
     Also returns a sample of the training documents: those with the smallest hashes, at most SAMPLE bytes.
@@ -215,7 +239,7 @@ def _survey(corpus: Corpus, asked: float, show: "_Show") -> tuple[Survey, list[b
     return survey, sample
 
 
-def _read(corpus: Corpus, val_fraction: float, show: "_Show") -> tuple[Survey, list[bytes], dict[float, int]]:
+def _read(corpus: Corpus, val_fraction: float, show: _Show) -> tuple[Survey, list[bytes], dict[float, int]]:
     """Survey and sample of the text at this split, and the bytes of text at each of the lowest MEASURABLE fractions."""
     digest, notes = hashlib.sha256(), Counter[str]()
     documents, text_bytes = [0, 0], [0, 0]
@@ -282,9 +306,7 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
             raise RefusedError(f"{error}: remove {folder} and prepare the text again") from error
 
 
-def _sharded(
-    corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: "_Show", *, verify: bool
-) -> Shards:
+def _sharded(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: _Show, *, verify: bool) -> Shards:
     """The shards of this text, split and tokenizer; writing continues where an earlier call was killed."""
     about = {"text": survey.sha256, "validation": survey.share, "tokenizer": tokenizer.fingerprint}
     fingerprint = atomic_io.digest_of([sharding.FORMAT, about])
@@ -321,37 +343,6 @@ def _check_space(folder: Path, text_bytes: int, vocab_size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DiskError(
-            f"token shards in {folder} need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: "
-            f"make room, or name another place by text.cache=FOLDER, and run the same command again"
-        )
-
-
-@dataclass(frozen=True)
-class _Show:
-    """Progress of a long task: a bar on a terminal, otherwise a line every 10 s; nothing if `progress` is off."""
-
-    say: Say
-    progress: bool
-
-    def over(self, items: Iterable[Item], what: str, total: int | None, size: Callable[[Item], int]) -> Iterator[Item]:
-        """The same items; `size` gives the bytes of text in one of them, `total` those of all."""
-        if self.progress and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            with tqdm(desc=what, total=total, unit="B", unit_scale=True) as bar:
-                for item in items:
-                    yield item
-                    bar.update(size(item))
-            return
-        began = told = time.monotonic()
-        done = 0
-        for item in items:
-            yield item
-            done += size(item)
-            now = time.monotonic()
-            if self.progress and now - told >= 10:
-                told, rate = now, done / (now - began)
-                seconds = max((total or 0) - done, 0) / max(rate, 1)
-                left = f" of {total / 1e6:,.0f} MB, {seconds:,.0f} s left" if total else " MB"
-                self.say(f"{what}: {done / 1e6:,.0f}{left}, {rate / 1e6:,.1f} MB/s")
+        fault = f"token shards in {folder} need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        mend = "make room, or name another place by text.cache=FOLDER, and run the same command again"
+        raise DiskError(f"{fault}: {mend}")

@@ -30,6 +30,7 @@ SIDES = ("train", "validation")
 PLACE = "shards.json"  # in a run's folder
 
 Files = dict[str, list[dict[str, Any]]]  # the manifest's entries, by side
+Block = dict[str, Any]  # of one side: text and lengths of its documents; once encoded, their tokens and starts
 
 
 class Split:
@@ -186,9 +187,8 @@ def write(
     for side in SIDES:
         if waiting[side]:
             _write_file(folder, files, side, waiting[side])
-    atomic_io.write_checksummed(
-        folder / "manifest.json", {"format": FORMAT, **about, "dtype": dtype.name, "files": files}
-    )
+    manifest = {"format": FORMAT, **about, "dtype": dtype.name, "files": files}
+    atomic_io.write_checksummed(folder / "manifest.json", manifest)
     atomic_io.remove(folder / "journal.json")
 
 
@@ -204,7 +204,7 @@ def _finished(folder: Path) -> Files:
     return files
 
 
-def _blocks(documents: Iterable[bytes], val_fraction: float, done: dict[str, int]) -> Iterator[dict[str, Any]]:
+def _blocks(documents: Iterable[bytes], val_fraction: float, done: dict[str, int]) -> Iterator[Block]:
     """Blocks of documents of one side, about BLOCK bytes each, without the first `done` documents of each side."""
     gathered: dict[str, list[bytes]] = {side: [] for side in SIDES}
     size, skip = dict.fromkeys(SIDES, 0), dict(done)
@@ -221,13 +221,11 @@ def _blocks(documents: Iterable[bytes], val_fraction: float, done: dict[str, int
     yield from (_block(side, gathered[side]) for side in SIDES if gathered[side])
 
 
-def _block(side: str, documents: list[bytes]) -> dict[str, Any]:
+def _block(side: str, documents: list[bytes]) -> Block:
     return {"side": side, "text": b"".join(documents), "lengths": [len(document) for document in documents]}
 
 
-def _encoded(
-    source: Iterator[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, processes: int
-) -> Iterator[dict[str, Any]]:
+def _encoded(source: Iterator[Block], tokenizer: Tokenizer, dtype: np.dtype, processes: int) -> Iterator[Block]:
     """The blocks in order, each with `tokens`, the ids of its documents end to end, and their `starts` in it."""
     datasets = lean_datasets()
     idle: SimpleQueue[LocalEncoder | ProcessEncoder] = SimpleQueue()

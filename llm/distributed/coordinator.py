@@ -64,12 +64,9 @@ class Coordinator:
             return GroupError("process 0 is gone or hangs: run the same command again to resume")
         others = [each for each in range(world()) if each != rank()]
         behind = [each for each in others if last.get(each) != last.get(rank())] or others
-        said = ("one of " if len(behind) > 1 else "") + ", ".join(
-            f"process {each} (last heard of after {last.get(each, 'its start')})" for each in behind
-        )
-        return GroupError(
-            f"{said} is gone or hangs: run the same command again to resume ({str(error).splitlines()[0][:160]})"
-        )
+        named = (f"process {each} (last heard of after {last.get(each, 'its start')})" for each in behind)
+        said, why = ("one of " if len(behind) > 1 else "") + ", ".join(named), str(error).splitlines()[0][:160]
+        return GroupError(f"{said} is gone or hangs: run the same command again to resume ({why})")
 
     def _last_progress(self) -> dict[int, str]:
         """Each rank's last recorded progress; empty if the main process, which hosts the store, does not answer."""

@@ -154,10 +154,9 @@ def _known(record: Path) -> dict[str, Any]:
     try:
         return atomic_io.read_checksummed(record) if record.exists() else {}
     except RefusedError as error:
-        raise RefusedError(
-            f"{error}: remove it, and the precision, micro-batch and threads that are auto are chosen anew; "
-            "checkpoints/*/checkpoint.json hold those that decided the bits"
-        ) from error
+        mend = "remove it, and the precision, micro-batch and threads that are auto are chosen anew"
+        kept = "checkpoints/*/checkpoint.json hold those that decided the bits"
+        raise RefusedError(f"{error}: {mend}; {kept}") from error
 
 
 def _micro_batch(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator) -> int:
@@ -209,10 +208,9 @@ def start_group(recipe: Recipe, run: Path) -> tuple[Accelerator, Coordinator, Ru
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     if accelerator.num_processes != process.world():
-        raise GroupError(
-            f"{process.world()} processes were asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}: "
-            "launch with torchrun, or with `accelerate launch --multi_gpu`"
-        )
+        made = f"asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}"
+        mend = "launch with torchrun, or with `accelerate launch --multi_gpu`"
+        raise GroupError(f"{process.world()} processes were {made}: {mend}")
     with coordinator.error_barrier():
         _refuse_uneven(recipe, settings)
     return accelerator, coordinator, settings
@@ -239,10 +237,9 @@ def _meet() -> None:
         torch.distributed.init_process_group("nccl" if has_accelerator() else "gloo", timeout=coordination.HUNG)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise GroupError(
-            f"the {process.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT): start all of "
-            f"them, with a free port of the first one's machine ({str(error).splitlines()[0][:160]})"
-        ) from None
+        fault = f"the {process.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT)"
+        mend = "start all of them, with a free port of the first one's machine"
+        raise GroupError(f"{fault}: {mend} ({str(error).splitlines()[0][:160]})") from None
 
 
 @contextmanager
@@ -308,29 +305,23 @@ def use_deterministic_kernels() -> None:
 def _refuse_uneven(recipe: Recipe, settings: RuntimeSettings) -> None:
     """RecipeError where a step's windows cannot be dealt to the processes in micro-batches of one size."""
     windows, world = recipe.windows_per_step, process.world()
+    step = f"{windows} windows a step (train.tokens_per_step / model.context)"
     if windows % world:
-        raise RecipeError(
-            f"{windows} windows a step (train.tokens_per_step / model.context) cannot be shared by {world} processes: "
-            f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
-        )
+        mend = f"make train.tokens_per_step a multiple of {world * recipe.model.context}"
+        raise RecipeError(f"{step} cannot be shared by {world} processes: {mend}")
     if settings.shard == "hybrid" and world % (local := process.place().local_world):
-        raise RecipeError(
-            f"machine.shard = hybrid needs as many processes on each machine: {world} in all, {local} on this one"
-        )
+        raise RecipeError(f"machine.shard = hybrid needs as many processes on each machine: {local} here of {world}")
     micro_batch, per_rank = settings.micro_batch, windows // world
     if settings.exact and micro_batch:
         count = windows // micro_batch
         if count & (count - 1) or world & (world - 1):
-            raise RecipeError(
-                f"machine.exact sums a balanced tree over {count} micro-batches on {world} processes: both must be "
-                "powers of two; choose train.tokens_per_step and machine.micro_batch so"
-            )
+            sums = f"sums a balanced tree over {count} micro-batches on {world} processes"
+            rule = "both must be powers of two; choose train.tokens_per_step and machine.micro_batch so"
+            raise RecipeError(f"machine.exact {sums}: {rule}")
     if micro_batch and per_rank % micro_batch:
         nearest = max(size for size in range(1, min(micro_batch, per_rank) + 1) if per_rank % size == 0)
-        raise RecipeError(
-            f"{windows} windows a step (train.tokens_per_step / model.context) cannot be split into micro-batches of "
-            f"machine.micro_batch = {micro_batch} on {world} processes: try {nearest}"
-        )
+        split = f"micro-batches of machine.micro_batch = {micro_batch} on {world} processes"
+        raise RecipeError(f"{step} cannot be split into {split}: try {nearest}")
 
 
 def die_with_parent() -> None:

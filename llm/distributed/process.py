@@ -29,10 +29,8 @@ def place() -> Place:
         if stray := next((name for name in said if name in COUNTS[:4]), None):
             raise GroupError(f"{stray} = {said[stray]} is in the environment without WORLD_SIZE: {mend}")
         if other := next((name for name in OTHERS if said.get(name, "1") != "1"), None):
-            raise GroupError(
-                f"{other} = {said[other]} is in the environment without RANK and WORLD_SIZE: launch with torchrun "
-                "or by launch/slurm.sh; for processes that train alone, set WORLD_SIZE=1"
-            )
+            start = "launch with torchrun or by launch/slurm.sh; for processes that train alone, set WORLD_SIZE=1"
+            raise GroupError(f"{other} = {said[other]} is in the environment without RANK and WORLD_SIZE: {start}")
         return Place()
     for name in COUNTS:
         if not re.fullmatch("[0-9]{1,9}", said.get(name, "0")):

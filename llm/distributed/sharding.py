@@ -150,19 +150,14 @@ class Sharding:
             assert device is not None
             from torch.distributed.device_mesh import init_device_mesh
 
-            mesh = init_device_mesh(
-                device.type, (self.replica_size, self.shard_size), mesh_dim_names=("replicas", "shards")
-            )
+            sizes = self.replica_size, self.shard_size
+            mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicas", "shards"))
             self.mesh = mesh["shards"]
             self.shard_group, self.replica_group = mesh.get_group("shards"), mesh.get_group("replicas")
             self.index = mesh.get_local_rank("shards")
             self.sharded = self.shard_size >= self.MIN_PROCESSES
-
-    @property
-    def first_replica(self) -> bool:
-        """Whether this rank belongs to the first replica, which writes checkpoints."""
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return rank < self.shard_size
+        self.first_replica = rank < self.shard_size  # whether this rank belongs to it; it writes checkpoints
 
     def shard_module(self, module: Module, root: bool = False) -> Module:
         """Shard the parameters of `module` that are not sharded yet; call it on the root after all blocks.

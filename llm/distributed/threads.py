@@ -14,9 +14,7 @@ from threading import Event, Thread
 
 LAUNCHERS = re.compile(r"/(accelerate|accelerate-launch|torchrun)\0|\0(accelerate\.commands|torch\.distributed)\.")
 LOOK = 0.2  # seconds between two measurements of how long threads wait for a core
-CROWDED = (
-    0.2  # share of that time, summed over threads: below 0.1 on a quiet machine, 0.24 to 0.9 next to a busy program
-)
+CROWDED = 0.2  # share of that time, summed over threads: < 0.1 on a quiet machine, 0.24 to 0.9 next to a busy program
 IDLE = 64  # most threads of the idle team
 
 

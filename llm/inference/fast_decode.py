@@ -18,12 +18,8 @@ from llm.model.transformer import MLP, Attention, Block, Cache, Decoder, RMSNorm
 
 PACKED = 1 << 16  # numbers above which a matrix does not stay in the CPU's cache between tokens
 
+# Modules of our own models: FastDecoder copies their arithmetic, GraphDecoder records it.
 KNOWN = (Transformer, Decoder, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)
-
-
-def is_known(model: nn.Module) -> bool:
-    """Whether the model is ours throughout: FastDecoder copies its arithmetic, GraphDecoder records it."""
-    return all(type(module) in KNOWN for module in model.modules())
 
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
@@ -136,9 +132,8 @@ class GraphDecoder:
     """
 
     LEAST = 128  # slots of the shortest graph; each following graph has twice as many
-    streams: ClassVar[
-        dict[torch.device, torch.cuda.Stream]
-    ] = {}  # to record on; reused, as libraries keep a buffer per stream
+    # Streams to record on; reused, as libraries keep a buffer per stream.
+    streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
         self.model, self.cache = model, cache

@@ -1,11 +1,12 @@
 """Text generation: prefill, choose, step, repeat. Rows may differ in length; each keeps its own position."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from llm.inference.fast_decode import FastDecoder, GraphDecoder, is_known
+from llm.data.tokenizer import Tokenizer
+from llm.inference.fast_decode import KNOWN, FastDecoder, GraphDecoder
 from llm.inference.sampling import Sampling
 from llm.model.transformer import Cache, Transformer
 
@@ -107,8 +108,8 @@ def _decoder(model: Transformer, cache: Cache) -> FastDecoder | GraphDecoder | N
 
     A sharded model's weights are gathered in its own forward pass only.
     """
-    device = cache.keys.device.type
-    if hasattr(model, "unshard") or device not in ("cpu", "cuda") or not is_known(model):  # fully_shard adds `unshard`
+    device, is_ours = cache.keys.device.type, all(type(module) in KNOWN for module in model.modules())
+    if hasattr(model, "unshard") or device not in ("cpu", "cuda") or not is_ours:  # fully_shard adds `unshard`
         return None
     return GraphDecoder(model, cache) if device == "cuda" else FastDecoder(model, cache)
 
@@ -127,14 +128,13 @@ def prefill(model: Transformer, cache: Cache, texts: list[list[int]]) -> Tensor:
 
 def continuations(
     model: Transformer,
+    tokenizer: Tokenizer,
     prompts: list[list[int]],
     tokens: int,
     sampling: Sampling,
-    decode: Callable[[list[int]], str],
     seed: int = 0,
-    ends: tuple[int, ...] = (),
-    banned: tuple[int, ...] = (),
 ) -> list[str]:
     """Generated text for each prompt."""
-    columns = list(generate(model, prompts, tokens, sampling, seed, ends, banned))
-    return [decode([column[row] for column in columns if column[row] is not None]) for row in range(len(prompts))]  # type: ignore[misc]
+    columns = list(generate(model, prompts, tokens, sampling, seed, tokenizer.ends, tokenizer.banned))
+    rows = ([column[row] for column in columns] for row in range(len(prompts)))
+    return [tokenizer.decode([token for token in row if token is not None]) for row in rows]

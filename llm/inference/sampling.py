@@ -6,7 +6,7 @@ Does not import torch, so that `--help` and errors in options are instant.
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from llm.base.errors import RecipeError
+from llm.base.command import checked
 
 
 def option(default: float, *, least: float, most: float, help: str) -> Any:
@@ -31,10 +31,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value, least, most = getattr(self, each.name), each.metadata["least"], each.metadata["most"]
-            if not least <= value <= most:
-                rule = f"at least {least:g}" + (f" and at most {most:,.10g}" if most < float("inf") else "")
-                raise RecipeError(f"{flag(each)} = {value}: {rule} is expected")
+            checked(flag(each), str(getattr(self, each.name)), float, each.metadata["least"], each.metadata["most"])
 
 
 def flag(each: "Field[Any]") -> str:

@@ -131,9 +131,7 @@ def _pair(path: Path, number: int, line: str) -> tuple[str, str]:
             raise TypeError
         return pair
     except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
-        raise TextError(
-            f"{path}, line {number}: GOOD, a tab and BAD are expected, or .jsonl with good and bad"
-        ) from None
+        raise TextError(f"{path}, line {number}: expected GOOD, a tab and BAD, or .jsonl with good and bad") from None
 
 
 @torch.no_grad()

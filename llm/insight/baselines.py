@@ -26,13 +26,13 @@ def _xz(data: bytes) -> int:
     return len(lzma.compress(data, preset=6))
 
 
-def ngram_bits(train: bytes, text: bytes, order: int = ORDER) -> float:
+def ngram_bits(train: bytes, text: bytes) -> float:
     """Bits of `text` under an n-gram model of `train`, interpolated as by Witten and Bell (1991).
 
     p_n(c | h) = (count(hc) + kinds(h) p_{n-1}(c | h')) / (count(h) + kinds(h)), from 1/256 on.
     """
     probability = np.full(len(text), 1 / 256)
-    for length in range(1, order + 1):
+    for length in range(1, ORDER + 1):
         grams, counts = np.unique(_codes(train, length), return_counts=True)
         contexts, first = np.unique(grams >> 8, return_index=True)
         kinds = np.diff([*first, len(grams)])

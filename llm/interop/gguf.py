@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llm.base import atomic_io
-from llm.base.errors import RecipeError, RefusedError
+from llm.base.errors import RecipeError, RefusedError, optional
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.interop.parity import check_llama_cpp, overlaps, symbols_of
 from llm.run_folder.loaded_run import LoadedRun
@@ -26,6 +26,9 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down"}  # fmt: skip
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # llama.cpp's types of pieces
+# The largest rounding error of each storage type, relative to the largest number.
+ROUNDING = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 220}
+NEEDED = "--gguf needs the package gguf: pip install -e '.[export]'"
 MODELFILE = """# ollama create {name} -f Modelfile
 FROM ./{file}
 TEMPLATE {{{{ .Prompt }}}}
@@ -40,15 +43,11 @@ PARAMETER num_ctx {context}
 
 def write(folder: Path, opened: LoadedRun, kind: str) -> None:
     """Write RUN-KIND.gguf, Modelfile and the model card to `folder`."""
-    library, tokenizer = _gguf(), opened.tokenizer
+    library, tokenizer = optional("gguf", NEEDED), opened.tokenizer
     if not tokenizer.is_exact_bpe or json.loads(_small_file(opened, "config.json"))["model_type"] != "qwen3":
-        raise RecipeError(
-            "--gguf is for models with a vocabulary of our own, byte-fallback BPE: export a folder instead"
-        )
+        raise RecipeError("--gguf is for models with a vocabulary of our own, byte-fallback BPE: export a folder")
     if texts := overlaps(symbols_of(tokenizer)):  # llama.cpp takes the longest first, all others the leftmost
-        raise RefusedError(
-            f"llama.cpp would split {texts[0]!r} in another way, as two of tokenizer.terms overlap in it"
-        )
+        raise RefusedError(f"llama.cpp would split {texts[0]!r} another way, as two of tokenizer.terms overlap in it")
     path = file_of(folder, opened, kind)
     writer = library.GGUFWriter(path, "qwen3")
     for add, value in settings(opened).items():
@@ -62,24 +61,24 @@ def write(folder: Path, opened: LoadedRun, kind: str) -> None:
     writer.write_tensors_to_file()
     writer.close()
     atomic_io.write_at(path, [])  # flushes the file to the disk
-    shape, name = opened.model.shape, opened.folder.name
-    atomic_io.write_bytes(
-        folder / "Modelfile", MODELFILE.format(name=name.lower(), file=path.name, context=shape.context).encode()
-    )
+    name, context = opened.folder.name.lower(), opened.model.shape.context
+    modelfile = MODELFILE.format(name=name, file=path.name, context=context)
+    atomic_io.write_bytes(folder / "Modelfile", modelfile.encode())
     if FILE_NAME in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
         atomic_io.write_bytes(folder / FILE_NAME, _small_file(opened, FILE_NAME))
 
 
 def check(folder: Path, opened: LoadedRun, kind: str) -> Iterator[str]:
     """Lines on what agrees between the run and the file, read again by gguf and, if installed, by llama.cpp."""
-    library, path = _gguf(), file_of(folder, opened, kind)
+    library, path = optional("gguf", NEEDED), file_of(folder, opened, kind)
     found = {tensor.name: tensor for tensor in library.GGUFReader(path).tensors}
     wanted = {name_of(name): p.detach() for name, p in opened.model.named_parameters()}
     if odd := sorted(found.keys() ^ wanted.keys()):
         raise RefusedError(f"the tensors of {path.name} and the run differ, first in {odd[0]}")
     for name, tensor in wanted.items():
         read = torch.from_numpy(library.quants.dequantize(found[name].data, found[name].tensor_type).copy())
-        if read.shape != tensor.shape or (read - tensor).abs().max() > tensor.abs().max() * _rounding(found[name]):
+        most = tensor.abs().max() * ROUNDING[found[name].tensor_type.name]
+        if read.shape != tensor.shape or (read - tensor).abs().max() > most:
             raise RefusedError(f"{name} of {path.name} is not the run's")
     stored = sorted({tensor.tensor_type.name.lower() for tensor in found.values()})
     yield f"gguf: {len(found)} tensors as {', '.join(stored)}, each the run's within its rounding"
@@ -114,32 +113,17 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
     config = json.loads(_small_file(opened, "config.json"))
     tokens, scores, types = vocabulary(tokenizer)
     return {
-        "name": opened.folder.name,
-        "context_length": shape.context,
-        "embedding_length": shape.dim,
-        "block_count": shape.layers,
-        "feed_forward_length": shape.ffn_dim,
-        "head_count": shape.heads,
-        "head_count_kv": shape.kv_heads,
-        "key_length": shape.head_dim,
-        "value_length": shape.head_dim,
-        "rope_dimension_count": shape.head_dim,
-        "rope_freq_base": config["rope_theta"],
-        "layer_norm_rms_eps": config["rms_norm_eps"],
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_model": "llama",
-        "tokenizer_pre": "default",
-        "token_list": tokens,
-        "token_scores": scores,
-        "token_types": types,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.bos,  # a document ends where the next begins
-        "unk_token_id": tokenizer.unknown,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "add_space_prefix": False,
-        "remove_extra_whitespaces": False,
-    }
+        "name": opened.folder.name, "context_length": shape.context, "embedding_length": shape.dim,
+        "block_count": shape.layers, "feed_forward_length": shape.ffn_dim,
+        "head_count": shape.heads, "head_count_kv": shape.kv_heads,
+        "key_length": shape.head_dim, "value_length": shape.head_dim, "rope_dimension_count": shape.head_dim,
+        "rope_freq_base": config["rope_theta"], "layer_norm_rms_eps": config["rms_norm_eps"],
+        "vocab_size": tokenizer.vocab_size, "tokenizer_model": "llama", "tokenizer_pre": "default",
+        "token_list": tokens, "token_scores": scores, "token_types": types,
+        "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.bos,  # a document ends where the next begins
+        "unk_token_id": tokenizer.unknown, "add_bos_token": True, "add_eos_token": False,
+        "add_space_prefix": False, "remove_extra_whitespaces": False,
+    }  # fmt: skip
 
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int]]:
@@ -159,18 +143,5 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[int
     return [name.encode() for name in names], scores, types
 
 
-def _rounding(tensor: Any) -> float:
-    """The largest rounding error of this storage type, relative to the largest number."""
-    return {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 220}[tensor.tensor_type.name]
-
-
 def _small_file(opened: LoadedRun, name: str) -> bytes:
     return (opened.checkpoint.folder / name).read_bytes()
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise RecipeError("--gguf needs the package gguf: pip install -e '.[export]'") from None
-    return gguf

@@ -7,7 +7,7 @@ piece and becomes bytes there as here. A borrowed tokenizer is copied unchanged.
 
 from typing import Any
 
-from llm.base import atomic_io
+from llm.base.atomic_io import as_json
 from llm.config.schema import Model
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import SPACE, Tokenizer
@@ -22,30 +22,19 @@ def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str,
     config = {
         "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family.name]],
         "model_type": family.name,
-        "vocab_size": tokenizer.vocab_size,
-        "hidden_size": shape.dim,
-        "intermediate_size": shape.ffn_dim,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": family.positions or shape.context,
-        "hidden_act": "silu",
-        "rms_norm_eps": family.norm_eps,
-        "rope_theta": family.rope_theta,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
+        "vocab_size": tokenizer.vocab_size, "hidden_size": shape.dim, "intermediate_size": shape.ffn_dim,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim, "max_position_embeddings": family.positions or shape.context,
+        "hidden_act": "silu", "rms_norm_eps": family.norm_eps, "rope_theta": family.rope_theta,
+        "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
         "tie_word_embeddings": shape.tied,
         **({"use_sliding_window": False} if family.name == "qwen3" else {"mlp_bias": False}),
-        "use_cache": True,
-        "torch_dtype": "float32",
-        **ends,
-    }
+        "use_cache": True, "torch_dtype": "float32", **ends,
+    }  # fmt: skip
     generation: dict[str, Any] = {**ends, "do_sample": True, "temperature": 0.8, "top_k": 0, "min_p": 0.05}
     if tokenizer.banned:
         generation["suppress_tokens"] = list(tokenizer.banned)
-    return {"config.json": _json(config), "generation_config.json": _json(generation)}
+    return {"config.json": as_json(config), "generation_config.json": as_json(generation)}
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -62,12 +51,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     text, pair = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
     whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": sorted([*special, *symbols], key=lambda each: each["id"]),
-        "normalizer": None,
-        "pre_tokenizer": None,
+        "normalizer": None, "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [begin, text],
@@ -76,29 +62,20 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         },
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": _merges(tokenizer, vocabulary),
+            "type": "BPE", "dropout": None, "unk_token": unknown,
+            "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "fuse_unk": False, "byte_fallback": True, "ignore_merges": False,
+            "vocab": vocabulary, "merges": _merges(tokenizer, vocabulary),
         },
-    }
+    }  # fmt: skip
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": bos,
-        "unk_token": unknown,
+        "bos_token": bos, "eos_token": bos, "unk_token": unknown,
         "clean_up_tokenization_spaces": False,
-        # The text "<s>" means these three characters.
-        "split_special_tokens": True,
+        "split_special_tokens": True,  # the text "<s>" means these three characters
         "model_max_length": 1_000_000_000,
-    }
-    return {"tokenizer.json": _json(whole), "tokenizer_config.json": _json(config)}
+    }  # fmt: skip
+    return {"tokenizer.json": as_json(whole), "tokenizer_config.json": as_json(config)}
 
 
 def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]:
@@ -115,7 +92,3 @@ def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]
 def _added(id: int, content: str, *, special: bool) -> dict[str, Any]:
     strict = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": id, "content": content, **strict, "special": special}
-
-
-def _json(value: Any) -> bytes:
-    return atomic_io.as_json(value)

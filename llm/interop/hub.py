@@ -8,11 +8,9 @@ from llm.data.sources import network_errors
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
     """Upload the folder; its address on the hub. RecipeError, without the token, where that fails."""
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
-    except ImportError:
-        raise RecipeError("--push needs huggingface_hub: pip install huggingface_hub") from None
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
     disable_progress_bars()
     api = HfApi()
     try:
@@ -20,7 +18,6 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         return str(api.upload_folder(folder_path=folder, repo_id=repository))
     except network_errors() as error:
         # Only the kind of the error: its text may contain the request, and with it the token.
-        raise RecipeError(
-            f"{repository} was not sent to the hub ({type(error).__name__}): connect to the network and run "
-            f"`hf auth login`; {folder} is whole"
-        ) from None
+        fault = f"{repository} was not sent to the hub ({type(error).__name__})"
+        mend = "connect to the network and run `hf auth login`"
+        raise RecipeError(f"{fault}: {mend}; {folder} is whole") from None

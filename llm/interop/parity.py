@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.base.errors import RecipeError, RefusedError
+from llm.base.errors import RefusedError, optional
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.distributed.threads import cores
 from llm.inference.generation import Sampling, generate
@@ -87,27 +87,22 @@ def divergence(reference: Tensor, found: Tensor) -> tuple[float, float]:
 
 def bounded(kind: str, reference: Tensor, found: Tensor) -> str:
     """A line on the divergence that rounding to `kind` causes. RefusedError where it is above its bound."""
-    nats, agreement = divergence(reference, found)
-    if not nats <= MOST_DIVERGENCE[kind]:
-        raise RefusedError(
-            f"{kind} diverges from the run by {nats:.2g} nats a token, more than {MOST_DIVERGENCE[kind]:g}"
-        )
-    return (
-        f"{nats:.2g} nats a token from fp32 (at most {MOST_DIVERGENCE[kind]:g}), first choice equal in {agreement:.1%}"
-    )
+    (nats, agreement), most = divergence(reference, found), MOST_DIVERGENCE[kind]
+    if not nats <= most:
+        raise RefusedError(f"{kind} diverges from the run by {nats:.2g} nats a token, more than {most:g}")
+    return f"{nats:.2g} nats a token from fp32 (at most {most:g}), first choice equal in {agreement:.1%}"
 
 
 def check_folder(folder: Path, model: Transformer, tokenizer: Tokenizer, kind: str) -> Iterator[str]:
     """Lines on what agrees between `model`, in fp32, and `folder`, written as `kind` and opened by transformers."""
-    library = _transformers()
-    with _quiet():
+    library = optional("transformers", "an export is checked with transformers: pip install -e '.[export]'")
+    with _quiet(library.logging):
         theirs, told = library.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-        odd = {what: names for what, names in told.items() if names}
-        if odd:
-            what, names = next(iter(odd.items()))
-            raise RefusedError(f"transformers finds {what.replace('_', ' ')}: {sorted(map(str, names))[0]}")
+        for what, names in told.items():
+            if names:
+                raise RefusedError(f"transformers finds {what.replace('_', ' ')}: {sorted(map(str, names))[0]}")
         yield f"transformers {library.__version__}: {type(theirs).__name__}, every tensor in its place"
         _same_settings(theirs, model, tokenizer)
         if tokenizer.is_portable:
@@ -171,9 +166,10 @@ def _same_llama_ids(theirs: Any, tokenizer: Tokenizer) -> str:
 
 def _same_settings(theirs: Any, model: Transformer, tokenizer: Tokenizer) -> None:
     """RefusedError unless BOS, end tokens, suppressed tokens, vocabulary size and tying are the run's."""
+    ends = theirs.generation_config.eos_token_id
     for name, wanted, found in (
         ("bos_token_id", tokenizer.bos, theirs.config.bos_token_id),
-        ("generation's eos_token_id", list(tokenizer.ends), _listed(theirs.generation_config.eos_token_id)),
+        ("generation's eos_token_id", list(tokenizer.ends), ends if isinstance(ends, list) else [ends]),
         ("suppress_tokens", list(tokenizer.banned), list(theirs.generation_config.suppress_tokens or [])),
         ("vocab_size", tokenizer.vocab_size, theirs.config.vocab_size),
         ("tie_word_embeddings", model.shape.tied, theirs.config.tie_word_embeddings),
@@ -182,19 +178,13 @@ def _same_settings(theirs: Any, model: Transformer, tokenizer: Tokenizer) -> Non
             raise RefusedError(f"{name} is {found}, the run has {wanted}")
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
 def _same_ids(theirs: Any, tokenizer: Tokenizer) -> str:
     texts, ours = tough_texts(tokenizer), tokenizer.is_exact_bpe
     encoded = tokenizer.encode_batch(texts, threads=cores())
     begin = [tokenizer.bos] if ours else []  # a borrowed tokenizer follows its own rule
     for text, ids, found in zip(texts, encoded, theirs(texts, add_special_tokens=ours)["input_ids"], strict=True):
-        if found != [*begin, *ids.tolist()]:
-            raise RefusedError(
-                f"the ids of {text[:40]!r} are {found[:8]}, the run has {[tokenizer.bos, *ids[:7].tolist()]}"
-            )
+        if found != (wanted := [*begin, *ids.tolist()]):
+            raise RefusedError(f"the ids of {text[:40]!r} are {found[:8]}, the run has {wanted[:8]}")
         if ours and theirs.decode(found, skip_special_tokens=True) != text:
             raise RefusedError(f"the ids of {text[:40]!r} do not come back as that text")
     return f"ids: {len(texts):,} tough texts equal{', and back again' if ours else ''}"
@@ -207,18 +197,9 @@ def _rounded(model: Transformer, dtype: torch.dtype) -> Transformer:
     return copy
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise RecipeError("an export is checked with transformers: pip install -e '.[export]'") from None
-    return transformers
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings; failures are raised all the same."""
-    settings = _transformers().logging
+def _quiet(settings: Any) -> Iterator[None]:
+    """Silence transformers' progress bars and warnings by its logging `settings`; failures are raised all the same."""
     level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
     settings.set_verbosity(logging.CRITICAL)
     if bars:

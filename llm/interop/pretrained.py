@@ -91,19 +91,16 @@ def load(folder: Path, into: dict[str, LocalShard]) -> str:
             if each != HEAD and not each.endswith("rotary_emb.inv_freq"):  # redundant tensors that some libraries save
                 raise RefusedError(f"{folder / name} holds {each}, which the model here has no place for")
         heads += [name] if HEAD in there - into.keys() else []
-        tensor_files.load_tensors(
-            folder / name, {each: wanted.pop(each) for each in there & wanted.keys()}, allow_extra=True
-        )
+        here = {each: wanted.pop(each) for each in there & wanted.keys()}
+        tensor_files.load_tensors(folder / name, here, allow_extra=True)
     if wanted:
         raise RefusedError(f"{folder} lacks {sorted(wanted)[0]}")
     for name in heads:  # of a tied model: its head must equal the embedding
         head = into[EMBEDDING].like(torch.empty_like(into[EMBEDDING].local))
         tensor_files.load_tensors(folder / name, {HEAD: head}, allow_extra=True)
         if not torch.equal(head.local, into[EMBEDDING].local):
-            raise RefusedError(
-                f"{folder / name} holds another {HEAD} than {EMBEDDING}, while config.json says tie_word_embeddings = "
-                f"true: set it to false"
-            )
+            said = "while config.json says tie_word_embeddings = true: set it to false"
+            raise RefusedError(f"{folder / name} holds another {HEAD} than {EMBEDDING}, {said}")
     return atomic_io.digest_of([atomic_io.sha256(folder / name) for name in names])
 
 

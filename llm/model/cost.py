@@ -2,29 +2,22 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from llm.config.schema import Model
 
+Shapes: TypeAlias = list[tuple[int, ...]]
 
-@dataclass(frozen=True)
-class Tensors:
+
+def tensors(shape: Model, vocab_size: int) -> tuple[Shapes, Shapes, Shapes]:
     """Shapes of one block's matrices and vectors, and of the tensors outside the blocks."""
-
-    matrices: list[tuple[int, ...]]
-    vectors: list[tuple[int, ...]]
-    ends: list[tuple[int, ...]]
-
-
-def tensors(shape: Model, vocab_size: int) -> Tensors:
     queries, keys, dim, ffn = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.dim, shape.ffn_dim
-    return Tensors(
-        [(queries, dim), (keys, dim), (keys, dim), (dim, queries), (ffn, dim), (ffn, dim), (dim, ffn)],
-        [(dim,), (dim,), (shape.head_dim,), (shape.head_dim,)],
-        [(vocab_size, dim)] * (1 if shape.tied else 2) + [(dim,)],
-    )
+    matrices: Shapes = [(queries, dim), (keys, dim), (keys, dim), (dim, queries), (ffn, dim), (ffn, dim), (dim, ffn)]
+    ends: Shapes = [(vocab_size, dim)] * (1 if shape.tied else 2) + [(dim,)]
+    return matrices, [(dim,), (dim,), (shape.head_dim,), (shape.head_dim,)], ends
 
 
-def _numbers(shapes: list[tuple[int, ...]], shard_size: int = 1, index: int = 0) -> int:
+def _numbers(shapes: Shapes, shard_size: int = 1, index: int = 0) -> int:
     """Numbers of these tensors in shard `index` of `shard_size`, split by rows as torch.chunk does."""
     each = [-(-rows // shard_size) for rows, *_ in shapes]
     return sum(
@@ -35,8 +28,8 @@ def _numbers(shapes: list[tuple[int, ...]], shard_size: int = 1, index: int = 0)
 
 def parameters(shape: Model, vocab_size: int) -> int:
     """Number of trainable parameters of a resolved shape; tied embeddings count once."""
-    of = tensors(shape, vocab_size)
-    return shape.layers * _numbers(of.matrices + of.vectors) + _numbers(of.ends)
+    matrices, vectors, ends = tensors(shape, vocab_size)
+    return shape.layers * _numbers(matrices + vectors) + _numbers(ends)
 
 
 @dataclass(frozen=True)
@@ -54,11 +47,11 @@ class Memory:
 
 def memory(shape: Model, vocab_size: int, *, muon: bool, shard_size: int = 1, index: int = 0) -> Memory:
     """Memory of process `index` of `shard_size`; Muon keeps one moment of each block matrix, AdamW two."""
-    of = tensors(shape, vocab_size)
-    matrices = shape.layers * _numbers(of.matrices, shard_size, index)
-    rest = shape.layers * _numbers(of.vectors, shard_size, index) + _numbers(of.ends, shard_size, index)
-    weights = 4 * (matrices + rest)
-    return Memory(weights, weights, 4 * ((1 if muon else 2) * matrices + 2 * rest))
+    matrices, vectors, ends = tensors(shape, vocab_size)
+    of_matrices = shape.layers * _numbers(matrices, shard_size, index)
+    rest = shape.layers * _numbers(vectors, shard_size, index) + _numbers(ends, shard_size, index)
+    weights = 4 * (of_matrices + rest)
+    return Memory(weights, weights, 4 * ((1 if muon else 2) * of_matrices + 2 * rest))
 
 
 @dataclass(frozen=True)
@@ -90,19 +83,19 @@ def traffic(
     Each micro-batch gathers blocks in its forward and its backward pass, gathers the other tensors once, and
     reduce-scatters gradients. Replicas sum gradients once per step, or with `exact` once per micro-batch.
     """
-    of = tensors(shape, vocab_size)
+    matrices, vectors, ends = tensors(shape, vocab_size)
     # Sizes of the first shard, as the others are padded to it.
-    block, ends = shape.layers * _numbers(of.matrices + of.vectors, shard_size), _numbers(of.ends, shard_size)
-    matrices = shape.layers * _numbers(of.matrices) if muon else 0
-    rows = [shape[0] for shape in (of.matrices + of.vectors) * shape.layers + of.ends]
+    block, rest = shape.layers * _numbers(matrices + vectors, shard_size), _numbers(ends, shard_size)
+    updates = shape.layers * _numbers(matrices) * orthogonalised if muon else 0
+    rows = [shape[0] for shape in (matrices + vectors) * shape.layers + ends]
     sums = micro_batches if exact else 1
     within = (shard_size - 1) * (
-        micro_batches * (2 * block * gathered + ends * 4 + (block + ends) * 4)
+        micro_batches * (2 * block * gathered + rest * 4 + (block + rest) * 4)
         + 8 * sum(-(-each // shard_size) for each in rows)  # the gradient norm: one fp64 per row
-    ) + 2 * matrices * orthogonalised * (shard_size - 1) // shard_size**2
-    between = 2 * sums * (block + ends) * 4 * (replica_size - 1) // replica_size
+    ) + 2 * updates * (shard_size - 1) // shard_size**2
+    between = 2 * sums * (block + rest) * 4 * (replica_size - 1) // replica_size
     if shard_size == 1:  # each owner broadcasts its updates
-        between += matrices * orthogonalised * (replica_size - 1) // replica_size
+        between += updates * (replica_size - 1) // replica_size
     return Traffic(within, between)
 
 

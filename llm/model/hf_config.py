@@ -87,10 +87,9 @@ def _rope_theta(path: Path, config: dict[str, Any]) -> Any:
             raise RefusedError(f"{path}: {name} = {_shown(rope)}: an object of plain values is expected")
         for key, ours in {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}.items():
             if rope.get(key, ours) != ours:
-                raise RefusedError(
-                    f"{path}: {name} = {_shown(rope)} asks for rotary positions that are scaled (rope_scaling) or turn "
-                    f"a part of a head, which the model here does not support"
-                )
+                kinds = "rotary positions that are scaled (rope_scaling) or turn a part of a head"
+                fault = f"asks for {kinds}, which the model here does not support"
+                raise RefusedError(f"{path}: {name} = {_shown(rope)} {fault}")
     if len(given) > 1 and given["rope_parameters"] != given["rope_scaling"]:
         raise RefusedError(f"{path} has rope_parameters and a different rope_scaling: leave one out")
     bases = [each["rope_theta"] for each in (config, *given.values()) if each.get("rope_theta") is not None]

@@ -36,14 +36,12 @@ def _targets(targets: Tensor) -> tuple[Tensor, Tensor]:
     return counted, targets[:, None].where(counted, 0)
 
 
-def loss_and_grad(logits: Tensor, targets: Tensor, learn: bool = True) -> tuple[Tensor, Tensor]:
+def loss_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss (nats) of logits (rows, vocab_size) and its gradient in their type, in place where possible.
 
-    Without `learn` the second result is meaningless. Each pass over the logits costs as much as a product of narrow
-    matrices, so there are few: one exponential serves the sum and the gradient.
+    Each pass over the logits costs as much as a product of narrow matrices, so there are few: one exponential serves
+    the sum and the gradient.
     """
-    if not learn:
-        return _nats(logits, targets)[-1], logits
     wide = logits.float()
     counted, index = _targets(targets)
     highest = wide.amax(-1, keepdim=True)
@@ -78,11 +76,11 @@ class _HeadAndLoss(torch.autograd.Function):
         for low in range(0, hidden.shape[0], rows):
             part, target = hidden[low : low + rows], targets[low : low + rows]
             logits = product(part, head.T)  # (rows, vocab_size)
-            nats, grad_logits = (
-                _HeadAndLoss.learn(logits, target) if learn else loss_and_grad(logits, target, learn=False)
-            )
-            total += nats
-            if hidden_gradient is not None and weight_gradient is not None:
+            if hidden_gradient is None or weight_gradient is None:
+                total += _nats(logits, target)[-1]
+            else:
+                nats, grad_logits = _HeadAndLoss.learn(logits, target)
+                total += nats
                 grad_logits = grad_logits.to(head.dtype)
                 torch.mm(grad_logits, head, out=hidden_gradient[low : low + rows])
                 if hidden.dtype == torch.float32:

@@ -31,11 +31,9 @@ class TimeBudget:
 
     def take(self, record: dict[str, Any]) -> None:
         """Continue a recorded plan. RefusedError if its hours differ."""
-        if record["hours"] != self.hours:
-            raise RefusedError(
-                f"{RECORD} is of train.hours = {record['hours']:g}, this recipe says {self.hours:g}: "
-                "take another run=NAME"
-            )
+        if (hours := record["hours"]) != self.hours:
+            said = f"{RECORD} is of train.hours = {hours:g}, this recipe says {self.hours:g}"
+            raise RefusedError(f"{said}: take another run=NAME")
         self.plan = [(int(step), int(steps)) for step, steps in record["plan"]]
         self.before, self.finished = float(record["seconds"]), bool(record["finished"])
 

@@ -103,9 +103,7 @@ class _Draft:
                 if sharding.first_replica and (sharding.sharded or coordinator.writes):
                     atomic_io.write_at(path, own_rows(tensors, offsets))
                 continue
-            gathered = (
-                (offsets[key], as_bytes(sharding.gather_whole(shard))) for key, shard in sorted(tensors.items())
-            )
+            gathered = ((offsets[key], as_bytes(sharding.gather_whole(rows))) for key, rows in sorted(tensors.items()))
             if coordinator.writes:
                 atomic_io.write_at(path, gathered)
             else:
@@ -180,10 +178,8 @@ def _check_space(folder: Path, size: int) -> None:
     atomic_io.make_folder(folder.parent)
     needed, free = size + size // 50 + SLACK, shutil.disk_usage(folder.parent).free
     if free < needed:
-        raise DiskError(
-            f"the checkpoint {folder} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; earlier ones are "
-            "whole. Make room and run the same command again"
-        )
+        fault = f"the checkpoint {folder} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+        raise DiskError(f"{fault}; earlier ones are whole. Make room and run the same command again")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -211,18 +207,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RefusedError(f"{path} names a file outside of its folder: refused")
     if not _has_form(manifest):
         raise RefusedError(f"{path} is damaged or foreign: a field of it is missing or of another type")
-    if folder.name.startswith("step-") and folder.name != f"step-{manifest['step']:06d}":
-        raise RefusedError(
-            f"{folder} holds the checkpoint of step {manifest['step']}: rename it to step-{manifest['step']:06d}"
-        )
+    true_name = f"step-{manifest['step']:06d}"
+    if folder.name.startswith("step-") and folder.name != true_name:
+        raise RefusedError(f"{folder} holds the checkpoint of step {manifest['step']}: rename it to {true_name}")
     if manifest["format"] == 1 and (skip := manifest["science"].get("train.skip")):
         manifest["science"]["train.skip"] = counted_from_1(skip)
     if folder.parent.name == "checkpoints" and not _belongs(manifest, folder.parent.parent):
         owner = str(manifest["machine"].get("run"))[:100]
-        raise ForeignError(
-            f"{folder} is a checkpoint of another run ({owner}): take it out of there; to start from it, put it into "
-            f"its own run and say run=NAME from={owner}/{folder.name}"
-        )
+        mend = f"to start from it, put it into its own run and say run=NAME from={owner}/{folder.name}"
+        raise ForeignError(f"{folder} is a checkpoint of another run ({owner}): take it out of there; {mend}")
     return manifest
 
 
@@ -242,44 +235,34 @@ def _belongs(manifest: dict[str, Any], run: Path) -> bool:
 def _has_form(manifest: dict[str, Any]) -> bool:
     """Whether every field that is read from a manifest is there and of its type, whoever wrote it."""
 
-    def number(value: Any, least: float = 0) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1 << 62
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
-    science, metrics, scale, best = (manifest.get(name) for name in ("science", "metrics", "scale", "best"))
-    curve = manifest.get("curve", [])
-    skip = science.get("train.skip", []) if isinstance(science, dict) else []
+    def pair(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(map(number, value))
+
+    def file(value: Any) -> bool:
+        return isinstance(value, dict) and number(value.get("bytes")) and isinstance(value.get("sha256"), str)
+
+    kinds = {"step": int, "science": dict, "metrics": dict, "machine": dict, "tokenizer": str, "data": str}
+    if "parent" not in manifest or not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+        return False
+    skip, curve = manifest["science"].get("train.skip", []), manifest.get("curve", [])
+    numbers = manifest["step"], manifest["metrics"].get("bits_per_byte") or 0, manifest.get("best") or 0
     return (
-        isinstance(manifest.get("step"), int)
-        and number(manifest["step"])
-        and isinstance(science, dict)
+        all(map(number, numbers))
         and isinstance(skip, list)
         and all(isinstance(each, str) for each in [*skip, manifest.get("run", "")])
-        and isinstance(metrics, dict)
-        and number(metrics.get("bits_per_byte") or 0)
-        and number(best or 0)
-        and all(isinstance(manifest.get(name), str) for name in ("tokenizer", "data"))
-        and isinstance(manifest.get("machine"), dict)
-        and "parent" in manifest
-        and isinstance(scale, list)
-        and len(scale) == 2
-        and all(map(number, scale))
         and isinstance(curve, list)
-        and all(isinstance(each, list) and len(each) == 2 and all(map(number, each)) for each in curve)
-        and all(
-            isinstance(file, dict) and number(file.get("bytes")) and isinstance(file.get("sha256"), str)
-            for file in manifest["files"].values()
-        )
+        and all(map(pair, [manifest.get("scale"), *curve]))
+        and all(map(file, manifest["files"].values()))
     )
 
 
-def folders(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, the newest first, valid or not."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and step_of(path.name) >= 0]
-    return sorted(found, key=lambda path: -step_of(path.name))
-
-
-def up_to(run: Path, bound: int) -> list[Path]:
-    return [folder for folder in folders(run) if step_of(folder.name) <= bound]
+def folders(run: Path, bound: int = sys.maxsize) -> list[Path]:
+    """Checkpoint folders of a run of at most step `bound`, the newest first, valid or not."""
+    named = [path for path in (run / "checkpoints").glob("step-*") if 0 <= step_of(path.name) <= bound]
+    return sorted(filter(Path.is_dir, named), key=lambda path: -step_of(path.name))
 
 
 def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> Checkpoint | None:
@@ -287,24 +270,23 @@ def newest(run: Path, warn: Callable[[str], None], bound: int = sys.maxsize) -> 
 
     Damaged ones and those of other runs are passed over with a line to `warn`; RefusedError where no other is left.
     """
-    candidates = up_to(run, bound)
+    candidates = folders(run, bound)
     for folder in candidates:
         try:
             return open_checkpoint(folder)
         except RefusedError as error:
             warn(f"{error}; {folder.name} is passed over")
     if candidates:
-        raise RefusedError(
-            f"{run}: all {len(candidates)} checkpoints are damaged or another run's; nothing was changed. Start "
-            f"another run=NAME, or move {run / 'checkpoints'} away to begin this one anew"
-        )
+        mend = f"Start another run=NAME, or move {run / 'checkpoints'} away to begin this one anew"
+        fault = f"all {len(candidates)} checkpoints are damaged or another run's; nothing was changed"
+        raise RefusedError(f"{run}: {fault}. {mend}")
     return None
 
 
 def readable(run: Path, bound: int = sys.maxsize, warn: Callable[[str], None] = lambda line: None) -> list[Checkpoint]:
     """The run's own checkpoints with a valid manifest, the newest first; those of other runs are reported to `warn`."""
     found = []
-    for folder in up_to(run, bound):
+    for folder in folders(run, bound):
         try:
             found.append(Checkpoint(folder, read_manifest(folder)))
         except ForeignError as error:
@@ -327,6 +309,6 @@ def retain(run: Path, keep: int, step: int) -> None:
     """
     best_one = best(run, step)
     last = min((each.step for each in readable(run, step)[:keep]), default=0)  # the oldest that is kept for its age
-    for folder in up_to(run, step):
+    for folder in folders(run, step):
         if step_of(folder.name) < last and (best_one is None or folder != best_one.folder):
             atomic_io.remove(folder)

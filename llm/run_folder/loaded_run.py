@@ -44,10 +44,8 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
     if name is None:
         trained = [path for path in runs.glob("*") if checkpoint.folders(path)]
         if not trained:
-            raise RecipeError(
-                f"there is no trained run under {runs}/ here: "
-                "train one with `python launch/train.py recipes/quickstart.yaml`"
-            )
+            mend = "train one with `python launch/train.py recipes/quickstart.yaml`"
+            raise RecipeError(f"there is no trained run under {runs}/ here: {mend}")
         return max(trained, key=lambda path: max(folder.stat().st_mtime for folder in checkpoint.folders(path))), "best"
     path, which = Path(name), "best"
     if path.name in ("best", "newest") or path.name.startswith("step-"):
@@ -60,18 +58,14 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
                 raise RecipeError(f"{folder} has no checkpoint yet")
             return folder, which
     known = sorted(each.name for each in runs.glob("*") if each.is_dir())
-    raise RecipeError(
-        f"there is no run {name!r} under {runs}/ here: "
-        f"{'there are ' + ', '.join(known[:10]) if known else 'there is none yet'}"
-    )
+    others = f"there are {', '.join(known[:10])}" if known else "there is none yet"
+    raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")
 
 
-def open_run(
-    name: str | None, device: torch.device | None = None, runs: Path = RUNS, new_model: Any = None
-) -> LoadedRun:
+def open_run(name: str | None, device: torch.device | None = None, runs: Path = RUNS, model: Any = None) -> LoadedRun:
     """Recipe, tokenizer and model of a run (see `find`), its files verified. RefusedError names a damaged file.
 
-    `new_model` makes the model, where it is not Transformer (see api.train).
+    `model` makes the model, where it is not Transformer (see api.train).
     """
     folder, which = find(name, runs)
     torch.set_num_threads(min(torch.get_num_threads(), threads.threads_per_process()))  # torch heeds no quota
@@ -79,7 +73,7 @@ def open_run(
     while True:
         there = set(checkpoint.folders(folder))
         try:
-            return _open(folder, which, device, new_model)
+            return _open(folder, which, device, model)
         except (RefusedError, FileNotFoundError):
             if there <= set(checkpoint.folders(folder)):
                 raise  # otherwise training has replaced the checkpoint being read by a newer one
@@ -103,21 +97,15 @@ def _open(folder: Path, which: str, device: torch.device | None, new_model: Any)
     recipe = load(folder / "recipe.yaml")
     tokenizer = hf_tokenizer.load(folder / "tokenizer")
     if tokenizer.fingerprint != found.manifest["tokenizer"]:
-        raise RefusedError(
-            f"{folder / 'tokenizer'} is not the tokenizer that {found.folder.name} was trained with, or is damaged"
-        )
+        with_it = f"that {found.folder.name} was trained with"
+        raise RefusedError(f"{folder / 'tokenizer'} is not the tokenizer {with_it}, or is damaged")
     own = found.manifest.get("parts", {}).get("model")
     if own and new_model is None:
-        raise RefusedError(
-            f"{folder} was trained with a model of its own, {own}: open it in Python by "
-            f"llm.open_run({folder.name!r}, model=...)"
-        )
+        mend = f"open it in Python by llm.open_run({folder.name!r}, model=...)"
+        raise RefusedError(f"{folder} was trained with a model of its own, {own}: {mend}")
     family = hf_config.family_of(recipe) if own else hf_config.read_family(found.folder)
     model = (new_model or Transformer)(recipe.model, tokenizer.vocab_size, recipe.seed, family=family)
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
     tensor_files.load_tensors(found.folder / checkpoint.WEIGHTS, weights)
-    return LoadedRun(folder, recipe, tokenizer, model.to(device or best_device()).eval(), found)
-
-
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return LoadedRun(folder, recipe, tokenizer, model.to(device or fastest).eval(), found)

@@ -70,10 +70,8 @@ class Tracker:
         self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
         self.record, self.on_log = atomic_io.Lines(path, keep=keep), on_log
         lines = list(filter(keep, lines))
-        self.steps = recipe.train.steps
-        self.bar = tqdm(
-            total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
+        self.steps = steps = recipe.train.steps
+        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
         self.trackers: dict[str, Any] = {}
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
         self.losses: deque[tuple[int, float]] = deque(maxlen=SPIKE_WINDOW)  # step and loss of the last, where finite
@@ -122,9 +120,8 @@ class Tracker:
                 f"{readable(numbers['seconds_left'])} left"
             )
         else:
-            self.bar.set_postfix_str(
-                f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s", refresh=False
-            )
+            shown = f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s"
+            self.bar.set_postfix_str(shown, refresh=False)
         for name in [name for name in self.trackers if step >= self.told[name]]:
             self._guard(name, partial(self._tell, name, {"step": step, **numbers}))
 
@@ -192,12 +189,8 @@ class Tracker:
 
         tracker = TensorBoardTracker("tensorboard", logging_dir=run)
         tracker.start()
-        tracker.store_init_configuration(
-            {
-                name: value if isinstance(value, int | float | str | bool) else str(value)
-                for name, value in config.items()
-            }
-        )
+        plain = {name: each if isinstance(each, int | float | str) else str(each) for name, each in config.items()}
+        tracker.store_init_configuration(plain)
         self.trackers["tensorboard"] = tracker
 
     def _start_wandb(self, run: Path, recipe: Recipe, config: dict[str, Any], lines: list[dict[str, Any]]) -> None:
@@ -208,7 +201,8 @@ class Tracker:
         wanted = os.environ.get("WANDB_MODE", "").lower()
         if wanted == "disabled":
             return
-        id = _wandb_id(run)
+        id, name = _wandb_id(run), os.environ.get("WANDB_NAME") or recipe.run
+        project = os.environ.get("WANDB_PROJECT") or "onetext-llm"
         for kind in ("CACHE", "DATA"):  # otherwise it writes to the home folder
             os.environ.setdefault(f"WANDB_{kind}_DIR", str((run / "wandb").resolve()))
         if os.path.expanduser("~") == "~":  # noqa: PTH111  # no home folder, which W&B would look for
@@ -217,22 +211,12 @@ class Tracker:
         wandb.setup(settings=quiet)
         mode = "offline" if wanted in ("offline", "dryrun") else recipe.tracking.wandb
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False)):
-            self.say(
-                "wandb has no key (`wandb login` stores one): the run is kept offline, `wandb sync` sends it later"
-            )
+            self.say("wandb has no key (`wandb login` stores one): the run is kept offline; `wandb sync` sends it on")
             mode = "offline"
 
         def start(mode: str) -> None:
-            tracker = WandBTracker(
-                os.environ.get("WANDB_PROJECT") or "onetext-llm",
-                name=os.environ.get("WANDB_NAME") or recipe.run,
-                id=id,
-                resume="allow",
-                mode=mode,
-                config=config,
-                dir=str(run),
-                settings=quiet,
-            )
+            options = {"resume": "allow", "config": config, "dir": str(run), "settings": quiet}
+            tracker = WandBTracker(project, name=name, id=id, mode=mode, **options)
             tracker.start()
             # Plot over our steps: W&B's own step counts do not survive a sync of several starts.
             tracker.run.define_metric("step")

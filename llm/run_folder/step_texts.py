@@ -27,10 +27,8 @@ def step_texts(folder: Path, step: int, world: int = 0, characters: int = 0) -> 
     machine = read_checksummed(folder / "machine.json")
     world, micro_batch, windows = world or int(machine["world"]), int(machine["micro_batch"]), recipe.windows_per_step
     if windows % (world * micro_batch):
-        raise RecipeError(
-            f"--world = {world}: {windows} windows in micro-batches of {micro_batch} cannot be split among {world} "
-            f"processes: name a divisor of {windows // micro_batch}"
-        )
+        fault = f"{windows} windows in micro-batches of {micro_batch} cannot be split among {world} processes"
+        raise RecipeError(f"--world = {world}: {fault}: name a divisor of {windows // micro_batch}")
     shards, tokenizer = of_run(folder), hf_tokenizer.load(folder / "tokenizer")
     order = WindowShuffle(recipe.seed, shards.train.tokens, recipe.model.context)
     yield f"step {step} of {folder.name} reads:"

@@ -77,10 +77,8 @@ def load_tensors(path: Path, into: dict[str, LocalShard], *, allow_extra: bool =
         names = set(file.keys())
         if names != into.keys() and not (allow_extra and into.keys() <= names):
             odd = sorted(names ^ into.keys())[0]
-            raise RefusedError(
-                f"{path} and the model of this recipe hold different tensors, {odd} is only in one of them: take the "
-                "model's keys from the recipe that it was trained with"
-            )
+            fault = f"{path} and the model of this recipe hold different tensors, {odd} is only in one of them"
+            raise RefusedError(f"{fault}: take the model's keys from the recipe that it was trained with")
         for name, shard in into.items():
             stored = file.get_slice(name)
             if tuple(stored.get_shape()) != shard.shape:

@@ -7,16 +7,13 @@ last bit, a checksum of all weights, and a digest that chains the line to all be
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llm.base import atomic_io
 from llm.base.errors import RefusedError
-from llm.base.hashing import mix
 from llm.config.reading import load
 from llm.config.schema import flat
-from llm.data.shuffle import WindowShuffle
 from llm.distributed.sharding import LocalShard, Sharding, gather
 
 FILE = "fingerprints.jsonl"
@@ -38,30 +35,19 @@ def checksum(weights: dict[str, LocalShard], sharding: Sharding) -> Tensor:
     return gather(total, sharding.shard_group).sum(0) if sharding.sharded else total
 
 
-def windows(order: WindowShuffle, positions: np.ndarray) -> str:
-    """Digest of the windows at `positions`."""
-    return f"{mix(*order.starts(positions).tolist()):016x}"
-
-
-class Trace:
+class Trace(atomic_io.Lines):
     """Writes the trace of a run that continues after `step`; later lines are removed."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self.lines = atomic_io.Lines(run / FILE, keep=lambda line: line.get("step", 0) <= step)
+        super().__init__(run / FILE, keep=lambda line: line.get("step", 0) <= step)
         last = list(read(run))[-1:]
         self.chain = str(last[0]["chain"]) if last else ""
         self.step = int(last[0]["step"]) if last else step
 
     def add(self, step: int, **values: Any) -> None:
         self.chain = _link(self.chain, step, values)
-        self.lines.append({"step": step, **values, "chain": self.chain})
+        self.append({"step": step, **values, "chain": self.chain})
         self.step = step
-
-    def flush(self) -> None:
-        self.lines.flush()
-
-    def close(self) -> None:
-        self.lines.close()
 
 
 def read(run: Path) -> list[dict[str, Any]]:

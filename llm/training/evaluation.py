@@ -113,13 +113,4 @@ class Evaluator:
         prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in context.recipe.evaluate.prompts]
         # Sharded blocks are gathered in the type they are multiplied in.
         with context.accelerator.autocast() if context.sharding.sharded else nullcontext():
-            return continuations(
-                self.state.model,
-                prompts,
-                SAMPLE_TOKENS,
-                Sampling(),
-                tokenizer.decode,
-                context.recipe.seed,
-                tokenizer.ends,
-                tokenizer.banned,
-            )
+            return continuations(self.state.model, tokenizer, prompts, SAMPLE_TOKENS, Sampling(), context.recipe.seed)

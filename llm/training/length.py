@@ -70,10 +70,9 @@ class Length:
             return
         begin, (_, last) = self.plan[0][0], self.plan[-1]
         if step < begin or (not resumed and step >= self.steps(step)):
-            raise RefusedError(
-                f"{self.context.folder / PLAN} plans steps {begin + 1:,} to {last:,}, which do not go on from step "
-                f"{step:,}, where this run begins: it is another run's plan, remove it"
-            )
+            fault = f"{self.context.folder / PLAN} plans steps {begin + 1:,} to {last:,}"
+            odd = f"which do not go on from step {step:,}, where this run begins"
+            raise RefusedError(f"{fault}, {odd}: it is another run's plan, remove it")
 
     def resume(self, saved: dict[str, Any] | None) -> None:
         """Take up the plan of the run folder, else the one that its checkpoint `saved`."""

@@ -82,10 +82,8 @@ class MicroBatches:
             fitted = within_memory(partial(self._forward_backward, size))
             if self.context.coordinator.largest(fitted is None):
                 if self.context.sharding.sharded:  # FSDP2 stopped in the middle of a gather
-                    raise GroupError(
-                        f"no memory for micro-batches of {size} windows: run the same command again with "
-                        f"machine.micro_batch={fits}, or with machine.recompute=true"
-                    )
+                    mend = f"run the same command again with machine.micro_batch={fits}, or with machine.recompute=true"
+                    raise GroupError(f"no memory for micro-batches of {size} windows: {mend}")
                 break
             fits = size
         torch.cuda.empty_cache()

@@ -7,8 +7,9 @@ from llm.run_folder.checkpoint import Checkpoint
 from llm.training.context import Parts
 
 # Which tensors there are of weights and moments.
-SHAPE = tuple(f"model.{name}" for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "tied"))
-SHAPE = (*SHAPE, "train.optimizer")
+SHAPE = (
+    "model.layers", "model.dim", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn_dim", "model.tied",
+    "train.optimizer")  # fmt: skip
 # Keys that follow from others where their length is one in tokens or epochs, or they are `auto`.
 FOLLOWS = {
     "train.steps": {"train.tokens_per_step"},
@@ -23,10 +24,8 @@ def refuse_parts(source: Checkpoint, parts: Parts) -> None:
         theirs, ours = (names.get(part) for names in (source.manifest.get("parts", {}), parts.names()))
         if bool(theirs) != bool(ours):
             mend = f"pass {part}= to llm.train" if theirs else f"leave {part}= out"
-            raise RefusedError(
-                f"{source.folder} was trained with {part} = {theirs or 'our own'}, this start has {ours or 'our own'}: "
-                f"{mend}, or take another run=NAME"
-            )
+            fault = f"was trained with {part} = {theirs or 'our own'}, this start has {ours or 'our own'}"
+            raise RefusedError(f"{source.folder} {fault}: {mend}, or take another run=NAME")
 
 
 def refuse_shape(source: Checkpoint, recipe: Recipe) -> None:
@@ -34,10 +33,8 @@ def refuse_shape(source: Checkpoint, recipe: Recipe) -> None:
     stored, wanted, run = source.manifest["science"], science(recipe), source.folder.parent.parent
     for name in SHAPE:
         if stored.get(name) != wanted[name]:
-            raise RefusedError(
-                f"from = {recipe.from_} has {name} = {stored.get(name)}, this recipe {wanted[name]}: "
-                f"use {run / 'recipe.yaml'}"
-            )
+            theirs = f"from = {recipe.from_} has {name} = {stored.get(name)}"
+            raise RefusedError(f"{theirs}, this recipe {wanted[name]}: use {run / 'recipe.yaml'}")
 
 
 def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: str) -> None:
@@ -59,13 +56,9 @@ def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: s
         if found.manifest["tokenizer"] != tokenizer:
             given = recipe.tokenizer.path or recipe.model.from_
             cause = "another tokenizer" if given else "another text, and so with another tokenizer"
-        raise RefusedError(
-            f"run {recipe.run} was trained with {cause} (fingerprint {found.manifest['data'][:12]}, now {data[:12]}): "
-            f"{ways}"
-        )
+        fingerprints = f"fingerprint {found.manifest['data'][:12]}, now {data[:12]}"
+        raise RefusedError(f"run {recipe.run} was trained with {cause} ({fingerprints}): {ways}")
     for name in differ:
         if not FOLLOWS.get(name, set()).intersection(differ):
-            raise RefusedError(
-                f"run {recipe.run} was trained with {name} = {stored.get(name)}, "
-                f"this recipe says {wanted.get(name)}: {other if name in SHAPE else ways}"
-            )
+            fault = f"was trained with {name} = {stored.get(name)}, this recipe says {wanted.get(name)}"
+            raise RefusedError(f"run {recipe.run} {fault}: {other if name in SHAPE else ways}")

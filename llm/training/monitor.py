@@ -27,12 +27,10 @@ class Monitor:
     def open(self, *, evaluate_again: bool) -> None:
         """Go on from this step in the files of the run; `evaluate_again`: its evaluation will be done again."""
         if process.rank() == 0:
-            recipe, step = self.context.recipe, self.state.step
+            folder, step, on_log = self.context.folder, self.state.step, self.context.parts.on_log
             shown = {"world": process.world()}
-            self.tracker = Tracker(
-                self.context.folder, recipe, step, shown, again=evaluate_again, on_log=self.context.parts.on_log
-            )
-            self.trace = trace.Trace(self.context.folder, step)
+            self.tracker = Tracker(folder, self.context.recipe, step, shown, again=evaluate_again, on_log=on_log)
+            self.trace = trace.Trace(folder, step)
 
     def flush(self) -> None:
         """Make the records durable, as a checkpoint is about to rest on them."""
@@ -70,10 +68,9 @@ class Monitor:
                     f"{self._without_batch(step, saved)}"
                 )
         if self.state.scale.item() < FP16_LEAST:
-            raise DivergedError(
-                f"the gradient of step {last} is not finite in fp16 at any loss scale and has touched nothing; {kept}. "
-                "Use another run=NAME with machine.precision=bf16 or fp32, or with a lower train.learning_rate"
-            )
+            fault = f"the gradient of step {last} is not finite in fp16 at any loss scale and has touched nothing"
+            mend = "Use another run=NAME with machine.precision=bf16 or fp32, or with a lower train.learning_rate"
+            raise DivergedError(f"{fault}; {kept}. {mend}")
 
     def _without_batch(self, step: int, saved: int) -> str:
         """Overrides of a run that goes on from the newest checkpoint and skips the batch that `step` read."""
@@ -99,7 +96,7 @@ class Monitor:
         read = [loader.first(step) + np.arange(per_step) for step in range(self.trace.step, self.state.step)]
         self.trace.add(
             self.state.step,
-            windows=trace.windows(self.context.order, np.concatenate(read)) if read else "",
+            windows=f"{mix(*self.context.order.starts(np.concatenate(read)).tolist()):016x}" if read else "",
             loss=float(loss).hex(),
             weights=f"{mix(*sums.tolist()):016x}",
         )

@@ -62,10 +62,6 @@ class Trials:
             self.start(arguments, world, 75 if stop > 0 else 0)
         return folder
 
-    def remove(self) -> None:
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
-
 
 def start_processes(arguments: list[str], world: int, status: int) -> None:
     """Run `child` in `world` processes; RefusedError with their last line unless each ends with `status`."""
@@ -103,7 +99,8 @@ def verify_recipe(path: Path, overrides: list[str], steps: int, start: Start = s
     try:
         return _verdicts(trials, recipe, steps)
     finally:
-        trials.remove()
+        for folder in trials.folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verdicts(trials: Trials, recipe: Recipe, steps: int) -> list[Verdict]:
@@ -148,13 +145,11 @@ def same_bits(a: Path, b: Path) -> str:
 def same_curve(a: Path, b: Path, tolerance: float) -> str:
     """The first step at which two runs read other windows, or their losses differ by more than `tolerance` of one."""
     for first, second in zip(trace.read(a), trace.read(b), strict=True):
-        losses = [float.fromhex(line["loss"]) for line in (first, second)]
+        losses, at = [float.fromhex(line["loss"]) for line in (first, second)], f"at step {first['step']}"
         if first["windows"] != second["windows"]:
-            return f"at step {first['step']} they read other windows"
+            return f"{at} they read other windows"
         if not abs(losses[0] - losses[1]) <= tolerance * abs(losses[0]):
-            return (
-                f"at step {first['step']} the losses are {losses[0]:.6f} and {losses[1]:.6f}, over {tolerance:g} apart"
-            )
+            return f"{at} the losses are {losses[0]:.6f} and {losses[1]:.6f}, over {tolerance:g} apart"
     return ""
 
 

@@ -23,23 +23,16 @@ from llm.training.evaluation import Evaluator
 from llm.training.length import Length
 from llm.training.micro_batch import MicroBatches
 from llm.training.mismatch import refuse_difference, refuse_parts, refuse_shape
-from llm.training.monitor import Monitor
 
 
 class Checkpoints:
     """Saves and loads the state. `saved` is the step of the newest checkpoint, -1 before there is one."""
 
     def __init__(
-        self,
-        context: RunContext,
-        state: TrainState,
-        length: Length,
-        micro_batches: MicroBatches,
-        evaluator: Evaluator,
-        monitor: Monitor,
+        self, context: RunContext, state: TrainState, length: Length, micro_batches: MicroBatches, evaluator: Evaluator
     ) -> None:
         self.context, self.state, self.length = context, state, length
-        self.micro_batches, self.evaluator, self.monitor = micro_batches, evaluator, monitor
+        self.micro_batches, self.evaluator, self.monitor = micro_batches, evaluator, evaluator.monitor
         self.saved = -1
         self.identity = ""  # by which the run knows its checkpoints, from `resume` on
         self.parent: dict[str, Any] | None = None  # the checkpoint or folder that this run began from
@@ -144,11 +137,8 @@ class Checkpoints:
             raise RecipeError(f"from = {name} is not there; checkpoints of {run}: {there}")
         source = checkpoint.open_checkpoint(folder)
         if source.manifest["tokenizer"] != self.context.tokenizer.fingerprint:
-            theirs = self.context.folder.parent / run / "tokenizer" / "tokenizer.model"
-            raise RefusedError(
-                f"from = {name} has another tokenizer than this recipe's text gives: keep its own by "
-                f"tokenizer.path={theirs}"
-            )
+            mend = f"keep its own by tokenizer.path={self.context.folder.parent / run / 'tokenizer/tokenizer.model'}"
+            raise RefusedError(f"from = {name} has another tokenizer than this recipe's text gives: {mend}")
         refuse_parts(source, self.context.parts)
         refuse_shape(source, self.context.recipe)
         self._load(source)
@@ -169,10 +159,8 @@ class Checkpoints:
         mine = of_folder or of_checkpoint or self._new_identity()
         agreed = str(self.context.coordinator.from_main("identity", mine))
         if of_checkpoint and of_checkpoint != agreed:
-            raise RefusedError(
-                f"{self.context.folder / 'checkpoints'} of process {process.rank()} is of another run than that of "
-                "process 0: copy that one there"
-            )
+            fault = f"of process {process.rank()} is of another run than that of process 0: copy that one there"
+            raise RefusedError(f"{self.context.folder / 'checkpoints'} {fault}")
         return agreed
 
     def _new_identity(self) -> str:
@@ -200,10 +188,8 @@ class Checkpoints:
                 return Checkpoint(path, checkpoint.read_manifest(path)) if newest >= 0 else None
             with coordinator.error_barrier():
                 if coordinator.writes and mine < 0:
-                    raise RefusedError(
-                        f"{folder} has no checkpoint on the disk of process {process.rank()}, others have "
-                        f"step {newest}: copy it there"
-                    )
+                    fault = f"{folder} has no checkpoint on the disk of process {process.rank()}"
+                    raise RefusedError(f"{fault}, others have step {newest}: copy it there")
             bound = oldest
 
     def _load(self, source: Checkpoint) -> None:

@@ -32,12 +32,7 @@ Prepare: TypeAlias = Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]]
 
 
 def train(
-    recipe: Recipe,
-    prepare: Prepare = ready,
-    until: int = -1,
-    *,
-    runs: Path = Path("runs"),
-    parts: Parts | None = None,
+    recipe: Recipe, prepare: Prepare = ready, until: int = -1, *, runs: Path = Path("runs"), parts: Parts | None = None
 ) -> Path:
     """Train or resume a run in this process; its folder. The process is left as it was found.
 
@@ -60,8 +55,8 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
     accelerator, coordinator, settings = start_group(recipe, run)
     recipe, tokenizer, shards = coordinator.first(partial(prepare, recipe))
     with coordinator.error_barrier():
-        data = {"the text's": shards.fingerprint[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
-        data = {f"{name} fingerprint": value for name, value in data.items()}
+        found = {"the text's": shards.fingerprint[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
+        data = {f"{name} fingerprint": value for name, value in found.items()}
         coordinator.agree("data", data, "give every machine the same files")
     coordinator.meet_on_disk(run)
     with _locked(run, coordinator), _status(run):
@@ -133,10 +128,9 @@ def _run(context: RunContext, until: int) -> None:
             trainer.fit()
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise GroupError(
-                    f"no memory after step {trainer.state.step}: take a smaller machine.micro_batch, or "
-                    f"machine.recompute=true ({' '.join(str(error).split())[:120]})"
-                ) from error
+                mend = "take a smaller machine.micro_batch, or machine.recompute=true"
+                why = " ".join(str(error).split())[:120]
+                raise GroupError(f"no memory after step {trainer.state.step}: {mend} ({why})") from error
             raise (coordinator.blamed(error) if isinstance(error, RuntimeError) else error) from error
         finally:
             trainer.monitor.close()

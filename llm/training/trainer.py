@@ -43,9 +43,7 @@ class Trainer:
         self.monitor = Monitor(context, self.state, self.gradient_step, self.length)
         self.micro_batches = MicroBatches(context, self.state, wrapped, self.monitor.event)
         self.evaluator = Evaluator(context, self.state, self.monitor)
-        self.checkpoints = Checkpoints(
-            context, self.state, self.length, self.micro_batches, self.evaluator, self.monitor
-        )
+        self.checkpoints = Checkpoints(context, self.state, self.length, self.micro_batches, self.evaluator)
         self.stop = StopRequest(context.coordinator, self.recipe.machine.stop_after, stop_at)
 
     # ------------------------------------------------------------------ the loop
@@ -72,9 +70,13 @@ class Trainer:
                 self.checkpoints.save(evaluation_due=self.evaluation_due)
             if self.owes_evaluation:
                 self.evaluate()
-            self.revise_length(time.perf_counter() - began)
+            if self.length.revise(state.step, time.perf_counter() - began) and self.monitor.tracker is not None:
+                self.monitor.tracker.plan(self.steps)
         if state.step < self.steps:
-            self.save_and_stop()
+            self.checkpoints.save(evaluation_due=self.evaluation_due)
+            self.length.save()
+            where = f"after step {state.step} of {self.steps}"
+            raise StoppedError(f"stopped ({self.stop}) {where}; all is saved, the same command goes on")
         return state
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
@@ -115,18 +117,6 @@ class Trainer:
         if tracker is not None and tracker.evaluations and self.state.step == self.steps:
             tracker.say(hints.of_run(self.recipe, tracker.evaluations))
         self.checkpoints.complete()
-
-    def revise_length(self, paused: float) -> None:
-        if self.length.revise(self.state.step, paused) and self.monitor.tracker is not None:
-            self.monitor.tracker.plan(self.steps)
-
-    def save_and_stop(self) -> None:
-        self.checkpoints.save(evaluation_due=self.evaluation_due)
-        self.length.save()
-        raise StoppedError(
-            f"stopped ({self.stop}) after step {self.state.step} of {self.steps}; all is saved, "
-            "the same command goes on"
-        )
 
     # ------------------------------------------------------------------ what a step costs
 

@@ -1,6 +1,8 @@
 """Generated text is what the model would say without a cache: alone or side by side, within its context or past it."""
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests import tiny
 CONTEXT = 16
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4], [5], [9, 2, 6, 5, 3, 5, 8]]
+SPELLED: Any = SimpleNamespace(decode=str, ends=(), banned=())  # a tokenizer whose text is the list of ids
 shapes = pytest.mark.parametrize("keys", [{}, {"kv_heads": 2}, {"tied": False, "layers": 1}])
 
 
@@ -223,9 +226,9 @@ def test_banned_tokens_never_occur(temperature: float) -> None:
 
 
 def test_no_tokens_asked_for_is_no_text() -> None:
-    assert continuations(tiny.transformer(), PROMPTS, 0, GREEDY, str) == ["[]", "[]", "[]"]
+    assert continuations(tiny.transformer(), SPELLED, PROMPTS, 0, GREEDY) == ["[]", "[]", "[]"]
 
 
 def test_continuations_are_the_new_tokens_as_text() -> None:
     model = tiny.transformer()
-    assert continuations(model, PROMPTS, 5, GREEDY, str) == [str(row) for row in rows(model, PROMPTS, 5)]
+    assert continuations(model, SPELLED, PROMPTS, 5, GREEDY) == [str(row) for row in rows(model, PROMPTS, 5)]
