@@ -10,6 +10,7 @@ from llm.config.schema import LENGTHS, MIN_VOCAB_SIZE, RUN_NAME, STEP, Epochs, M
 MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # above this many epochs, model.dropout = auto is this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of train.weight_decay = auto
 MAX_DECAY = 3.2  # per step, however short the time constant
+CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 _RANGE = re.compile(r"\s*([0-9]{1,12})(?:-([0-9]{1,12}))?\s*")
 
 
@@ -131,6 +132,11 @@ def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
         tokens = max(1e-9, train.learning_rate) * tokens_per_epoch * float(decay.split()[0])
         decay = float(f"{min(MAX_DECAY, train.tokens_per_step / tokens):.6g}")
     return resolve(replace(recipe, model=model, train=replace(train, epochs=0.0, steps=steps, weight_decay=decay)))
+
+
+def cpu_micro_batch(windows: int, context: int) -> int:
+    """machine.micro_batch = auto on a CPU, for a process that reads this many windows a step."""
+    return max((n for n in range(1, windows + 1) if windows % n == 0 and n <= CPU_TOKENS // context), default=1)
 
 
 def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
@@ -159,6 +159,54 @@ def prepare(
     return Prepared(tokenizer, shards)
 
 
+def find_shards(recipe: Recipe) -> Shards | None:
+    """The recipe's shards if they were made before from its files as they are now; nothing is read, trained or written.
+
+    None too for texts of the hub, which would have to be asked. TextError or RecipeError for names that lead nowhere.
+    """
+    cache, tokenizer = atomic_io.expanded(recipe.text.cache or "data"), recipe.tokenizer
+    if any(name.startswith("hub:") for name in recipe.text.files):
+        return None
+    most = MAX_DOCUMENT
+    while (path := _survey_path(cache, Corpus(recipe.text, most), recipe.text)).is_file():
+        survey = Survey(**atomic_io.read_checksummed(path))
+        if tokenizer.path:
+            fingerprint = Tokenizer.load(atomic_io.expanded(tokenizer.path)).fingerprint
+        elif (folder := _tokenizer_folder(cache, recipe, survey)).is_dir():
+            fingerprint = Tokenizer.load(folder / "tokenizer.model").fingerprint
+        else:
+            return None
+        _, found = _shards_folder(cache, survey, fingerprint)
+        if (found / "manifest.json").is_file():
+            return Shards.open(found)
+        smaller = _smaller(survey)
+        if most <= smaller:
+            return None
+        most = smaller
+    return None
+
+
+def _survey_path(cache: Path, corpus: Corpus, text: Text) -> Path:
+    return cache / "surveys" / f"{atomic_io.digest_of([corpus.identity, text.validation])}.json"
+
+
+def _tokenizer_folder(cache: Path, recipe: Recipe, survey: Survey) -> Path:
+    wanted = recipe.tokenizer
+    key = atomic_io.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, wanted.vocabulary, wanted.terms])
+    return cache / "tokenizers" / key
+
+
+def _shards_folder(cache: Path, survey: Survey, tokenizer: str) -> tuple[dict[str, Any], Path]:
+    """What shards are made of, by fingerprint of the tokenizer, and their folder, named by a digest of it."""
+    about = {"text": survey.sha256, "validation": survey.share, "tokenizer": tokenizer}
+    return about, cache / "shards" / atomic_io.digest_of([sharding.FORMAT, about])
+
+
+def _smaller(survey: Survey) -> int:
+    """Bytes at which documents are cut where they are too few or too large to hold some out."""
+    return max(LEAST_PIECE, min(PAGE, sum(survey.text_bytes) // 10))
+
+
 def _cache(name: str) -> Path:
     cache = atomic_io.expanded(name)
     try:
@@ -200,7 +248,7 @@ def _surveyed(
     If documents of at most `most` bytes are too few or too large to hold some out, they are cut smaller.
     """
     corpus = Corpus(text, most, own)
-    path = cache / "surveys" / f"{atomic_io.digest_of([corpus.identity, text.validation])}.json"
+    path = _survey_path(cache, corpus, text)
     sample: list[bytes] = []
     with _alone(path, "this text", show.say):
         if path.is_file() and not verify:
@@ -212,7 +260,7 @@ def _surveyed(
     whole = sum(survey.text_bytes)
     fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
     if not fits and most == MAX_DOCUMENT:
-        most = max(LEAST_PIECE, min(PAGE, whole // 10))
+        most = _smaller(survey)
         pieces = _surveyed(text, cache, show, verify=verify, most=most, own=own)
         if pieces[1].is_split:
             found = f"documents ({sum(survey.documents):,} by the rule {survey.rule})"
@@ -287,8 +335,7 @@ def _check(survey: Survey, text: Text, own: Source | None) -> None:
 def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
     """The recipe's tokenizer, trained on the training side of the text or read from the cache."""
     wanted = recipe.tokenizer
-    key = atomic_io.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, wanted.vocabulary, wanted.terms])
-    folder = cache / "tokenizers" / key
+    folder = _tokenizer_folder(cache, recipe, survey)
     model = folder / "tokenizer.model"
     with _alone(folder, "this tokenizer", say):
         if not folder.is_dir():
@@ -308,9 +355,8 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
 
 def _sharded(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: _Show, *, verify: bool) -> Shards:
     """The shards of this text, split and tokenizer; writing continues where an earlier call was killed."""
-    about = {"text": survey.sha256, "validation": survey.share, "tokenizer": tokenizer.fingerprint}
-    fingerprint = atomic_io.digest_of([sharding.FORMAT, about])
-    folder = cache / "shards" / fingerprint
+    about, folder = _shards_folder(cache, survey, tokenizer.fingerprint)
+    fingerprint = folder.name
     with _alone(folder, "these token shards", show.say):
         if (folder / "manifest.json").is_file():
             if not _read_only(folder):

@@ -26,12 +26,12 @@ from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from llm import __version__
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RecipeError, RefusedError
+from llm.config.resolving import cpu_micro_batch
 from llm.config.schema import Recipe, flat
 from llm.distributed import coordinator as coordination
 from llm.distributed import process, threads
 from llm.distributed.coordinator import Coordinator
 
-CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -171,8 +171,7 @@ def _micro_batch(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator
     if recipe.machine.exact:  # part of what decides the bits, so it must not depend on the world
         sizes = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n in EXACT_MICRO_BATCHES]
         return sizes[0] if sizes else 1
-    most = max(1, CPU_TOKENS // recipe.model.context)
-    return max((n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= most), default=1)
+    return cpu_micro_batch(per_rank, recipe.model.context)
 
 
 def start_group(recipe: Recipe, run: Path) -> tuple[Accelerator, Coordinator, RuntimeSettings]:

@@ -1,12 +1,23 @@
-"""Costs of a model by formula: parameters, FLOPs per token, bytes in memory and bytes over the network."""
+"""Costs of a model by formula: parameters, FLOPs per token, bytes in memory and bytes over the network.
+
+It never imports torch: `python -m llm.plan` answers at once.
+"""
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeAlias
 
+from llm.base.constants import CHUNK_NUMBERS, STACKED, STACKED_NUMBERS
 from llm.config.schema import Model
 
 Shapes: TypeAlias = list[tuple[int, ...]]
+
+# Bytes that a block saves per token for its backward pass, for each feature of the residual stream, of queries and
+# keys or values, and inside the MLP; by device and by bytes of a number in the products. A CPU's RMSNorm is composed
+# of operations that save their inputs; autocast casts the input of each product anew.
+SAVED = {("cpu", 4): (24, 16, 16), ("cpu", 2): (26, 12, 8), ("cuda", 4): (16, 12, 16), ("cuda", 2): (18, 6, 8)}
+RECOMPUTED = 2  # temporary tensors of the MLP's width beside a recomputed block, measured
 
 
 def tensors(shape: Model, vocab_size: int) -> tuple[Shapes, Shapes, Shapes]:
@@ -52,6 +63,81 @@ def memory(shape: Model, vocab_size: int, *, muon: bool, shard_size: int = 1, in
     rest = shape.layers * _numbers(vectors, shard_size, index) + _numbers(ends, shard_size, index)
     weights = 4 * (of_matrices + rest)
     return Memory(weights, weights, 4 * ((1 if muon else 2) * of_matrices + 2 * rest))
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of live tensors in a step of one process, without what libraries and the CUDA context take.
+
+    `peak` may be less than the sum of the parts, which are not all alive at once.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int  # kept for the backward pass, with weights cast to 16 bits
+    logits: int  # chunks alive at once, and the gradients that the loss computes with them
+    peak: int
+
+
+def step_memory(
+    shape: Model,
+    vocab_size: int,
+    windows: int,
+    *,
+    muon: bool,
+    micro_batches: int = 2,
+    half: bool = False,
+    cuda: bool = False,
+    recompute: bool = False,
+) -> StepMemory:
+    """Memory of a step in `micro_batches` of `windows` windows; `half`: bf16 or fp16 instead of fp32."""
+    held, device = memory(shape, vocab_size, muon=muon), "cuda" if cuda else "cpu"
+    matrices, _, outside = tensors(shape, vocab_size)
+    tokens, dim, number = windows * shape.context, shape.dim, 2 if half else 4
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    stream, heads, mlp = SAVED[device, number]
+    sums = 4 * (2 + 2 * shape.heads + shape.kv_heads)  # of the norms and of attention's softmax
+    masks = 2 * dim * number if shape.dropout else 0
+    block = tokens * (stream * dim + heads * (queries + keys) + mlp * shape.ffn_dim + sums + masks)
+    cast = shape.layers * _numbers(matrices) * 2 if half else 0
+    ends = tokens * dim * ((4 if cuda else 8) + (4 if shape.dropout else 0)) + 8 * shape.context * shape.head_dim
+    saved = shape.layers * (tokens * dim * 4 if recompute else block) + ends
+
+    head = 4 * vocab_size * dim  # bytes of a gradient of the output matrix
+    chunks = max(1, -(-tokens // max(1, CHUNK_NUMBERS[device] // vocab_size)))
+    chunk = -(-tokens // chunks) * vocab_size  # numbers
+    alive = (8 if half else 4) + (number if chunks > 1 else 0)  # bytes: in its own type, in fp32, their gradient
+    logits = chunk * alive + head + 2 * tokens * dim * number + (head // 2 if half else 0)
+
+    own = 4 * _numbers(matrices)  # of one block
+    beside = block + tokens * (dim * 4 + RECOMPUTED * shape.ffn_dim * number)  # that one is recomputed, going backward
+    earlier = held.gradients if micro_batches > 1 else 0  # of the micro-batches before
+    peak = max(
+        earlier + saved + cast + logits,
+        earlier + saved + (0 if recompute else cast) + 2 * head + 2 * tokens * dim * number,
+        held.gradients + head * (2 if micro_batches > 1 else 1),
+        max(earlier + saved - ends + head, held.gradients - own) + beside if recompute else 0,
+        _update(shape, matrices, outside, held, muon=muon, number=number, device=device),
+    )
+    return StepMemory(
+        held.weights, held.gradients, held.moments, saved + cast, logits, held.weights + held.moments + peak
+    )
+
+
+def _update(shape: Model, matrices: Shapes, ends: Shapes, held: Memory, *, muon: bool, number: int, device: str) -> int:
+    """Most bytes of gradients with what their norm, or Muon of a stack of them, takes beside; stacks as Optimizer's."""
+    left = held.gradients
+    peak = left + (8 * max(map(math.prod, matrices + ends)) if device == "cpu" else 0)  # the norm, in fp64
+    for (rows, columns), same in groupby(sorted(matrices * shape.layers) if muon else []):
+        alike, least = len(list(same)), min(rows, columns)
+        stack = max(1, min(STACKED, STACKED_NUMBERS[device] // (rows * columns)))
+        for low in range(0, alike, stack):
+            count = min(stack, alike - low)
+            orthogonalising = count * (3 * rows * columns + 4 * least * least) * number
+            left -= count * rows * columns * 4
+            peak = max(peak, left + max(orthogonalising, 3 * 4 * count * rows * columns))
+    return peak
 
 
 @dataclass(frozen=True)

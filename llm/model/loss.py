@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.base.constants import IGNORED
-
-CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 24}  # logits per chunk: a GPU needs larger ones to be busy
+from llm.base.constants import CHUNK_NUMBERS, IGNORED
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

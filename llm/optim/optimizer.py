@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from llm.base.constants import STACKED, STACKED_NUMBERS
 from llm.config.schema import Train
 from llm.distributed.sharding import LocalShard, Sharding, bounds, gather, local_shard, size
 
@@ -30,8 +31,6 @@ WIDTH = 192
 POLYNOMIALS = ((7.9883, -23.2063, 17.1169), (3.5093, -2.6294, 0.5260), (2.4945, -1.8380, 0.4372))
 MUON_SCALE = 0.88  # singular values after the five usual polynomials, for which published learning rates are tuned
 TINY = 1e-7
-STACKED = 8  # most matrices of one shape that are orthogonalised together
-STACKED_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 24}  # and most numbers: more are no faster, and need six times as much
 VECTOR = 64  # a multiple of every CPU kernel's vector length
 
 

@@ -1,0 +1,295 @@
+"""Plans: what a recipe needs before it is trained, by formula and table, without torch.
+
+Memory is llm.model.cost's formula. Speed comes from the device's figures and two constants fitted to the runs of
+tests/benchmarks/README.md, so that it is right within a factor of two; `probe` measures it instead.
+"""
+
+import contextlib
+import math
+import signal
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
+from llm.config.resolving import cpu_micro_batch, with_steps
+from llm.config.schema import MIN_VOCAB_SIZE, Recipe, Text
+from llm.data.sources import sources_of
+from llm.data.text_files import is_gzip
+from llm.insight.cards import GIB, Device
+from llm.model import cost
+from llm.run_folder.metrics import readable
+
+# Bytes of held-out text per token (BOS included) by number of pieces: means over the packaged English, French and
+# Spanish texts and Python's standard library, which lie within 9 % of them (2026-11-28).
+BYTES_PER_TOKEN = {1024: 2.38, 2048: 2.85, 4096: 3.25, 8192: 3.58, 16384: 3.84, 32768: 4.00}
+PACKAGED = {"wiki-leads": 5_039_867, "wiki-leads-fr": 3_828_751, "wiki-leads-es": 2_830_813}  # bytes
+GZIPPED = 3.0  # bytes of text for each byte of a .gz file
+CONTEXT, SLACK = 0.6 * GIB, 1.06  # bytes that CUDA itself takes; what its allocator holds beside live tensors
+GPU_SHARE = 0.6  # of a card's matrix throughput that large products reach
+GPU_BYTES = 850  # that a block moves per token and feature
+GPU_BLOCK = 0.5e-3  # seconds that a card needs for a block forward and backward, however few its tokens
+EAGER = 2.0  # times as slow without machine.compile
+CPU_SHARE, CPU_WIDTH = 0.85, 90  # a CPU's share of its product's speed: CPU_SHARE dim / (dim + CPU_WIDTH)
+FORWARD = 3.5  # an evaluation reads so many times more tokens per second than training
+PROBE_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of `recipe` (its length in steps, if tokens or speed are known) needs on `device`."""
+
+    recipe: Recipe
+    device: Device
+    parameters: dict[str, int]  # by part: embeddings, attention, MLP, norms
+    memory: cost.StepMemory  # bytes of live tensors
+    micro_batch: int  # windows; 1 if none fits
+    fits: bool
+    text_tokens: int  # of the training side; 0: unknown
+    validation_tokens: int
+    text_is_estimated: bool
+    shard_bytes: int
+    checkpoint_bytes: int  # of one
+    checkpoints: int  # at once, with the one being written
+    tokens_per_second: float  # 0: unknown
+    speed_is_measured: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run reads; 0 if its length is not known yet."""
+        return self.recipe.train.steps * self.recipe.train.tokens_per_step
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the text; 0: unknown."""
+        return self.tokens / self.text_tokens if self.text_tokens else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run with its evaluations; 0: unknown."""
+        if not (self.tokens_per_second and self.tokens):
+            return 0.0
+        evaluations = -(-self.recipe.train.steps // self.recipe.evaluate.every)
+        return (self.tokens + evaluations * self.validation_tokens / FORWARD) / self.tokens_per_second
+
+
+def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan:
+    """The plan of a recipe on `device`; a measured speed, if given, replaces the tabulated one.
+
+    RecipeError for model.from, whose sizes are in another file.
+    """
+    if recipe.model.from_:
+        raise RecipeError("model.from: a plan needs the sizes in the recipe: write model.dim and the others there")
+    vocab_size = recipe.tokenizer.vocabulary
+    train, validation, documents, estimated = text_tokens(recipe)
+    speed = tokens_per_second or tabulated_speed(recipe, device)
+    if recipe.train.hours and speed:
+        steps = max(1, round(recipe.train.hours * 3600 * speed / recipe.train.tokens_per_step))
+        schedule = replace(recipe.train, steps=steps, hours=0.0, warmup=min(recipe.train.warmup, steps // 4))
+        recipe = replace(recipe, train=schedule)
+    if recipe.train.steps or (recipe.train.epochs and train):
+        recipe = with_steps(recipe, train or recipe.train.steps * recipe.train.tokens_per_step)
+    elif recipe.model.dropout == "auto":
+        recipe = replace(recipe, model=replace(recipe.model, dropout=0.0))
+    micro_batch, fits = micro_batch_that_fits(recipe, device)
+    memory, each = step_memory(recipe, device, micro_batch), 2 if vocab_size <= 1 << 16 else 4
+    return Plan(
+        recipe, device, parts(recipe), memory, micro_batch, fits, train, validation, estimated,
+        shard_bytes=(train + validation) * each + 4 * documents, checkpoint_bytes=memory.weights + memory.moments,
+        checkpoints=min(recipe.checkpoint.keep + 2, max(1, -(-recipe.train.steps // recipe.checkpoint.every))),
+        tokens_per_second=speed, speed_is_measured=bool(tokens_per_second),
+    )  # fmt: skip
+
+
+def parts(recipe: Recipe) -> dict[str, int]:
+    """Exact numbers of parameters by part; their sum is llm.model.cost.parameters."""
+    matrices, vectors, ends = cost.tensors(recipe.model, recipe.tokenizer.vocabulary)
+    layers, sizes = recipe.model.layers, [math.prod(each) for each in matrices]
+    return {
+        "embeddings": sum(map(math.prod, ends[:-1])),
+        "attention": layers * sum(sizes[:4]),
+        "MLP": layers * sum(sizes[4:]),
+        "norms": layers * sum(map(math.prod, vectors)) + math.prod(ends[-1]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def step_memory(recipe: Recipe, device: Device, micro_batch: int) -> cost.StepMemory:
+    """Live tensors of this recipe's step on `device`, in micro-batches of so many windows."""
+    return cost.step_memory(
+        recipe.model,
+        recipe.tokenizer.vocabulary,
+        micro_batch,
+        muon=recipe.train.optimizer == "muon",
+        micro_batches=max(1, recipe.windows_per_step // micro_batch),
+        half=in_half(recipe, device),
+        cuda=device.cuda,
+        recompute=recipe.machine.recompute,
+    )
+
+
+def in_half(recipe: Recipe, device: Device) -> bool:
+    """Whether machine.precision comes to bf16 or fp16 there."""
+    precision = recipe.machine.precision
+    return precision != "fp32" if device.cuda or precision != "auto" else device.half > device.single
+
+
+def room(device: Device) -> float:
+    """Bytes of live tensors that fit the device; infinite where its memory is unknown."""
+    if not device.memory:
+        return math.inf
+    return (device.memory - (CONTEXT if device.cuda else 0)) / SLACK
+
+
+def micro_batch_that_fits(recipe: Recipe, device: Device) -> tuple[int, bool]:
+    """Windows of a micro-batch, as the recipe says or as the trainer finds them under `auto`; whether they fit."""
+    windows = recipe.windows_per_step
+    if recipe.machine.micro_batch != "auto":
+        sizes = [recipe.machine.micro_batch]
+    elif not device.cuda:
+        sizes = [cpu_micro_batch(windows, recipe.model.context)]
+    else:
+        sizes = [n for n in range(1, windows + 1) if windows % n == 0]
+    fitting = [n for n in sizes if step_memory(recipe, device, n).peak <= room(device)]
+    return (max(fitting), True) if fitting else (sizes[0], False)
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def text_tokens(recipe: Recipe) -> tuple[int, int, int, bool]:
+    """Tokens of the training and of the validation side, documents, and whether these are estimates; 0 if unknown."""
+    if Path(recipe.text.cache or "data").expanduser().is_dir():
+        from llm.data.pipeline import find_shards  # takes half a second to import
+
+        with contextlib.suppress(LLMError):  # what is wrong with a text is said when it is prepared
+            if shards := find_shards(recipe):
+                both = shards.train, shards.validation
+                return both[0].tokens, both[1].tokens, both[0].documents + both[1].documents, False
+    tokens = text_bytes(recipe) / bytes_per_token(recipe.tokenizer.vocabulary)
+    held_out = int(tokens * recipe.text.validation)
+    return int(tokens) - held_out, held_out, 0, True
+
+
+def text_bytes(recipe: Recipe) -> float:
+    """Bytes of text.files without reading them, by GZIPPED for compressed ones; 0 where a size is not known."""
+    sizes = [_size(name) for name in recipe.text.files]
+    return sum(sizes) if all(sizes) else 0.0
+
+
+def _size(name: str) -> float:
+    """Bytes of one entry of text.files; 0 if it is not here, or on the hub."""
+    if name in PACKAGED or name.startswith("hub:"):
+        return PACKAGED.get(name, 0)
+    try:
+        paths = [source.path for source in sources_of(Text(files=(name,)))]
+    except TextError:
+        return 0
+    return sum(path.stat().st_size * (GZIPPED if is_gzip(path) else 1) for path in paths if path)
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """By the table, in between on a logarithmic scale; beyond its ends at the nearest slope."""
+    sizes = sorted(BYTES_PER_TOKEN)
+    high = next((n for n in sizes[1:] if n >= vocab_size), sizes[-1])
+    low = sizes[sizes.index(high) - 1]
+    part = math.log(max(vocab_size, MIN_VOCAB_SIZE) / low) / math.log(high / low)
+    return BYTES_PER_TOKEN[low] + part * (BYTES_PER_TOKEN[high] - BYTES_PER_TOKEN[low])
+
+
+# ---------------------------------------------------------------------------------------------- speed
+
+
+def tabulated_speed(recipe: Recipe, device: Device) -> float:
+    """Tokens per second by the device's figures, within a factor of two or so; 0 where they are unknown."""
+    shape, half = recipe.model, in_half(recipe, device)
+    flops, again = cost.flops_per_token(shape, recipe.tokenizer.vocabulary), 4 / 3 if recipe.machine.recompute else 1.0
+    peak = device.half if half else device.single
+    if not peak:
+        return 0.0
+    if not device.cuda:
+        return peak * CPU_SHARE * shape.dim / (shape.dim + CPU_WIDTH) / (flops * again)
+    moved = GPU_BYTES * shape.layers * shape.dim * (1 if half else 2) / device.bandwidth
+    started = GPU_BLOCK * (shape.layers + 2) / recipe.train.tokens_per_step
+    return 1 / ((flops / (GPU_SHARE * peak) + moved + started) * again * (1 if recipe.machine.compile else EAGER))
+
+
+def probe(recipe: Recipe, train: Callable[..., Any]) -> float:
+    """Tokens per second of PROBE_STEPS real steps, trained on this machine in a temporary run folder.
+
+    `train(recipe, runs=..., on_log=...)` is llm.train. The text is prepared in its usual cache.
+    """
+    speeds: list[float] = []
+
+    def look(line: dict[str, Any]) -> None:
+        if "tokens_per_second" in line:
+            speeds.append(line["tokens_per_second"])
+            if line["step"] >= PROBE_STEPS:
+                signal.raise_signal(signal.SIGINT)  # evaluations and samples are no part of a step
+
+    every, steps = max(1, PROBE_STEPS // 5), max(recipe.train.steps, 3 * PROBE_STEPS)
+    short = replace(
+        recipe, run="probe", from_=None,
+        train=replace(recipe.train, steps=steps, tokens=0, epochs=0.0, hours=0.0, warmup=0),
+        evaluate=replace(recipe.evaluate, every=10**9, prompts=()),
+        checkpoint=replace(recipe.checkpoint, every=10**9),
+        tracking=replace(recipe.tracking, every=every, wandb="off", tensorboard=False),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder, contextlib.suppress(StoppedError):
+        train(short, runs=folder, on_log=look)
+    return statistics.median(speeds[1:])  # the first steps are slow
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan for people."""
+    recipe, train, shape, memory = plan.recipe, plan.recipe.train, plan.recipe.model, plan.memory
+    total, size = sum(plan.parameters.values()), cost.size
+    about = "about " if plan.text_is_estimated else ""
+    room_for = f" of {size(plan.device.memory)}" if plan.device.memory else ""
+    said = [
+        f"{recipe.run}: {total:,} parameters: "
+        + ", ".join(f"{name} {count:,} ({count / total:.0%})" for name, count in plan.parameters.items()),
+        f"memory of a step: {size(memory.peak)} at its peak{room_for} ({plan.device.name}): weights "
+        f"{size(memory.weights)}, gradients {size(memory.gradients)}, moments {size(memory.moments)}, activations "
+        f"{size(memory.activations)}, logits {size(memory.logits)}",
+    ]
+    windows = f"{plan.micro_batch:,} of the {recipe.windows_per_step:,} windows of {shape.context:,} tokens of a step"
+    if plan.fits:
+        said.append(f"micro-batch: {windows}")
+    else:
+        change = "machine.recompute=true, or a smaller" if not recipe.machine.recompute else "a smaller"
+        smaller = "machine.micro_batch, " if plan.micro_batch > 1 else ""
+        said.append(f"micro-batch: {windows} does not fit: use {change} {smaller}model.context or model.dim")
+    if plan.text_tokens:
+        mark = " (an estimate: the text is not prepared)" if plan.text_is_estimated else ""
+        said.append(
+            f"text: {about}{plan.text_tokens / 1e6:,.2f} M tokens to train on, "
+            f"{plan.validation_tokens / 1e6:,.2f} M held out{mark}"
+        )
+    else:
+        said.append(f"text: the size of {', '.join(recipe.text.files)[:80]} is not known here")
+    if plan.tokens:
+        times = f", {about}{plan.epochs:.2f} epochs" if plan.epochs else ""
+        said.append(
+            f"length: {train.steps:,} steps of {train.tokens_per_step:,} tokens = "
+            f"{plan.tokens / 1e6:,.2f} M tokens{times}"
+        )
+    kept = plan.checkpoints * plan.checkpoint_bytes
+    shards = f"shards {about}{size(plan.shard_bytes)}, " if plan.shard_bytes else ""
+    said.append(
+        f"disk: {shards}checkpoints {size(kept)} (at most {plan.checkpoints} of {size(plan.checkpoint_bytes)} at once)"
+    )
+    if plan.seconds:
+        how = "measured" if plan.speed_is_measured else "by table, within a factor of two; --probe measures it"
+        said.append(f"time: about {readable(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s ({how})")
+    else:
+        said.append("time: not known: name a card by --gpu, or measure with --probe")
+    return said

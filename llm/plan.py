@@ -1,0 +1,86 @@
+"""python -m llm.plan RECIPE: what a run needs before it begins. python -m llm.plan --text FILE: recipes for a text."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llm.base.command import Parser
+from llm.base.errors import RecipeError, run
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        "plan",
+        "With a recipe: its parameters, memory, micro-batch, tokens, disk and time, without training. With --text: "
+        "three recipes for that text, written to this folder, and what to expect of each.",
+    )
+    parser.add_argument("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's")
+    parser.add_argument("--gpu", metavar="NAME", help="a card of the table, as 3080ti; default: this machine's CPU")
+    parser.add_argument("--memory", metavar="SIZE", help="of the card, as 12GB, instead of the table's")
+    parser.add_argument(
+        "--probe", action="store_true", help="measure the speed here: train 20 steps in a temporary run"
+    )
+    parser.add_argument("--text", metavar="FILE", help="propose recipes for this text: a file, or a packaged text")
+    parser.add_number("--hours", kind=float, least=1e-3, most=1e4, help="of training that --text may plan with")
+    parser.add_argument(
+        "--ladder", action="store_true", help="train three tiny models on the text first, to expect more"
+    )
+    given = parser.parse_args(arguments)
+    if given.text and given.recipe and "=" in str(given.recipe):
+        raise RecipeError(f"{given.recipe}: overrides belong to a recipe; --text takes none")
+    if bool(given.recipe) == bool(given.text):
+        raise RecipeError("name a recipe, or --text FILE with --hours N")
+    if bool(given.text) != bool(given.hours) or (given.ladder and not given.text):
+        raise RecipeError("--hours and --ladder go with --text, as in --text wiki.txt --gpu 3080ti --hours 8")
+    if given.text and given.probe:
+        raise RecipeError("--probe goes with a recipe: propose recipes by --text first, then probe one of them")
+    return given
+
+
+def device(given: argparse.Namespace, threads: int | str) -> Any:
+    """The card that the options name, or this machine's CPU. RecipeError for unknown names and sizes."""
+    from llm.distributed.threads import threads_per_process
+    from llm.insight import cards
+
+    memory = cards.bytes_of(given.memory) if given.memory else 0.0
+    if given.gpu:
+        card = cards.card(given.gpu)
+        return replace(card, memory=memory or card.memory)
+    if memory:
+        return cards.Device(f"a card of {given.memory}", memory)
+    return cards.this_cpu(threads_per_process() if threads == "auto" else int(threads))
+
+
+def trained(recipe: Any, *, runs: str | Path, on_log: Any) -> None:
+    """As llm.train, which commands lie below."""
+    from llm.training.context import Parts
+    from llm.training.session import train
+
+    train(recipe, runs=Path(runs), parts=Parts(on_log=on_log))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    if given.text:
+        from llm.insight import ladder
+
+        on = device(given, "auto")
+        law = ladder.climb(given.text, trained, print).law if given.ladder else None
+        for line in ladder.write_proposals(given.text, on, given.hours, law):
+            print(line)
+        return
+    from llm.config.reading import load
+    from llm.insight import planning
+
+    recipe = load(given.recipe, given.overrides)
+    plan = planning.plan(recipe, on := device(given, recipe.machine.threads))
+    if given.probe:
+        plan = planning.plan(recipe, on, planning.probe(plan.recipe, trained))
+    for line in planning.lines(plan):
+        print(line)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,311 @@
+"""A plan says before a run what the run then takes: parameters exactly, memory by what is alive, and no torch."""
+
+import gc
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import llm
+from llm.base.errors import RecipeError, TextError
+from llm.config.reading import load
+from llm.config.resolving import with_steps
+from llm.config.schema import Recipe
+from llm.data.pipeline import prepare
+from llm.distributed.sharding import Sharding, local_shard
+from llm.insight import cards, ladder, planning
+from llm.model.transformer import Transformer
+from llm.optim.optimizer import Optimizer, gradient_norm
+from tests.data.test_documents import needs_wiki
+from tests.forks import ROOT, run, script, write_recipe, write_text
+from tests.test_memory import peaks
+
+CPU = cards.Device("a CPU", 16e9, 0.0, 1e11, 1e11, cuda=False)
+RECIPES = {  # width, depth, vocabulary, context, micro-batch and recomputation, and what else changes memory
+    "quickstart": "machine.micro_batch=8",
+    "wide": "model.dim=384 model.heads=6 machine.micro_batch=2",
+    "deep": "model.layers=12 tokenizer.vocabulary=1024 machine.micro_batch=2",
+    "many pieces": "tokenizer.vocabulary=32768 machine.micro_batch=1",
+    "long context": "model.context=1024 machine.micro_batch=2",
+    "many micro-batches, few keys": "model.kv_heads=1 machine.micro_batch=1",
+    "recomputed": "machine.recompute=true model.layers=8 model.ffn_dim=1024 tokenizer.vocabulary=1024 machine.micro_batch=4",
+    "short windows, AdamW": "train.optimizer=adamw model.dim=256 model.heads=4 model.context=32 machine.micro_batch=1 train.tokens_per_step=64",
+    "short windows, Muon": "model.dim=384 model.heads=6 model.context=32 machine.micro_batch=1 train.tokens_per_step=32",
+    "bf16, dropout, untied": "machine.precision=bf16 model.dropout=10% model.tied=false machine.micro_batch=4",
+    "bf16, recomputed": "machine.precision=bf16 machine.recompute=true machine.micro_batch=4",
+}
+
+
+def quickstart(changes: str = "") -> Recipe:
+    read = load(ROOT / "recipes/quickstart.yaml", ["machine.precision=fp32", *changes.split()])
+    return with_steps(read, 1_400_000)
+
+
+def alive(recipe: Recipe, micro_batch: int) -> int:
+    """Most bytes of tensors that are alive at once in a step, by what torch's allocator gives and takes back."""
+    vocab_size, shape, half = recipe.tokenizer.vocabulary, recipe.model, recipe.machine.precision == "bf16"
+    gc.collect()
+    model = Transformer(shape, vocab_size)
+    model.model.recompute = recipe.machine.recompute
+    optimizer = Optimizer(model, recipe.train, torch.bfloat16 if half else torch.float32)
+    held = sum(p.nbytes for p in model.parameters()) + sum(each.local.nbytes for each in optimizer.moments.values())
+    tokens = torch.randint(vocab_size, (micro_batch, shape.context + 1))
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        for _ in range(recipe.windows_per_step // micro_batch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = model(tokens[:, :-1], tokens[:, 1:], torch.arange(micro_batch))
+            loss.backward()
+        gradient_norm([local_shard(p.grad) for p in model.parameters() if p.grad is not None], Sharding())
+        optimizer.step(0, 0.1, torch.ones(()), torch.tensor(True))
+
+    step()
+    model.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = most = 0
+    for _, size in sorted((each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"):
+        now += size
+        most = max(most, now)
+    return held + most
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.filterwarnings("ignore")  # the profiler's own
+def test_memory_is_what_is_alive_at_the_peak_of_a_step(name: str) -> None:
+    recipe = quickstart(RECIPES[name])
+    plan = planning.plan(recipe, CPU)
+    found = alive(recipe, plan.micro_batch)
+    print(
+        f"{name}: planned {plan.memory.peak / 1e6:.1f} MB, alive {found / 1e6:.1f} MB, {plan.memory.peak / found:.3f}"
+    )
+    assert plan.memory.peak == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.dim": 192, "model.heads": 3, "model.layers": 4, "model.context": 256, "machine.micro_batch": 64},
+        {"model.dim": 384, "model.heads": 6, "model.layers": 8, "model.context": 128, "machine.micro_batch": 32},
+        {"model.dim": 720, "model.heads": 12, "model.layers": 16, "machine.micro_batch": 1},
+        {"model.dim": 512, "model.heads": 8, "model.layers": 8, "model.context": 256, "machine.micro_batch": 32, "machine.recompute": True},
+    ],
+)  # fmt: skip
+def test_a_process_takes_what_its_plan_says(tmp_path: Path, changes: dict[str, Any]) -> None:
+    text = write_text(tmp_path / "text.txt", 400)
+    context, windows = changes.get("model.context", 16), changes["machine.micro_batch"]
+    path = write_recipe(tmp_path, text, **{
+        "model.dropout": 0, "train.optimizer": "adamw", "train.steps": 2, "train.warmup": 0, "train.decay": 0,
+        "train.tokens_per_step": 2 * windows * context, "evaluate.every": 99, "checkpoint.every": 99, **changes})  # fmt: skip
+    (found,) = peaks(tmp_path / "run", path, 1, "none")
+    planned = planning.plan(load(path), CPU).memory.peak
+    print(f"{changes}: planned {planned / 1e6:.0f} MB, resident {found / 1e6:.0f} MB, {planned / found:.3f}")
+    assert found > 1e9
+    assert planned == pytest.approx(found, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "windows", "gib"),
+    [
+        ("small", "train.optimizer=adamw", 32, 8.5),
+        ("small", "", 32, 8.4),
+        ("medium", "train.optimizer=adamw train.tokens_per_step=65536", 16, 11.8),
+        ("medium", "train.tokens_per_step=65536", 8, 6.62),
+        ("medium", "train.tokens_per_step=65536 machine.recompute=true", 8, 2.52),
+        ("large", "train.optimizer=adamw train.tokens_per_step=65536", 32, 10.3),
+    ],
+)
+def test_the_formula_gives_what_an_h100_took(name: str, changes: str, windows: int, gib: float) -> None:
+    """The peaks of tests/benchmarks/README.md, in bf16."""
+    recipe = load(ROOT / f"recipes/{name}.yaml", changes.split())
+    found = planning.step_memory(with_steps(recipe, 10**9), cards.card("h100"), windows).peak / 2**30
+    assert found == pytest.approx(gib, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "speed"),
+    [
+        ("small", "", 463_493),
+        ("small", "machine.compile=false", 297_905),
+        ("medium", "train.tokens_per_step=65536", 165_597),
+        ("medium", "train.tokens_per_step=65536 machine.compile=false", 81_253),
+        ("medium", "train.tokens_per_step=65536 machine.compile=false machine.recompute=true", 46_688),
+        ("large", "train.tokens_per_step=65536", 116_881),
+    ],
+)
+def test_the_table_gives_the_speed_of_an_h100_within_a_factor_of_two(name: str, changes: str, speed: float) -> None:
+    """The tokens per second of tests/benchmarks/README.md, in bf16."""
+    found = planning.tabulated_speed(load(ROOT / f"recipes/{name}.yaml", changes.split()), cards.card("h100"))
+    assert speed / 2 < found < 2 * speed
+
+
+@pytest.mark.parametrize("name", ["quickstart", "classic", "small", "medium", "large"])
+def test_parameters_by_part_are_those_of_the_model(name: str) -> None:
+    recipe = with_steps(load(ROOT / f"recipes/{name}.yaml"), 1_400_000)
+    with torch.device("meta"):
+        model = Transformer.__new__(Transformer)
+        model.initialise = lambda seed: None  # type: ignore[method-assign]  # no generator on this device
+        model.__init__(recipe.model, recipe.tokenizer.vocabulary)  # type: ignore[misc]
+    parts = {"embed_tokens": "embeddings", "lm_head": "embeddings", "_proj": "MLP", "norm": "norms"}
+    found = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)
+    for each, p in model.named_parameters():
+        attention = ".self_attn." in each and "norm" not in each
+        found["attention" if attention else next(part for key, part in parts.items() if key in each)] += p.numel()
+    assert planning.parts(recipe) == found
+
+
+def plan(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m llm.plan`, which fails if it imports torch."""
+    code = "import sys; from llm.base.errors import run; from llm import plan\ntry: run(plan.main)\nfinally: assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+
+
+def test_a_plan_is_made_without_torch(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt")
+    done = plan(write_recipe(tmp_path, text), "--gpu", "RTX 3080 Ti", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "parameters",
+        "micro-batch: 2 of the 4",
+        "M tokens to train on",
+        "an estimate",
+        "checkpoints",
+        "tokens/s",
+    ):
+        assert words in done.stdout
+
+
+def test_tokens_of_a_prepared_text_are_counted_and_no_estimate(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **{"train.steps": None, "train.epochs": 2})
+    recipe = load(path)
+    assert planning.plan(recipe, CPU).text_is_estimated
+    shards = prepare(recipe, lambda line: None, progress=False).shards
+    made = planning.plan(recipe, CPU)
+    assert (made.text_tokens, made.validation_tokens) == (shards.train.tokens, shards.validation.tokens)
+    assert not made.text_is_estimated and made.epochs == pytest.approx(2, rel=0.02)
+    write_text(tmp_path / "text.txt", 61)
+    assert planning.plan(recipe, CPU).text_is_estimated
+
+
+def test_a_text_that_is_not_there_leaves_the_rest_of_the_plan(tmp_path: Path) -> None:
+    made = planning.plan(load(ROOT / "recipes/small.yaml", ["text.files=none.txt"]), cards.card("3080ti"))
+    assert (made.text_tokens, made.tokens, made.seconds) == (0, 0, 0) and made.fits
+    assert "is not known here" in "\n".join(planning.lines(made))
+
+
+def test_the_micro_batch_is_the_largest_that_fits() -> None:
+    recipe, sizes = load(ROOT / "recipes/small.yaml", ["text.files=none.txt"]), []
+    for gib in (1, 4, 8, 12):
+        made = planning.plan(recipe, replace(cards.card("3060"), memory=gib * 2**30))
+        sizes.append((made.micro_batch, made.fits))
+        assert not made.fits or made.memory.peak <= planning.room(made.device)
+    assert sizes[0] == (1, False) and [fits for _, fits in sizes[1:]] == [True] * 3
+    assert sizes[1][0] < sizes[2][0] < sizes[3][0] == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "name a recipe, or --text FILE"),
+        (("none.yaml",), "none.yaml does not exist"),
+        (("recipe.yaml", "model.dim=31"), "model.dim = 31"),
+        (("recipe.yaml", "--gpu", "voodoo2"), "--gpu voodoo2: not in the table"),
+        (("recipe.yaml", "--memory", "much"), "--memory much: expected a size such as 12GB"),
+        (("recipe.yaml", "model.from=exports/x"), "model.from"),
+        (("recipe.yaml", "--hours", "3"), "--hours"),
+        (("--text", "none.txt", "--hours", "1", "--gpu", "4090"), "none.txt is not there"),
+        (("--text", "text.txt", "--hours", "-1"), "--hours = -1: must be at least"),
+        (("--text", "text.txt", "--hours", "1", "--memory", "12GB"), "speed of a card of 12GB"),
+        (("--text", "text.txt", "--hours", "1", "--gpu", "4090"), "no model fits"),  # 10 kB of text
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+    done = plan(*words, folder=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+
+
+def test_a_probe_measures_real_steps_and_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **{"train.steps": 3, "train.warmup": 0})
+    ended = run(script("module:llm.plan", "recipe.yaml", "--probe"), tmp_path)
+    assert ended.status == 0, ended.err
+    assert "(measured)" in ended.out and not (tmp_path / "runs").exists()
+
+
+@needs_wiki
+def test_three_recipes_are_written_that_can_be_trained_and_none_is_overwritten(tmp_path: Path) -> None:
+    done = plan("--text", "wiki-leads", "--hours", "8", "--gpu", "3080ti", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = [f"wiki-leads-{name}.yaml" for name in ("safe", "best", "largest")]
+    recipes = [load(tmp_path / name) for name in names]
+    sizes = [sum(planning.parts(each).values()) for each in recipes]
+    assert sizes[0] < sizes[1] <= sizes[2] and [each.run for each in recipes] == [Path(name).stem for name in names]
+    assert all("# expected: " in (tmp_path / name).read_text() for name in names)
+
+    before = [(tmp_path / name).read_text() for name in names[1:]]
+    (tmp_path / names[0]).unlink()
+    done = plan("--text", "wiki-leads", "--hours", "1", "--gpu", "3080ti", folder=tmp_path)
+    assert done.returncode == 2 and "is there already" in done.stderr
+    assert not (tmp_path / names[0]).exists() and [(tmp_path / name).read_text() for name in names[1:]] == before
+
+
+MEASURED = [  # width, vocabulary, tokens, bits per byte: recipes/README.md, the packaged English text
+    (192, 4096, 0.5e6, 1.8846), (192, 4096, 1e6, 1.7317), (192, 4096, 2e6, 1.4862), (192, 4096, 8e6, 1.3389), (128, 1024, 0.5e6, 2.1175),
+    (128, 2048, 0.5e6, 2.0076), (128, 4096, 0.5e6, 1.9039), (128, 8192, 0.5e6, 1.8298), (128, 16384, 0.5e6, 1.7734), (384, 4096, 0.25e6, 2.0546),
+]  # fmt: skip
+
+
+@needs_wiki
+@pytest.mark.parametrize(("width", "vocabulary", "tokens", "bits"), MEASURED)
+def test_measured_runs_lie_in_the_interval_of_the_law(width: int, vocabulary: int, tokens: float, bits: float) -> None:
+    recipe = quickstart(f"model.dim={width} model.heads={width // 64} tokenizer.vocabulary={vocabulary}")
+    parameters = sum(planning.parts(recipe).values())
+    text_tokens = 1_386_780 * planning.bytes_per_token(4096) / planning.bytes_per_token(vocabulary)
+    expected = ladder.law_of("wiki-leads").expect(parameters, vocabulary, tokens, text_tokens)
+    print(f"{width} {vocabulary} {tokens:,.0f}: {bits} measured, {expected}")
+    assert expected.low <= bits <= expected.high
+
+
+def test_a_ladder_foretells_a_power_law() -> None:
+    rungs = [
+        ladder.Rung(ladder.rung("wiki-leads", width, tokens, "x"), tokens, 9 * tokens**-0.12)
+        for width, tokens in ladder.RUNGS
+    ]
+    climbed = ladder.fitted(rungs, 1_386_780)
+    expected = climbed.expect(512_000)
+    assert expected.bits_per_byte == pytest.approx(9 * 512_000**-0.12)
+    size = sum(planning.parts(rungs[-1].recipe).values())
+    assert climbed.law.expect(size, 4096, 512_000, 1_386_780).bits_per_byte == pytest.approx(expected.bits_per_byte)
+    json.dumps(expected.low)
+
+
+def test_a_ladder_is_trained_through_the_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "RUNGS", ((16, 2048), (16, 4096), (16, 6144)))
+    monkeypatch.setattr(ladder, "RUNG_PIECES", 320)
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text.txt", 200)
+    climbed = ladder.climb("text.txt", llm.train)
+    assert [each.tokens for each in climbed.rungs] == [2048, 4096, 6144] and climbed.slope < 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_names_and_sizes() -> None:
+    assert cards.card("NVIDIA GeForce RTX 4060 Ti") is cards.CARDS["4060ti"]
+    assert cards.bytes_of("12GB") == cards.bytes_of("12 GiB") == 12 * 2**30
+    with pytest.raises(RecipeError):
+        cards.bytes_of("0GB")
+    with pytest.raises(TextError):
+        ladder.law_of("none.txt")
