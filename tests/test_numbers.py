@@ -6,13 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import llm.distributed.coordinator
 from llm.base.errors import DivergedError
-from llm.data.batches import Batch
+from llm.config.reading import load
+from llm.data.batches import Batch, BatchLoader
+from llm.data.shuffle import WindowShuffle
+from llm.interop.pretrained import ready
 from llm.run_folder import checkpoint
 from llm.run_folder.trace import read
 from llm.training.context import TrainState
@@ -75,6 +79,20 @@ def test_under_stop_the_run_ends_with_status_3_and_the_weights_before_it(
     (tmp_path / "whole").mkdir()
     assert run(train(recipe), tmp_path / "whole").status == 0
     assert digest(tmp_path) == digest(tmp_path / "whole")
+
+
+def test_the_texts_of_any_bad_step_can_be_named(tmp_path: Path, text: Path) -> None:
+    """Also of one that read the last window of the text."""
+    recipe, tokenizer, shards = ready(load(write_recipe(tmp_path, text)), lambda line: None)
+    order = WindowShuffle(recipe.seed, shards.train.tokens, recipe.model.context)
+    loader = BatchLoader(shards.train, order, recipe.windows_per_step, 1)
+    context = SimpleNamespace(recipe=recipe, tokenizer=tokenizer, shards=shards, order=order, loader=lambda size: loader)
+    monitor = SimpleNamespace(context=context)
+    steps = range(1, order.windows // recipe.windows_per_step + 2)
+    texts = [Monitor._texts(monitor, step) for step in steps]  # type: ignore[arg-type]
+    last = max(order.starts(np.arange(order.windows)))
+    assert {len(each) for each in texts} == {recipe.windows_per_step}
+    assert tokenizer.decode(shards.train.read(last, last + recipe.model.context).tolist()) in [each for some in texts for each in some]
 
 
 def test_the_advice_of_a_diverged_run_leaves_out_the_very_batch(tmp_path: Path, text: Path) -> None:

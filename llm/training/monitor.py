@@ -82,10 +82,10 @@ class Monitor:
 
     def _texts(self, step: int, most: int = 4) -> list[str]:
         """Beginnings of the first windows that update `step` read."""
-        first = self.context.loader(1).first(step - 1)
+        first, recipe = self.context.loader(1).first(step - 1), self.context.recipe
         train, decode = self.context.shards.train, self.context.tokenizer.decode
-        starts = self.context.order.starts(np.arange(most) + first).tolist()
-        return [decode(train.read(start, start + 60).tolist()) for start in starts]
+        starts = self.context.order.starts(np.arange(min(most, recipe.windows_per_step)) + first).tolist()
+        return [decode(train.read(start, start + min(60, recipe.model.context)).tolist()) for start in starts]
 
     def record(self, loss: Tensor) -> None:
         """Add this step to the trace."""
