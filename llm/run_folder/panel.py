@@ -4,6 +4,7 @@ It hides no cursor, changes no terminal mode and starts no thread, so that nothi
 is killed. Its cost is bounded: the pause between two drawings is at least `PAUSE` times as long as the last one took.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -25,6 +26,8 @@ LEAST = (60, 16)  # columns and rows of a terminal that has room for it
 WIDEST = 120
 FIGURES = 26  # columns
 HEIGHT = 8  # rows of the curve
+DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a Braille letter, by column and row
+MARK = 0x100  # a cell with an evaluation in it
 KEPT = 4000  # points of the curve, the older ones thinned
 
 
@@ -56,8 +59,8 @@ class Panel:
         """Remember a line of the record, without drawing it."""
         if bytes_per_token := line.get("bytes_per_token"):
             self.unit = 1 / bytes_per_token / math.log(2)
-        if line.get("loss") is not None:
-            self.train.append((line["step"], line["loss"]))
+        if (loss := line.get("loss")) is not None and math.isfinite(loss):
+            self.train.append((line["step"], loss))
             if len(self.train) > KEPT:
                 del self.train[: KEPT // 2 : 2]
         if line.get("bits_per_byte") is not None:
@@ -124,43 +127,39 @@ class Panel:
         """Training loss (in bits per byte where that is known) and validation, over all steps of the run."""
         train = [(step, loss * self.unit) for step, loss in self.train]
         validation = self.validation if self.unit != 1.0 else []
-        settled = [value for step, value in [*train[len(train) // 10 :], *validation] if math.isfinite(value)]
+        settled = [value for _, value in [*train[len(train) // 10 :], *validation]]
         if not settled:
             return Text("\n" * (HEIGHT - 1))
         low, high = min(settled), max(settled)
         span, labels = (high - low) or 1.0, 7
         columns, dots = width - labels, (2, 4) if unicode else (1, 1)
-        cells: dict[tuple[int, int], int] = {}
-        marks = set[tuple[int, int]]()
+
+        def dot(cell: int) -> str:
+            if unicode:
+                return "●" if cell == MARK else chr(0x2800 + cell) if cell else " "
+            return "o" if cell == MARK else "." if cell else " "
+
+        grid = [[0] * columns for _ in range(HEIGHT)]
 
         def place(step: int, value: float) -> tuple[int, int]:
-            across = min(int(step / max(steps, 1) * columns * dots[0]), columns * dots[0] - 1)
-            down = (high - value) / span * (HEIGHT * dots[1] - 1) if math.isfinite(value) else 0
-            return across, min(max(round(down), 0), HEIGHT * dots[1] - 1)
+            across = int(step / max(steps, 1) * columns * dots[0])
+            down = round((high - value) / span * (HEIGHT * dots[1] - 1))
+            return min(across, columns * dots[0] - 1), min(max(down, 0), HEIGHT * dots[1] - 1)
 
-        for step, value in train:
-            x, y = place(step, value)
-            bit = (0x01, 0x02, 0x04, 0x40, 0x08, 0x10, 0x20, 0x80)[x % 2 * 4 + y % 4] if unicode else 1
-            cell = (y // dots[1], x // dots[0])
-            cells[cell] = cells.get(cell, 0) | bit
-        for step, value in validation:
-            x, y = place(step, value)
-            marks.add((y // dots[1], x // dots[0]))
+        for x, y in itertools.starmap(place, train):
+            grid[y // dots[1]][x // dots[0]] |= DOTS[x % dots[0]][y % dots[1]]
+        for x, y in itertools.starmap(place, validation):
+            grid[y // dots[1]][x // dots[0]] = MARK
         lines = []
-        for row in range(HEIGHT):
-            at = {0: high, HEIGHT - 1: low}.get(row)
-            line = Text(f"{at:6.3f} " if at is not None else " " * labels, "dim")
-            for column in range(columns):
-                if (row, column) in marks:
-                    line.append("●" if unicode else "o", "bold")
-                elif bits := cells.get((row, column)):
-                    line.append(chr(0x2800 + bits) if unicode else ".", "cyan")
-                else:
-                    line.append(" ")
+        for row, cells in enumerate(grid):
+            at = {0: f"{high:6.3f} ", HEIGHT - 1: f"{low:6.3f} "}.get(row, " " * labels)
+            line = Text(at, "dim")
+            for cell, same in itertools.groupby(cells):
+                line.append((dot(cell)) * len(list(same)), "bold" if cell == MARK else "cyan")
             lines.append(line)
-        kind = "bits per byte" if self.unit != 1.0 else "nats per token"
-        key = f"{'●' if unicode else 'o'} validation, " if validation else ""
-        lines.append(Text(f"{' ' * labels}{kind}: {key}{'⠒' if unicode else '.'} training", "dim"))
+        key = f"{dot(MARK)} validation  " if validation else ""
+        unit = "bits per byte" if self.unit != 1.0 else "nats per token"
+        lines.append(Text(f"{key}{dot(0x12)} training  ({unit})", "dim"))
         return Text("\n").join(lines)
 
 
