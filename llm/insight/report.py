@@ -19,11 +19,11 @@ from llm.config.reading import dump
 from llm.config.schema import flat
 from llm.data import hf_tokenizer
 from llm.data.shards import of_run
+from llm.data.tokenizer import TextStream, Tokenizer
 from llm.insight import baselines
 from llm.insight.charts import Chart, Points, Series, chart, compact
 from llm.insight.copying import Copying, copying, repetition
 from llm.model.cost import size
-from llm.run_folder import checkpoint
 from llm.run_folder.record import Record, readable
 
 SHOWN = 6  # evaluations whose samples stand side by side
@@ -172,7 +172,7 @@ def _view(record: Record, colour: int, say: Callable[[str], None]) -> RunView:
     told = {(line["step"], line["prompt"]): line["sample"] for line in record.samples if line["step"] in steps}
     copied = attempt("samples not searched for copies", lambda: _copied(record.folder, tuple(told.values())))
     tokens: dict[tuple[int, str], Tokens] = {}
-    for step in (step for step in steps if checkpoint.folder_of(record.folder, step).is_dir()):
+    for step in (step for step in steps if (record.folder / f"checkpoints/step-{step:06d}").is_dir()):
         pairs = tuple((prompt, text) for (at, prompt), text in told.items() if at == step)
         tokens |= attempt("samples not coloured", partial(_scored, record.folder, step, pairs))
 
@@ -283,14 +283,32 @@ def _scored(folder: Path, step: int, pairs: tuple[tuple[str, str], ...]) -> dict
     from llm.run_folder.loaded_run import open_run
 
     run = open_run(str(folder / f"step-{step:06d}"), torch.device("cpu"))
-    found = {}
+    context, found = run.recipe.model.context, {}
+
+    def last(windows: list[list[int]], ids: list[int]) -> list[float]:
+        """The probability of each of the `ids` after its window; windows are of one length."""
+        logits = run.model.logits(torch.tensor(windows))[:, -1].float()
+        return logits.softmax(-1)[torch.arange(len(ids)), ids].tolist()
+
     for prompt, text in pairs:
         before = [run.tokenizer.bos, *run.tokenizer.encode(prompt)]
-        ids = [*before, *run.tokenizer.encode(text)][: run.recipe.model.context]
-        with torch.no_grad():
-            probabilities = run.model.logits(torch.tensor([ids[:-1]])).float().softmax(-1)[0]
+        ids = [*before, *run.tokenizer.encode(text)]
         after = range(len(before), len(ids))
-        texts = [run.tokenizer.bytes_of(ids[at]).decode(errors="replace") for at in after]
-        chosen = [probabilities[at - 1, ids[at]].item() for at in after]
-        found[step, prompt] = list(zip(texts, chosen, strict=True))
+        with torch.no_grad():
+            first = run.model.logits(torch.tensor([ids[:context]]))[0].float().softmax(-1)
+            chosen = [first[at - 1, ids[at]].item() for at in after if at <= context]
+            if later := [at for at in after if at > context]:  # each sees the tokens that it saw as it was written
+                chosen += last([ids[at - context : at] for at in later], [ids[at] for at in later])
+        found[step, prompt] = _whole_characters(run.tokenizer, ids[len(before) :], chosen)
     return found
+
+
+def _whole_characters(tokenizer: Tokenizer, ids: list[int], probabilities: list[float]) -> Tokens:
+    """The text of each token; those that hold only parts of a character are one, with their joint probability."""
+    stream, joint, found = TextStream(tokenizer), 1.0, []
+    for id, probability in zip(ids, probabilities, strict=True):
+        joint *= probability
+        if text := stream.feed(id):
+            found.append((text, joint))
+            joint = 1.0
+    return [*found, (stream.flush(), joint)]

@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 ENDINGS = {0: "finished", 2: "refused", 3: "diverged", 4: "refused", 5: "disk failed", 6: "group failed", 75: "stopped",
            130: "interrupted"}  # fmt: skip
 TEXTS = ("prompt", "sample", "event", "device", "precision")
-OF_OLD = 1 << 50  # a larger step is none of ours
+MOST = 1e30  # a number beyond it is none of a training
 
 
 def readable(seconds: float) -> str:
@@ -175,7 +175,7 @@ def _clean(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a record, of each only the fields that have their type: numbers finite, texts texts."""
     for line in atomic_io.read_lines(path):
         step = line.pop("step", None)
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < OF_OLD:
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1e15:
             continue
         kept = {name: value for name, value in line.items() if _has_type(name, value)}
         if isinstance(texts := line.get("texts"), list):
@@ -186,7 +186,7 @@ def _clean(path: Path) -> Iterator[dict[str, Any]]:
 def _has_type(name: str, value: Any) -> bool:
     if name in TEXTS:
         return isinstance(value, str)
-    return isinstance(value, bool) or (isinstance(value, int | float) and abs(value) < 1e300)  # false for NaN
+    return isinstance(value, bool) or (isinstance(value, int | float) and abs(value) < MOST)  # false for NaN
 
 
 def _is_alive(process: int) -> bool:

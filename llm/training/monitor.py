@@ -106,7 +106,7 @@ class Monitor:
         first = self.context.loader(1).first(step - 1)
         train, decode = self.context.shards.train, self.context.tokenizer.decode
         starts = self.context.order.starts(np.arange(most) + first).tolist()
-        return [decode(train.read(start, start + 60).tolist()) for start in starts]
+        return [decode(train.read(start, min(start + 60, train.tokens)).tolist()) for start in starts]
 
     def record(self, loss: Tensor) -> None:
         """Add this step to the trace."""
