@@ -24,7 +24,7 @@ from llm.run_folder.record import readable
 PAUSE = 200  # times what a drawing takes: at most 0.5 % of the time
 LEAST = (60, 16)  # columns and rows of a terminal that has room for it
 WIDEST = 120
-FIGURES = 26  # columns
+FIGURES = 23  # columns
 HEIGHT = 8  # rows of the curve
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a Braille letter, by column and row
 MARK = 0x100  # a cell with an evaluation in it
@@ -153,7 +153,7 @@ class Panel:
         lines = []
         for row, cells in enumerate(grid):
             at = {0: f"{high:6.3f} ", HEIGHT - 1: f"{low:6.3f} "}.get(row, " " * labels)
-            line = Text(at, "dim")
+            line = Text.assemble((at, "dim"))
             for cell, same in itertools.groupby(cells):
                 line.append((dot(cell)) * len(list(same)), "bold" if cell == MARK else "cyan")
             lines.append(line)
