@@ -64,11 +64,9 @@ def print_score(text: "EncodedText", score: "Score", *, alone: bool) -> None:
 def print_yardsticks(opened: "LoadedRun", text: "EncodedText", score: "Score") -> None:
     """Print the bits per byte of general compressors that were trained on the end of the run's training side."""
     from llm.data.shards import of_run
-    from llm.insight.baselines import MOST, yardsticks
+    from llm.insight.baselines import training_text, yardsticks
 
-    train, tokenizer = of_run(opened.folder).train, opened.tokenizer
-    ids = train.read(max(0, train.tokens - MOST), train.tokens).tolist()
-    learnt = b"".join(map([tokenizer.bytes_of(id) for id in range(tokenizer.vocab_size)].__getitem__, ids))
+    learnt = training_text(of_run(opened.folder), opened.tokenizer)
     print("yardsticks            bits per byte, after reading the training side")
     found = yardsticks(learnt, b"".join(text.documents)).items()
     for name, bits in chain(found, [("this run", score.bits_per_byte)]):

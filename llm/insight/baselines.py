@@ -5,11 +5,63 @@ xz and the 5-gram see the training side first, as the model does; gzip looks onl
 
 import lzma
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
+from llm.base import atomic_io
+from llm.base.errors import RefusedError
+from llm.data import hf_tokenizer
+from llm.data.shards import Shards, Split, of_run
+from llm.data.tokenizer import Tokenizer
+
+RECORD = "yardsticks.json"  # in a run's folder
+CHUNK = 1 << 20  # tokens decoded at once
 ORDER = 5  # bytes of a gram
 MOST = 32 << 20  # bytes of training text to read: counting has to sort them
+
+
+def of_validation(run: Path) -> dict[str, float]:
+    """The yardsticks of a run's validation side; measured once, then kept in its folder. Empty if it has none.
+
+    RefusedError or OSError where the prepared text is gone.
+    """
+    shards = of_run(run)
+    if (path := run / RECORD).exists():
+        try:
+            kept = atomic_io.read_checksummed(path)
+            if kept.get("fingerprint") == shards.fingerprint:
+                return dict(kept["bits_per_byte"])
+        except RefusedError:  # damaged: it is measured again
+            pass
+    if not shards.validation.text_bytes:
+        return {}
+    tokenizer = hf_tokenizer.load(run / "tokenizer")
+    text = b"".join(_chunks(shards.validation.verified(), tokenizer))
+    found = yardsticks(training_text(shards, tokenizer), text)
+    atomic_io.write_checksummed(path, {"fingerprint": shards.fingerprint, "bits_per_byte": found})
+    return found
+
+
+def training_text(shards: Shards, tokenizer: Tokenizer) -> bytes:
+    """The end of the training side, at most MOST bytes."""
+    parts: list[bytes] = []
+    size = 0
+    for part in _chunks(shards.train, tokenizer, backwards=True):
+        parts.append(part)
+        size += len(part)
+        if size >= MOST:
+            break
+    return b"".join(reversed(parts))[-MOST:]
+
+
+def _chunks(side: Split, tokenizer: Tokenizer, *, backwards: bool = False) -> Iterator[bytes]:
+    """The text of a side in pieces, from its beginning or from its end."""
+    bytes_of = list(map(tokenizer.bytes_of, range(tokenizer.vocab_size)))
+    starts = range(0, side.tokens, CHUNK)
+    for start in reversed(starts) if backwards else starts:
+        yield b"".join(map(bytes_of.__getitem__, side.read(start, min(start + CHUNK, side.tokens)).tolist()))
 
 
 def yardsticks(train: bytes, text: bytes) -> dict[str, float]:

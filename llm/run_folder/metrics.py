@@ -10,6 +10,7 @@ import os
 import statistics
 import struct
 import sys
+import time
 import uuid
 import warnings
 from collections import deque
@@ -19,23 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llm.base import atomic_io
 from llm.base.errors import RefusedError, tell
 from llm.config.schema import Recipe, flat
+from llm.run_folder import panel
+from llm.run_folder.panel import Panel
+from llm.run_folder.record import METRICS, readable
 
 EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
 RECENT = 0.1  # of the steps up to an evaluation: their losses are the training loss beside it
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
-
-
-def readable(seconds: float) -> str:
-    """A duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _is_finite(value: float | None) -> bool:
@@ -63,15 +58,18 @@ class Tracker:
             at = line.get("step", 0)
             return at < step or (at == step and not (again and EVALUATION & line.keys()))
 
-        path = run / "metrics.jsonl"
+        path = run / METRICS
         lines = list(atomic_io.read_lines(path)) if path.exists() else []
         # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values
         # from this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
         self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
         self.record, self.on_log = atomic_io.Lines(path, keep=keep), on_log
         lines = list(filter(keep, lines))
-        self.steps = steps = recipe.train.steps
-        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self.steps = recipe.train.steps
+        self.panel = Panel(recipe.run, lines) if panel.has_room() else None
+        # Seconds of training before this start and the clock of this one; evaluations and checkpoints count.
+        self.before = max((float(line.get("seconds") or 0) for line in lines), default=0.0)
+        self.began = time.monotonic()
         self.trackers: dict[str, Any] = {}
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
         self.losses: deque[tuple[int, float]] = deque(maxlen=SPIKE_WINDOW)  # step and loss of the last, where finite
@@ -86,23 +84,43 @@ class Tracker:
 
     def plan(self, steps: int) -> None:
         """Set the number of steps of the whole run."""
-        self.steps = self.bar.total = steps
+        self.steps = steps
+
+    def begin(self, step: int, seconds_left: float, **facts: Any) -> None:
+        """Record a start of the run after `step`: the steps and seconds that it is planned to take in all, and `facts`.
+
+        The report holds the first such line against what came of it.
+        """
+        seconds = self.before + seconds_left
+        self._append({"step": step, "planned_steps": self.steps, "planned_seconds": seconds, **facts})
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the progress bar."""
-        with self.bar.external_write_mode(file=sys.stdout):
+        """Print a line, above the panel if there is one."""
+        self._on_panel(lambda shown: shown.say(text))
+        if self.panel is None:
             tell(text, sys.stdout)
+
+    def _on_panel(self, act: Callable[[Panel], None]) -> None:
+        """Act on the panel, if there is one. One whose terminal is gone is left; plain lines take its place."""
+        if self.panel is not None:
+            try:
+                act(self.panel)
+            except (OSError, ValueError):
+                shown, self.panel = self.panel, None
+                with suppress(OSError, ValueError):
+                    shown.close()
 
     def log(self, step: int, **values: Any) -> None:
         """Record `values` of `step`. Reads tensors, so this waits for the device."""
         numbers = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+        if "loss" in numbers:
+            numbers["seconds"] = self.before + time.monotonic() - self.began
         recent = [loss for at, loss in self.losses if at > step * (1 - RECENT)]
         if "val_loss" in numbers and recent:
             numbers["train_loss"] = statistics.fmean(recent)
         self._append({"step": step, **numbers})
         if "loss" in numbers:
             self._look_for_spike(step, numbers["loss"])
-        self.bar.update(step - self.bar.n)
         if "val_loss" in numbers:
             self.evaluations.append({"step": step, **numbers})
             best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
@@ -113,20 +131,20 @@ class Tracker:
                 f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte\n"
                 f"  {numbers['epochs_seen']:.2f} epochs seen  ({'best so far' if numbers.get('best') else best_text})"
             )
-        elif self.bar.disable:
+        elif self.panel is None:
             self.say(
                 f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {numbers['loss']:.4f}  "
                 f"gradient {numbers['gradient_norm']:.2f}  {numbers['tokens_per_second']:,.0f} tokens/s  "
                 f"{readable(numbers['seconds_left'])} left"
             )
-        else:
-            shown = f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s"
-            self.bar.set_postfix_str(shown, refresh=False)
         for name in [name for name in self.trackers if step >= self.told[name]]:
             self._guard(name, partial(self._tell, name, {"step": step, **numbers}))
 
     def _append(self, line: dict[str, Any]) -> None:
         self.record.append(line)
+        if self.panel is not None:
+            self.panel.take(line)
+            self._on_panel(lambda shown: shown.draw(self.steps))
         if self.on_log is not None:
             self._guard("on_log", partial(self.on_log, dict(line)))
 
@@ -169,7 +187,9 @@ class Tracker:
         self.record.flush()
 
     def close(self) -> None:
-        self.bar.close()
+        self._on_panel(lambda shown: shown.draw(self.steps, now=True))
+        self._on_panel(lambda shown: shown.close())
+        self.panel = None
         self.record.close()
         for name, tracker in list(self.trackers.items()):
             self._guard(name, tracker.finish)

@@ -1,5 +1,6 @@
 """What the parts of a trainer share: the run, which never changes, and its state, which every step changes."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -92,3 +93,8 @@ class TrainState:
 
     def weights(self) -> dict[str, LocalShard]:
         return {name: local_shard(p) for name, p in self.model.named_parameters()}
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters, of all shards together."""
+        return sum(math.prod(shard.shape) for shard in self.weights().values())

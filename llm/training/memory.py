@@ -1,6 +1,7 @@
 """Out of memory: recognised here, and nowhere else."""
 
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,6 +26,17 @@ def within_memory(act: Callable[[], Result]) -> Result | None:
             raise
         clear_tracebacks(error)
         return None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes held so far: by tensors on a CUDA device, else by this process. None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def clear_tracebacks(error: BaseException) -> None:

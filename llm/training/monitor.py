@@ -13,6 +13,7 @@ from llm.run_folder import trace
 from llm.run_folder.metrics import Tracker
 from llm.training.context import RunContext, TrainState
 from llm.training.length import Length
+from llm.training.memory import peak_memory
 from llm.training.step import FP16_LEAST, GradientStep
 
 
@@ -24,13 +25,30 @@ class Monitor:
         self.tracker: Tracker | None = None
         self.trace: trace.Trace | None = None
 
-    def open(self, *, evaluate_again: bool) -> None:
-        """Go on from this step in the files of the run; `evaluate_again`: its evaluation will be done again."""
+    def open(self, *, evaluate_again: bool, step_seconds: float) -> None:
+        """Go on from this step in the files of the run.
+
+        `evaluate_again`: the step's evaluation will be done again. `step_seconds`: of a step, as rehearsed.
+        """
         if process.rank() == 0:
             folder, step, on_log = self.context.folder, self.state.step, self.context.parts.on_log
             shown = {"world": process.world()}
             self.tracker = Tracker(folder, self.context.recipe, step, shown, again=evaluate_again, on_log=on_log)
             self.trace = trace.Trace(folder, step)
+            train, settings, steps = self.context.shards.train, self.context.settings, self.length.steps(step)
+            self.tracker.plan(steps)
+            self.tracker.begin(
+                step,
+                (steps - step) * step_seconds,
+                tokens_per_step=self.context.recipe.train.tokens_per_step,
+                parameters=self.state.parameters,
+                unique_tokens=train.tokens,
+                bytes_per_token=train.text_bytes / train.tokens,
+                device=self.context.device.type,
+                precision=settings.precision,
+                threads=settings.threads,
+                **shown,
+            )
 
     def flush(self) -> None:
         """Make the records durable, as a checkpoint is about to rest on them."""
@@ -114,4 +132,5 @@ class Monitor:
             epoch=self.context.epochs_seen(step),
             seconds_left=(self.length.steps(step) - step) * step_seconds,
             utilisation=utilisation,
+            memory=peak_memory(self.context.device),
         )

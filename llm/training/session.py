@@ -1,7 +1,6 @@
 """The life of a run in this process: meet the other ranks, prepare, lock the folder, train, record how it ended."""
 
 import gc
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from llm.distributed.sharding import Sharding
 from llm.interop.pretrained import ready
 from llm.model import cost
 from llm.run_folder import checkpoint
-from llm.run_folder.metrics import readable
+from llm.run_folder.record import readable
 from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
 from llm.training.trainer import Trainer
@@ -125,7 +124,7 @@ def _run(context: RunContext, until: int) -> None:
             trainer.length.begin(step, step_seconds)
             _write_run_files(trainer)
             process.say(_announcement(trainer, step_seconds))
-            trainer.fit()
+            trainer.fit(step_seconds)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 mend = "take a smaller machine.micro_batch, or machine.recompute=true"
@@ -152,8 +151,7 @@ def _announcement(trainer: Trainer, step_seconds: float) -> str:
     """Lines on the run that is about to start or to go on: sizes, length, time and memory."""
     context, recipe, step, steps = trainer.context, trainer.recipe, trainer.state.step, trainer.steps
     settings, per_step = context.settings, recipe.train.tokens_per_step
-    numbers = sum(math.prod(shard.shape) for shard in trainer.state.weights().values())
-    memory, traffic = trainer.costs()
+    numbers, (memory, traffic) = trainer.state.parameters, trainer.costs()
     start = f" from step {step:,}" if step else ""
     lines = [
         f"{'resuming' if start else 'training'} {recipe.run}{start}: {numbers / 1e6:.2f} M parameters, "

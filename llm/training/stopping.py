@@ -12,6 +12,8 @@ from llm.distributed.coordinator import Coordinator
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # each asks to finish the step, save and stop
 OUT_OF_TIME = 1 << 20  # larger than any signal
+NOTICE = b"\nasked to stop: finishing the step and saving ...\n"
+ON_PANEL = b"\r\x1b[2K" + NOTICE.strip()  # over the last line of a panel, whose cursor must stay there
 
 
 class StopRequest:
@@ -20,7 +22,7 @@ class StopRequest:
     def __init__(self, coordinator: Coordinator, hours: float, at_step: int) -> None:
         """Stop after `hours` (0: never), or when `at_step` updates are done (-1: never)."""
         self.coordinator, self.hours, self.at_step = coordinator, hours, at_step
-        self.reason = 0  # a signal, or OUT_OF_TIME
+        self.reason, self.notice = 0, NOTICE  # a signal, or OUT_OF_TIME; what a signal is answered with
         self.began = self.asked_at = time.monotonic()
 
     def agreed(self, step: int) -> bool:
@@ -62,4 +64,4 @@ class StopRequest:
             self.reason, self.asked_at = number, now
             if process.rank() == 0:
                 with suppress(OSError):  # the terminal itself may be gone
-                    os.write(2, b"\nasked to stop: finishing the step and saving ...\n")
+                    os.write(2, self.notice)

@@ -28,7 +28,7 @@ from llm.training.micro_batch import MicroBatches
 from llm.training.monitor import Monitor
 from llm.training.resume import Checkpoints
 from llm.training.step import FP16_SCALE, GradientStep
-from llm.training.stopping import StopRequest
+from llm.training.stopping import ON_PANEL, StopRequest
 
 
 class Trainer:
@@ -48,10 +48,15 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self) -> TrainState:
-        """Train to the last step, or to the first request to stop (StoppedError); save a checkpoint either way."""
+    def fit(self, step_seconds: float = 0.0) -> TrainState:
+        """Train to the last step, or to the first request to stop (StoppedError); save a checkpoint either way.
+
+        `step_seconds`: of a step, as rehearsed; the record keeps the plan that follows from it.
+        """
         state, clock = self.state, StepClock(self.state.step)
-        self.monitor.open(evaluate_again=self.owes_evaluation)
+        self.monitor.open(evaluate_again=self.owes_evaluation, step_seconds=step_seconds)
+        if self.monitor.tracker is not None and self.monitor.tracker.panel is not None:
+            self.stop.notice = ON_PANEL
         if self.owes_evaluation:
             self.evaluate()
         while state.step < self.steps and not self.stop.agreed(state.step):

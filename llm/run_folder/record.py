@@ -1,0 +1,199 @@
+"""Reads what a run recorded, without torch and without a checkpoint: metrics.jsonl, its recipe and its status.
+
+The run may still be going, killed, of an earlier version or damaged: a field that is missing or of another type is left
+out, and no more than the folder itself has to be there.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llm.base import atomic_io
+from llm.base.errors import LLMError, RecipeError, reason
+from llm.config.reading import load
+from llm.config.schema import Recipe
+from llm.model import cost
+
+METRICS = "metrics.jsonl"
+ENDINGS = {0: "finished", 2: "refused", 3: "diverged", 4: "refused", 5: "disk failed", 6: "group failed", 75: "stopped",
+           130: "interrupted"}  # fmt: skip
+TEXTS = ("prompt", "sample", "event", "device", "precision")
+MOST = 1e30  # a number beyond it is none of a training
+
+
+def readable(seconds: float) -> str:
+    """A duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as it recorded itself. `faults` says in a line each what could not be read."""
+
+    folder: Path
+    lines: list[dict[str, Any]]
+    recipe: Recipe | None
+    status: dict[str, Any]
+    faults: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.folder.absolute().name
+
+    @cached_property
+    def starts(self) -> list[dict[str, Any]]:
+        """One line for each start of the run; the first holds the plan. Empty in runs of earlier versions."""
+        return [line for line in self.lines if "planned_steps" in line]
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of logged steps, by step."""
+        return [line for line in self.lines if "loss" in line]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "val_loss" in line and "bits_per_byte" in line]
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "sample" in line and "prompt" in line]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "event" in line]
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the fewest bits per byte."""
+        return min(self.evaluations, key=lambda line: line["bits_per_byte"], default=None)
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines), default=0)
+
+    def fact(self, name: str) -> Any:
+        """A fact of the run's last start, such as `device`; None where it was not recorded."""
+        return next((line[name] for line in reversed(self.starts) if name in line), None)
+
+    @property
+    def planned_steps(self) -> int | None:
+        if (steps := self.fact("planned_steps")) is not None:
+            return int(steps)
+        return self.recipe.train.steps or None if self.recipe else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        return self.fact("tokens_per_step") or (self.recipe.train.tokens_per_step if self.recipe else None)
+
+    @property
+    def bits_per_nat(self) -> float | None:
+        """Bits per byte of a training loss of 1 nat a token; of the validation side where none was recorded."""
+        if bytes_per_token := self.fact("bytes_per_token"):
+            return float(1 / bytes_per_token / math.log(2))
+        ratios = [line["bits_per_byte"] / line["val_loss"] for line in self.evaluations if line["val_loss"]]
+        return ratios[-1] if ratios else None
+
+    @property
+    def parameters(self) -> int | None:
+        if (recorded := self.fact("parameters")) is not None:
+            return int(recorded)
+        try:
+            pieces = (self.folder / "tokenizer" / "tokenizer.vocab").read_bytes().count(b"\n")
+        except OSError:
+            pieces = self.recipe.tokenizer.vocabulary if self.recipe else 0
+        return cost.parameters(self.recipe.model, pieces) if self.recipe else None
+
+    @property
+    def text(self) -> str:
+        """The names of its texts, without their folders."""
+        files = self.recipe.text.files if self.recipe else ()
+        return ", ".join(each if each.startswith("hub:") else Path(each).name for each in files)
+
+    @property
+    def state(self) -> str:
+        """In a word or two; "running" where the process that trains it is alive on this machine."""
+        status = self.status.get("status", "unknown")
+        if status is not None:
+            return ENDINGS.get(status, "failed") if isinstance(status, int) else "unknown"
+        process = self.status.get("process")
+        return "running" if isinstance(process, int) and _is_alive(process) else "killed"
+
+    @property
+    def changed(self) -> float:
+        """When the record, or else the folder, last changed: seconds since the epoch."""
+        paths = (self.folder / METRICS, self.folder)
+        return next((path.stat().st_mtime for path in paths if path.exists()), 0.0)
+
+
+def read(folder: Path) -> Record:
+    """The record of the run in `folder`. Damage is told in `faults`, not raised."""
+    faults: list[str] = []
+    lines: list[dict[str, Any]] = []
+    recipe, status = None, {}
+    try:
+        lines = list(_clean(folder / METRICS)) if (folder / METRICS).exists() else []
+    except OSError as error:
+        faults.append(reason(error))
+    if (folder / "recipe.yaml").exists():
+        try:
+            recipe = load(folder / "recipe.yaml")
+        except (LLMError, OSError, ValueError) as error:
+            faults.append(reason(error))
+    if (folder / "status.json").exists():
+        try:
+            found = atomic_io.read_json(folder / "status.json", most_bytes=1 << 20)
+            status = found if isinstance(found, dict) else {}
+        except (LLMError, OSError) as error:
+            faults.append(reason(error))
+    return Record(folder, lines, recipe, status, faults)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds what a run records."""
+    return any((folder / name).is_file() for name in (METRICS, "recipe.yaml", "status.json"))
+
+
+def find(name: str, runs: Path = Path("runs")) -> Path:
+    """The folder of a run under `runs`, or at a path, with or without checkpoints. RecipeError if there is none."""
+    for folder in (runs / name, Path(name)):
+        if os.path.isdir(folder) and is_run(folder):  # noqa: PTH112  # pathlib raises where a name is too long
+            return folder
+    known = sorted(each.name for each in runs.glob("*") if is_run(each))
+    raise RecipeError(
+        f"there is no run {name[:100]!r} under {runs}/ here: "
+        f"{'there are ' + ', '.join(known[:10]) if known else 'there is none yet'}"
+    )
+
+
+def _clean(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record, of each only the fields that have their type: numbers finite, texts texts."""
+    for line in atomic_io.read_lines(path):
+        step = line.pop("step", None)
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1e15:
+            continue
+        kept = {name: value for name, value in line.items() if _has_type(name, value)}
+        if isinstance(texts := line.get("texts"), list):
+            kept["texts"] = [each for each in texts if isinstance(each, str)]
+        yield {"step": step, **kept}
+
+
+def _has_type(name: str, value: Any) -> bool:
+    if name in TEXTS:
+        return isinstance(value, str)
+    return isinstance(value, bool) or (isinstance(value, int | float) and abs(value) < MOST)  # false for NaN
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return process > 0
