@@ -87,8 +87,8 @@ class Monitor:
         """Beginnings of the first windows that update `step` read."""
         first = self.context.loader(1).first(step - 1)
         train, decode = self.context.shards.train, self.context.tokenizer.decode
-        starts = self.context.order.starts(np.arange(most) + first).tolist()
-        return [decode(train.read(start, start + 60).tolist()) for start in starts]
+        windows = (self.context.order.ids(train, first + number) for number in range(most))
+        return [decode(ids[:60].tolist()) for ids in windows]
 
     def record(self, loss: Tensor) -> None:
         """Add this step to the trace."""

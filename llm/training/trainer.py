@@ -53,9 +53,12 @@ class Trainer:
     def fit(self) -> TrainState:
         """Train to the last step, or to the first request to stop (StoppedError); save a checkpoint either way."""
         state, clock = self.state, StepClock(self.state.step)
-        self.monitor.open(evaluate_again=self.owes_evaluation)
+        begins = self.checkpoints.saved < 0 and self.context.shards.also is not None
+        self.monitor.open(evaluate_again=self.owes_evaluation or begins)
         if self.owes_evaluation:
             self.evaluate()
+        if begins:
+            self.evaluator.before(self.micro_batches.size)
         while state.step < self.steps and not self.stop.agreed(state.step):
             clock.start()
             loss, norm = self.update(state.step)
