@@ -1,12 +1,24 @@
 """Chat: trained to the bit, refused where it was not trained, and a conversation at a terminal."""
 
 import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+import llm.inference.chat
+from llm.base.errors import RecipeError
+from llm.data.chat_template import OwnTemplate
+from llm.inference.chat import Conversation
+from llm.inference.sampling import Sampling
+from llm.run_folder.loaded_run import open_run
 from tests.data.test_conversations import said
 from tests.forks import Ended, digest, run, run_group, script, train, write_recipe, write_text
+from tests.test_sample import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +81,127 @@ def test_what_a_step_read_is_shown_as_conversations(here: Path, tmp_path: Path) 
     done(run(train(chat_recipe(here, tmp_path, **{"train.steps": 2})), tmp_path))
     shown = run(script("module:llm.show", "talk", "--step", 2), tmp_path)
     assert shown.status == 0 and "<|assistant|>" in shown.out and "<|end|>" in shown.out
+
+
+@pytest.fixture(scope="module")
+def talk(here: Path) -> Path:
+    """A folder with a run, `talk`, that was trained on conversations."""
+    done(run(train(chat_recipe(here, here, **{"train.steps": 4})), here))
+    return here
+
+
+@contextmanager
+def at_terminal(here: Path, *arguments: str, act: Callable[[], None] | None = None) -> Iterator[Terminal]:
+    terminal = Terminal(act or script("module:llm.chat", "talk", "--seed", "3", *arguments), here)
+    try:
+        terminal.until("> ")
+        yield terminal
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(terminal.child, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(terminal.child, 0)
+        os.close(terminal.end)
+
+
+def test_a_conversation_at_a_terminal(talk: Path) -> None:
+    """Typed, pasted, taken back, instructed, saved, begun anew; each message sees those before it."""
+    with at_terminal(talk, "--tokens", "8") as terminal:
+        terminal.type("The river\n")
+        terminal.until("> $")
+        terminal.type("\x1b[200~It rises.\n\nIt flows.\x1b[201~\n")
+        terminal.until("> $")
+        for typed, answer in (
+            ("/undo\n", "taken back"), ("/nothing\n", "/nothing is no command"), ("/help\n", "/save FILE"),
+            ("/system Be kind.\n", "system message is set"), ("/save said.jsonl\n", "added to said.jsonl"),
+            ("/save /no/where\n", "cannot be written"), ("x " * 60 + "\n", "longer than the"),
+            ("/reset\n", "a new conversation"), ("/undo\n", "nothing to take back"), ("/save a\n", "after a first"),
+        ):  # fmt: skip
+            terminal.type(typed)
+            terminal.until(answer)
+            terminal.until("> $")
+        terminal.type("\x04")
+        assert terminal.status() == 0
+    (row,) = [json.loads(line)["messages"] for line in (talk / "said.jsonl").read_text().splitlines()]
+    assert [each["role"] for each in row] == ["system", "user", "assistant"]
+    assert row[0]["content"] == "Be kind." and row[1]["content"] == "The river" and row[2]["content"]
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_program(talk: Path) -> None:
+
+    def act() -> None:
+        def endless(model: object, prompts: list[list[int]], *given: object) -> Iterator[list[int]]:
+            while True:
+                yield [said[len(prompts[0]) % 2]]
+                time.sleep(0.05)
+
+        said = open_run("talk").tokenizer.encode("ab")
+        llm.inference.chat.generate = endless  # type: ignore[assignment]
+        script("module:llm.chat", "talk", "--seed", "3")()
+
+    with at_terminal(talk, act=act) as terminal:
+        terminal.type("The\n")
+        terminal.until("a{5}|b{5}")
+        terminal.type("\x03")
+        terminal.until("> $")
+        time.sleep(0.2)  # readline overlooks a signal that arrives while it handles a key
+        terminal.type("\x03")  # nothing was typed
+        terminal.until("> $")
+        terminal.type("and\n")  # the conversation goes on
+        terminal.until("a{5}|b{5}")
+        terminal.type("\x03")
+        terminal.until("> $")
+        terminal.type("/save cut.jsonl\n")
+        terminal.until("added to")
+        terminal.type("\x04")
+        assert terminal.status() == 0
+        assert "Traceback" not in terminal.said and "interrupted" not in terminal.said
+    (row,) = [json.loads(line)["messages"] for line in (talk / "cut.jsonl").read_text().splitlines()]
+    assert [each["content"] for each in row[::2]] == ["The", "and"] and all(row[n]["content"][:5] for n in (1, 3))
+
+
+def test_without_a_terminal_each_line_is_a_message(talk: Path) -> None:
+    def act() -> None:
+        (talk / "lines.txt").write_text("The river\n\nIts capital\n")
+        os.dup2(os.open("lines.txt", os.O_RDONLY), 0)
+        import sys
+
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        script("module:llm.chat", "talk", "--seed=3", "--tokens=8", "--temperature=0")()
+
+    ended = run(act, talk)
+    assert ended.status == 0, ended.err
+    assert ended.out.count("\n") >= 2 and "<|" not in ended.out
+
+
+def test_a_run_without_chat_training_is_refused_in_one_line(talk: Path) -> None:
+    ended = run(script("module:llm.chat", "tiny"), talk)
+    assert ended.status == 2 and len(ended.err.splitlines()) == 1, ended.err
+    assert "was not trained on conversations" in ended.err and "python -m llm.sample tiny" in ended.err
+
+
+def test_the_oldest_exchanges_are_dropped_whole(talk: Path) -> None:
+    conversation = Conversation(open_run("talk", runs=talk / "runs"))
+    conversation.instruct("Be kind.")
+    template, context = OwnTemplate(conversation.run.tokenizer), conversation.run.model.shape.context
+    dropped = []
+    for number in range(8):
+        said = list(conversation.messages)
+        prompt = conversation.prompt(f"The {number}", 8)
+        assert len(prompt) <= context - 8
+        kept = [said[0], *said[1 + conversation.dropped :], {"role": "user", "content": f"The {number}"}]
+        assert prompt == template.prompt(kept) and conversation.dropped % 2 == 0
+        dropped.append(conversation.dropped)
+        "".join(conversation.answer(f"The {number}", 8, Sampling(), number))
+        assert len(conversation.messages) == len(said) + 2  # the conversation itself is whole
+    assert dropped == sorted(dropped) and dropped[-1] > 0
+    with pytest.raises(RecipeError, match="shorten it"):
+        conversation.prompt("The river " * 60, 8)
+
+
+def test_an_answer_may_end_its_turn_and_a_text_may_not(talk: Path) -> None:
+    opened = open_run("talk", runs=talk / "runs")
+    template = OwnTemplate(opened.tokenizer)
+    assert template.end in opened.tokenizer.banned and template.end not in template.banned
+    assert template.end in template.ends and template.end not in opened.tokenizer.ends
+    assert set(opened.tokenizer.banned) - {template.end} == set(template.banned)
