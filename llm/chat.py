@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -56,12 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
     conversation.instruct(given.system or "")
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)
     tell(f"{conversation.run.name}, seed {seed}")
+    ask: Callable[[], str | None] = line_of_stdin
     if sys.stdin.isatty():
         terminal.prepare()
         tell("Type a message; /help lists commands; Ctrl-C ends an answer, Ctrl-D leaves.")
         ask = partial(terminal.ask, stay=True)
-    else:
-        ask = line_of_stdin
     said_dropped = False
     while (text := ask()) is not None:
         try:

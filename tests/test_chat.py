@@ -205,3 +205,13 @@ def test_an_answer_may_end_its_turn_and_a_text_may_not(talk: Path) -> None:
     assert template.end in opened.tokenizer.banned and template.end not in template.banned
     assert template.end in template.ends and template.end not in opened.tokenizer.ends
     assert set(opened.tokenizer.banned) - {template.end} == set(template.banned)
+
+
+def test_evaluate_scores_the_answers_as_training_did(talk: Path) -> None:
+    ended = run(script("module:llm.evaluate", "talk/newest"), talk)
+    assert ended.status == 0, ended.err
+    lines = map(json.loads, (talk / "runs/talk/metrics.jsonl").read_text().splitlines())
+    last = [line for line in lines if "val_loss" in line][-1]
+    assert f"loss                  {last['val_loss']:.4f} nats a token\nbits per byte         {last['bits_per_byte']:.4f}" in ended.out
+    both = run(script("module:llm.evaluate", "talk", "--text", "chat.jsonl"), talk)
+    assert both.status == 2 and "holds conversations" in both.err

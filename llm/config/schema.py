@@ -65,7 +65,9 @@ class Model:
     context: int = setting("tokens", 512, least=2, below=1 << 20)
     dropout: float | Auto = setting("fraction of the features; auto: by the number of epochs", 0.0, least=0, below=1)
     tied: bool = setting("input and output embeddings share one matrix", True)
-    from_: str | None = setting("folder of a Qwen3 or Llama model whose weights and tokenizer to start from", None)
+    from_: str | None = setting(
+        "folder of a Qwen3 or Llama model whose weights and tokenizer to start from, or a run, as runs/NAME/best", None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

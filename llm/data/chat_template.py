@@ -39,6 +39,7 @@ class ChatTemplate(Protocol):
     ends: tuple[int, ...]  # ids that end an answer
     banned: tuple[int, ...]  # ids that no answer holds
     fingerprint: str  # differs whenever the ids could
+    tagged: bool  # the template itself says what the answers are, which transformers heeds
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]: ...
 
@@ -71,7 +72,7 @@ class OwnTemplate:
         self._tokenizer = tokenizer
         *markers, self.end = [id for id in ids if id is not None]
         self._markers = dict(zip(ROLES, markers, strict=True))
-        self.fingerprint = "own 1"
+        self.fingerprint, self.tagged = "own 1", True
         self.ends = tuple(sorted({*tokenizer.ends, self.end}))
         self.banned = tuple(id for id in tokenizer.banned if id != self.end)
 
@@ -105,7 +106,7 @@ class JinjaTemplate:
                 "this tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
                 "without which it cannot hold a conversation: add one, or start from another model"
             )
-        self._tokenizer, self._tagged = tokenizer, GENERATION.search(source) is not None
+        self._tokenizer, self.tagged = tokenizer, GENERATION.search(source) is not None
         self._template, self._named = _compiled(source), tokenizer.special_names
         self.ends, self.banned = tokenizer.ends, tokenizer.banned
         self.fingerprint = digest_of([source, self._named])
@@ -136,7 +137,7 @@ class JinjaTemplate:
         ids, offsets = self._tokenizer.encode_with_offsets(text)
         glue = self._glue(messages, text)
         parts = np.full(len(ids), CONTEXT, np.uint8)
-        if self._tagged:
+        if self.tagged:
             parts[_overlapping(offsets, spans)] = ANSWER
         elif glue is None:
             raise RefusedError(

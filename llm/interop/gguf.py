@@ -13,7 +13,8 @@ import torch
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
-from llm.data.tokenizer import SPACE, Tokenizer
+from llm.data.chat_template import END, GO, PLAIN_JINJA, OwnTemplate
+from llm.data.tokenizer import CONTROLS, SPACE, Tokenizer
 from llm.interop.parity import check_llama_cpp, overlaps, symbols_of
 from llm.run_folder.loaded_run import LoadedRun
 from llm.run_folder.model_card import FILE_NAME
@@ -28,7 +29,7 @@ NAMES = {
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # llama.cpp's types of pieces
 MODELFILE = """# ollama create {name} -f Modelfile
 FROM ./{file}
-TEMPLATE {{{{ .Prompt }}}}
+{template}
 PARAMETER temperature 0.8
 PARAMETER top_k 0
 PARAMETER top_p 1
@@ -61,10 +62,12 @@ def write(folder: Path, opened: LoadedRun, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    template = f'TEMPLATE """{GO}"""\nPARAMETER stop "{END}"' if opened.is_chat else "TEMPLATE {{ .Prompt }}"
     atomic_io.write_at(path, [])  # flushes the file to the disk
     shape, name = opened.model.shape, opened.folder.name
     atomic_io.write_bytes(
-        folder / "Modelfile", MODELFILE.format(name=name.lower(), file=path.name, context=shape.context).encode()
+        folder / "Modelfile",
+        MODELFILE.format(name=name.lower(), file=path.name, template=template, context=shape.context).encode(),
     )
     if FILE_NAME in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
         atomic_io.write_bytes(folder / FILE_NAME, _small_file(opened, FILE_NAME))
@@ -113,6 +116,12 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
     shape, tokenizer = opened.model.shape, opened.tokenizer
     config = json.loads(_small_file(opened, "config.json"))
     tokens, scores, types = vocabulary(tokenizer)
+    chat = {}
+    if opened.is_chat:
+        if not {name.encode() for name in CONTROLS} <= set(tokens):
+            raise RefusedError("pieces of this vocabulary join to the name of a turn marker, which llama.cpp would do")
+        end = OwnTemplate(tokenizer).end
+        chat = {"chat_template": PLAIN_JINJA, "eot_token_id": end, "eos_token_id": end}
     return {
         "name": opened.folder.name,
         "context_length": shape.context,
@@ -139,6 +148,7 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
         "add_eos_token": False,
         "add_space_prefix": False,
         "remove_extra_whitespaces": False,
+        **chat,
     }
 
 
