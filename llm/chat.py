@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from llm.inference.chat import Conversation
 
 HELP = """/reset            begin anew (the system message stays)
-/system TEXT      what the model is told before the conversation; without TEXT: nothing
+/system TEXT      what the model is told first; without TEXT: nothing
 /undo             take back the last exchange
-/save FILE.jsonl  add the conversation to a file, in the form that text.files reads
+/save FILE.jsonl  add the conversation to a file that text.files can name
 /help             this list; Ctrl-C ends an answer, Ctrl-D leaves"""
 
 

@@ -3,18 +3,17 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from llm.data.chat_template import GO, JINJA, PLAIN_JINJA, JinjaTemplate, OwnTemplate
 from llm.data.hf_tokenizer import HFTokenizer
-from llm.data.tokenizer import CONTROLS
+from llm.data.tokenizer import CONTROLS, Tokenizer
 from llm.interop.parity import conversations
 from llm.run_folder.loaded_run import open_run
 from tests.data.test_conversations import CHATML, foreign, opened
-from tests.forks import digest, run, script, train
+from tests.forks import SENTENCES, digest, run, script, train
 from tests.test_chat import chat_recipe, done, here, talk
 
 __all__ = ["here", "talk"]  # fixtures
@@ -30,7 +29,7 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
 
 
 def test_every_road_is_one_template(tmp_path: Path) -> None:
-    own = open_run_tokenizer(tmp_path)
+    own = Tokenizer.train([" ".join(SENTENCES).encode()], vocab_size=330)
     rendered = [JinjaTemplate(with_template(own, source, tmp_path)) for source in (JINJA, PLAIN_JINJA)]
     for messages in conversations(own, 60):
         texts = {each.render(messages, answer=True)[0] for each in rendered}
@@ -38,14 +37,7 @@ def test_every_road_is_one_template(tmp_path: Path) -> None:
     assert "generation" not in PLAIN_JINJA.replace("add_generation_prompt", "")
 
 
-def open_run_tokenizer(folder: Path) -> Any:
-    from llm.data.tokenizer import Tokenizer
-    from tests.forks import SENTENCES
-
-    return Tokenizer.train([" ".join(SENTENCES).encode()], vocab_size=330)
-
-
-def with_template(tokenizer: Any, source: str, folder: Path) -> HFTokenizer:
+def with_template(tokenizer: Tokenizer, source: str, folder: Path) -> HFTokenizer:
     """Our vocabulary as a stranger's folder, with this template."""
     opened(tokenizer, folder)
     files = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
