@@ -51,9 +51,10 @@ def train(
     example of each part that a caller may give:
 
     - `model(shape, vocab_size, seed, shard_module, family)` returns an nn.Module with `forward(tokens, targets,
-      windows)` (summed loss in nats), `logits(tokens, cache, last)`, `blocks`, `model.recompute`, `lm_head.weight` and
-      `shape`, as Transformer has them. Each block goes through `shard_module` as soon as it is made. Weights depend on
-      `seed` alone. `open_run` must be given the same callable, with `shard_module` left out.
+      windows)` (summed loss in nats; for conversations also `segments`), `logits(tokens, cache, last)`, `blocks`,
+      `model.recompute`, `lm_head.weight` and `shape`, as Transformer has them. Each block goes through `shard_module`
+      as soon as it is made. Weights depend on `seed` alone. `open_run` must be given the same callable, with
+      `shard_module` left out.
     - `optimizer(model, train, orthogonalise_in, sharding)` returns an object with `moments`, a dict from names to
       LocalShards that holds all of its state, and `step(step, lr_factor, scale, finite)`: update `step` with gradients
       times `scale`; if `finite` (a bool on the device) is false, weights and moments keep every bit.
@@ -112,10 +113,13 @@ class Run:
         return continuations(self.model, self.tokenizer, ids, tokens, choice, seed)[0]
 
     def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
-        """Loss, bits per byte and perplexities of the run's held-out text, or of `texts`: files or named texts."""
+        """Loss, bits per byte and perplexities of the run's held-out text or answers, or of `texts`: files or names."""
         from llm.inference import scoring
 
-        text = scoring.encode_files(self.loaded, list(texts)) if texts else scoring.validation_text(self.loaded)
-        score = scoring.score(self.loaded, text, rows)
+        if self.loaded.is_chat and not texts:
+            score = scoring.score_answers(self.loaded, rows)
+        else:
+            text = scoring.encode_files(self.loaded, list(texts)) if texts else scoring.validation_text(self.loaded)
+            score = scoring.score(self.loaded, text, rows)
         names = ("loss", "bits_per_byte", "token_perplexity", "word_perplexity", "targets")
         return {name: getattr(score, name) for name in names}

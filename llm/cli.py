@@ -8,7 +8,7 @@ from typing import Any
 
 from llm.base.errors import run
 
-COMMANDS = ("plan", "prepare", "sample", "evaluate", "export", "verify", "show", "runs", "report")
+COMMANDS = ("plan", "prepare", "sample", "chat", "evaluate", "export", "verify", "show", "runs", "report")
 
 
 def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
@@ -42,6 +42,9 @@ def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
         return tuple(made)
 
     folder = train_run(recipe, prepare)
+    if made[-1].is_chat:
+        say(f"the run lies in {folder}; talk to it with:\n  python -m llm.chat {recipe.run}")
+        return
     prompt = quoted(example(*made))
     say(f"the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt {prompt}")
 

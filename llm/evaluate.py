@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.base.command import Parser
-from llm.base.errors import run
+from llm.base.errors import RecipeError, run
 
 if TYPE_CHECKING:
     from llm.inference.scoring import EncodedText, Score
@@ -42,18 +42,22 @@ def main(arguments: list[str] | None = None) -> None:
 
         for line in run_tasks(opened, given.tasks.split(","), given.task_folder, given.rows):
             print(line)
-    if given.text or not (given.pairs or given.tasks):
+    if opened.is_chat and not (given.text or given.pairs or given.tasks):
+        if given.yardsticks or given.alone:
+            raise RecipeError("--yardsticks and --alone are for texts: name one with --text")
+        print_score("held-out answers", scoring.score_answers(opened, given.rows))
+    elif given.text or not (given.pairs or given.tasks):
         text = scoring.encode_files(opened, given.text) if given.text else scoring.validation_text(opened)
         score = scoring.score(opened, text, given.rows, alone=given.alone)
-        print_score(text, score, alone=given.alone)
+        each = ", each alone" if given.alone else ""
+        print_score(f"{text.name}: {len(text.documents):,} documents{each}", score)
         if given.yardsticks:
             print_yardsticks(opened, text, score)
 
 
-def print_score(text: "EncodedText", score: "Score", *, alone: bool) -> None:
+def print_score(name: str, score: "Score") -> None:
     print(
-        f"text                  {text.name}: {len(text.documents):,} documents{', each alone' if alone else ''}, "
-        f"{text.size:,} bytes, {score.targets:,} targets\n"
+        f"text                  {name}, {score.size:,} bytes, {score.targets:,} targets\n"
         f"loss                  {score.loss:.4f} nats a token\n"
         f"bits per byte         {score.bits_per_byte:.4f}\n"
         f"perplexity a token    {score.token_perplexity:,.2f}\n"

@@ -71,7 +71,7 @@ def write_and_check(folder: Path, opened: "LoadedRun", given: argparse.Namespace
         from llm.interop.parity import check_folder
 
         folder_export.write_folder(folder, opened, given.dtype, given.shard)
-        yield from check_folder(folder, opened.model, opened.tokenizer, given.dtype)
+        yield from check_folder(folder, opened.model, opened.tokenizer, given.dtype, chat=opened.is_chat)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
         write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
     elif options.recipe:
         from llm.config.resolving import with_steps
+        from llm.data.packing import tokens_per_epoch
         from llm.insight import hints
         from llm.interop.pretrained import prepare_for
 
         recipe = load(options.recipe, options.overrides)
         recipe, prepared = prepare_for(recipe, verify=options.verify)
-        tokens = prepared.shards.train.tokens
+        tokens = tokens_per_epoch(recipe, prepared.shards)
         print(hints.of_text(with_steps(recipe, tokens), tokens, prepared.tokenizer.vocab_size))
     else:
         parser.error("name a recipe, or --wiki FILE")

@@ -1,23 +1,20 @@
 """python -m llm.sample [RUN] --prompt TEXT: let a trained run continue a text."""
 
 import argparse
-import os
-import select
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.base.command import Parser
-from llm.base.errors import run
+from llm.base.errors import RecipeError, run
+from llm.inference import terminal
 from llm.inference.sampling import Sampling, flag
 
 if TYPE_CHECKING:
     from llm.run_folder.loaded_run import LoadedRun
-
-PASTE_SECONDS = 0.05  # input that reaches a terminal sooner than this after the last line belongs to the same prompt
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
         "nothing was typed, leaves.",
     )
     parser.add_run()
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
+    add = parser.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
+    add("--prompt-file", type=Path, metavar="FILE", help="continue the text in this file")
+    add("--stop", action="append", metavar="TEXT", default=[], help="end before this text; may be given again")
     parser.add_number("--tokens", default=200, help="at most this many new tokens (default 200)")
     for each in fields(Sampling):
         default: Any = each.default
@@ -38,6 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
     parser.add_number("--seed", most=(1 << 63) - 1, help="the same seed gives the same text (default: a new one)")
     given = parser.parse_args(arguments)
+    if not all(given.stop):
+        raise RecipeError("--stop is empty: name the text to end before")
+    if given.prompt_file is not None:
+        given.prompt = [*(given.prompt or []), text_in(given.prompt_file)]
     sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
     import torch
 
@@ -50,15 +54,51 @@ def main(arguments: list[str] | None = None) -> None:
     is_dialogue = given.prompt is None and sys.stdin.isatty()
     for prompts in prompts_of(given):
         try:
-            answer(opened, prompts, given.tokens, sampling, seed)
+            answer(opened, prompts, given.tokens, sampling, seed, given.stop)
         except KeyboardInterrupt:
             if not is_dialogue:
                 raise
             print()
 
 
-def answer(opened: "LoadedRun", prompts: list[str], tokens: int, sampling: Sampling, seed: int) -> None:
-    """Print the continuation of each prompt; of a single one token by token."""
+def text_in(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise RecipeError(f"--prompt-file = {path} cannot be read as text: {cause}") from None
+
+
+class Stop:
+    """Ends a text before the first of `texts`; what could begin one of them is held back."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts, self.held, self.over = texts, "", False
+
+    def feed(self, piece: str) -> str:
+        """What may be shown after this piece."""
+        if self.over:
+            return ""
+        self.held += piece
+        found = [at for at in (self.held.find(text) for text in self.texts) if at >= 0]
+        if found:
+            shown, self.held, self.over = self.held[: min(found)], "", True
+            return shown
+        ends = (text[:size] for text in self.texts for size in range(1, len(text)))
+        kept = max((len(end) for end in ends if self.held.endswith(end)), default=0)
+        shown, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
+        return shown
+
+
+def answer(
+    opened: "LoadedRun",
+    prompts: list[str],
+    tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stop: Iterable[str] = (),
+) -> None:
+    """Print the continuation of each prompt, up to one of `stop`; of a single one token by token."""
     from llm.data.tokenizer import TextStream
     from llm.inference.generation import generate
 
@@ -68,21 +108,25 @@ def answer(opened: "LoadedRun", prompts: list[str], tokens: int, sampling: Sampl
         print(f"a prompt of {longest} tokens is longer than the context of {context}: its end is read", file=sys.stderr)
     began, count, is_single = time.perf_counter(), 0, len(prompts) == 1
     streams, texts = [TextStream(tokenizer) for _ in prompts], list(prompts)
+    stops = [Stop(list(stop)) for _ in prompts]
     if is_single:
         print(prompts[0], end="", flush=True)
     for column in generate(opened.model, ids, tokens, sampling, seed, tokenizer.ends, tokenizer.banned):
         for row, token in enumerate(column):
             if token is not None:
                 count += 1
-                piece = streams[row].feed(token)
+                piece = stops[row].feed(streams[row].feed(token))
                 texts[row] += piece
                 if is_single:
                     print(piece, end="", flush=True)
+        if all(each.over for each in stops):
+            break
+    ends = [each.feed(stream.flush()) + each.held for stream, each in zip(streams, stops, strict=True)]
     if is_single:
-        print(streams[0].flush(), flush=True)
+        print(ends[0], flush=True)
     else:
-        for text, stream in zip(texts, streams, strict=True):
-            print(f"{text}{stream.flush()}\n{'-' * 40}", flush=True)
+        for text, end in zip(texts, ends, strict=True):
+            print(f"{text}{end}\n{'-' * 40}", flush=True)
     seconds = time.perf_counter() - began
     print(f"{count} tokens in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)
 
@@ -93,55 +137,14 @@ def prompts_of(given: argparse.Namespace) -> Iterable[list[str]]:
         # Arguments in another encoding than the locale's arrive as surrogates.
         yield [prompt.encode(errors="surrogateescape").decode(errors="replace") for prompt in given.prompt]
     elif sys.stdin.isatty():
-        with suppress(ImportError):  # Windows has no readline
-            import readline  # gives input() arrow keys and a history
-
-            if "libedit" not in (readline.__doc__ or ""):
-                readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
+        terminal.prepare()
         print("Type or paste a text to continue; Ctrl-C ends an answer, Ctrl-D leaves.", file=sys.stderr)
-        while (prompt := ask()) is not None:
+        while (prompt := terminal.ask()) is not None:
             if prompt:
                 yield [prompt]
     else:
         text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
         yield [text.removesuffix("\n")]
-
-
-def ask() -> str | None:
-    """A prompt from a person, of several lines if it was pasted; None when the person leaves."""
-    try:
-        if sys.stdout.isatty():
-            line = input("> ")
-        else:  # input() would write the prompt sign into the text
-            print("> ", end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.readline()):
-                raise EOFError
-            line = line.removesuffix("\n")
-        return f"{line}\n{pending_input()}".replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
-    except EOFError:
-        return None
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        readline = sys.modules.get("readline")
-        return "" if readline and readline.get_line_buffer() else None
-
-
-def pending_input() -> str:
-    """The rest of a paste, on terminals that do not mark one: all input that is there already."""
-    try:
-        import termios
-        import tty
-    except ImportError:
-        return ""
-    terminal, data = sys.stdin.fileno(), b""
-    before = termios.tcgetattr(terminal)
-    tty.setcbreak(terminal, termios.TCSANOW)
-    try:
-        while select.select([terminal], [], [], PASTE_SECONDS)[0] and (part := os.read(terminal, 1 << 16)):
-            data += part
-    finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
-    return data.decode(errors="replace")
 
 
 if __name__ == "__main__":

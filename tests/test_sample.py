@@ -197,3 +197,23 @@ def test_a_shell_whose_text_goes_to_a_file_asks_on_the_terminal(here: Path) -> N
         assert terminal.status() == 0
     given = run(script("module:llm.sample", "tiny", "--tokens=3", "--seed=3", "--prompt=The river"), here)
     assert (here / "said.txt").read_text() == given.out
+
+
+def test_a_text_ends_before_what_it_shall_stop_at(here: Path) -> None:
+    def said(*given: object) -> str:
+        ended = run(script("module:llm.sample", "tiny", "--seed=4", "--tokens=60", *given), here)
+        assert ended.status == 0, ended.err
+        return ended.out.removesuffix("\n")
+
+    whole = said("--prompt", "The river")
+    rest = whole.removeprefix("The river")
+    for stop in (rest[10:13], rest[5:6], rest[30:]):
+        wanted = "The river" + rest[: rest.index(stop)]
+        assert said("--prompt", "The river", "--stop", stop) == wanted
+    assert said("--prompt", "The river", "--stop", "\u2603", "--stop", rest[-1] + "\u2603") == whole
+    (here / "prompt.txt").write_text("The river\n")
+    assert said("--prompt-file", "prompt.txt") == whole
+    both = said("--prompt", "The river", "--prompt-file", "prompt.txt", "--stop", rest[10:13])
+    assert both.count("-" * 40) == 2 and rest[10:13] not in both
+    refused = run(script("module:llm.sample", "tiny", "--prompt-file", "nowhere.txt"), here)
+    assert refused.status == 2 and "nowhere.txt cannot be read" in refused.err

@@ -65,7 +65,9 @@ class Model:
     context: int = setting("tokens", 512, least=2, below=1 << 20)
     dropout: float | Auto = setting("fraction of the features; auto: by the number of epochs", 0.0, least=0, below=1)
     tied: bool = setting("input and output embeddings share one matrix", True)
-    from_: str | None = setting("folder of a Qwen3 or Llama model whose weights and tokenizer to start from", None)
+    from_: str | None = setting(
+        "folder of a Qwen3 or Llama model whose weights and tokenizer to start from, or a run, as runs/NAME/best", None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,9 @@ class Train:
     tokens: int = setting("target tokens", 0, least=1, below=1e15)
     epochs: float = setting("passes over the training side", 0.0, least=1e-6, below=1e6)
     hours: float = setting("hours of training, such as 8h or 90min", 0.0, least=1e-4, below=1e5)
+    on: Literal["auto", "assistant", "all"] = setting(
+        "tokens of a conversation that are learnt: those of the assistant, or all; auto: the assistant's", "auto"
+    )
     tokens_per_step: int = setting("tokens", 8192, least=1, below=1e10)
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"
@@ -95,6 +100,9 @@ class Train:
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     every: int = setting("steps", 500, least=1, below=1e12)
+    also: tuple[str, ...] = setting(
+        "texts whose held-out side is measured too, before the first step as well: what the model knew before", ()
+    )
     prompts: tuple[str, ...] = setting(
         "texts to continue after each evaluation; auto: the opening of a document of the text", ()
     )

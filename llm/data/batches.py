@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm.base.constants import IGNORED
+from llm.data.packing import PackedShuffle, WindowTable
 from llm.data.shards import Split
 from llm.data.shuffle import WindowShuffle
 
@@ -17,13 +18,21 @@ class Batch:
     tokens: Tensor  # (B, T) of int64
     targets: Tensor  # (B, T) of int64: the token after each, or IGNORED
     windows: Tensor  # (B,) of int64: positions in the order
+    segments: Tensor | None = None  # (B, T) of int64: the conversation of each token; None: attention crosses documents
 
     def to(self, device: torch.device) -> "Batch":
         moved = (
             x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-            for x in (self.tokens, self.targets, self.windows)
+            for x in (self.tokens, self.targets, self.windows, self.segments)
+            if x is not None
         )
         return Batch(*moved)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The arguments of the model's forward."""
+        whole = (self.tokens, self.targets, self.windows)
+        return whole if self.segments is None else (*whole, self.segments)
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class BatchLoader:
     """
 
     side: Split
-    order: WindowShuffle
+    order: WindowShuffle | PackedShuffle
     windows_per_step: int
     micro_batch: int
     rank: int = 0
@@ -62,9 +71,13 @@ class BatchLoader:
     def at(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches at `step`."""
         for positions in self.positions(step):
-            starts, length = self.order.starts(positions).tolist(), self.order.context + 1
-            rows = np.stack([self.side.read(start, start + length) for start in starts]).astype(np.int64)
-            yield Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]), torch.from_numpy(positions))
+            tokens, targets, segments = self.order.rows(self.side, positions)
+            yield _batch(tokens, targets, segments, positions)
+
+
+def _batch(tokens: np.ndarray, targets: np.ndarray, segments: np.ndarray | None, windows: np.ndarray) -> Batch:
+    row = torch.from_numpy
+    return Batch(row(tokens), row(targets), row(windows), None if segments is None else row(segments))
 
 
 @dataclass(frozen=True)
@@ -99,3 +112,12 @@ def eval_batches(side: Split | Tokens, context: int, rows: int, rank: int = 0, w
             torch.from_numpy(targets.reshape(-1, context)),
             torch.zeros(size // context, dtype=torch.int64),
         )
+
+
+def packed_batches(table: WindowTable, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """Batches of `rows` windows of a table, each once; every rank gets the same number, filled up without targets."""
+    rounds = -(-len(table.windows) // (world * rows))
+    for low in range(rank * rows, rounds * world * rows, world * rows):
+        indices = np.arange(low, low + rows)
+        indices[indices >= len(table.windows)] = -1
+        yield _batch(*table.rows(indices), np.zeros(rows, np.int64))

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from llm.base.errors import RecipeError
+from llm.base.errors import RecipeError, TextError
 from llm.config.schema import Text
 from llm.data.sources import Source, sources_of
 
@@ -178,11 +178,13 @@ def fraction(document: bytes) -> float:
     return int.from_bytes(hashlib.blake2b(document).digest()[:8], "big") / 2**64
 
 
-_ROW = Rule("one document a row")
+_ROW, _CONVERSATION = Rule("one document a row"), Rule("one conversation a row")
 
 
 def _rule_of(source: Source, name: str) -> Rule:
     """How to find documents in this source, whatever the others hold."""
+    if source.is_chat:
+        return _CONVERSATION
     if not source.is_plain:
         return _ROW
     chunks = iter(next(source.texts(Counter())))
@@ -211,8 +213,19 @@ class Corpus:
         self.identity = [2, text.documents, text.field, most, [source.identity for source in self.sources]]
 
     @cached_property
+    def is_chat(self) -> bool:
+        """True if its documents are conversations. TextError if it names texts too."""
+        chats = [source.is_chat for source in self.sources]
+        if any(chats) and not all(chats):
+            chat, text = (self.sources[chats.index(kind)].name for kind in (True, False))
+            raise TextError(f"{chat} holds conversations and {text} a text: a run is trained on one kind or the other")
+        return any(chats)
+
+    @cached_property
     def _rules(self) -> list[Rule]:
         rules = [_rule_of(source, self._rule_name) for source in self.sources]
+        if self.is_chat:  # which are never cut
+            return rules
         return [replace(rule, most=min(rule.most, self._most)) for rule in rules]
 
     @property
@@ -233,4 +246,4 @@ class Corpus:
         counted: Counter[str] = Counter() if notes is None else notes
         for source, rule in zip(self.sources, self._rules, strict=True):
             for chunks in source.texts(counted):
-                yield from cut_documents(chunks, rule, counted)
+                yield from [b"".join(chunks)] if self.is_chat else cut_documents(chunks, rule, counted)

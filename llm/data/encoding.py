@@ -16,6 +16,8 @@ from typing import IO
 import numpy as np
 
 from llm.base.errors import GroupError
+from llm.data.chat_template import template_of
+from llm.data.conversations import messages_of
 from llm.data.tokenizer import Tokenizer
 
 
@@ -35,6 +37,24 @@ class LocalEncoder:
         of_text[starts[:-1]] = False
         tokens[of_text] = np.concatenate(encoded)
         return tokens, starts[:-1]
+
+    def close(self) -> None:
+        pass
+
+
+class ConversationEncoder:
+    """Encodes conversations in the calling thread."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+        self._template, self._dtype = template_of(tokenizer), dtype
+
+    def encode(self, text: bytes, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of the conversations that `text` holds end to end, where each begins, and the part of each id."""
+        bounds = [0, *np.cumsum(lengths).tolist()]
+        found = self._template.encode([messages_of(text[a:b]) for a, b in itertools.pairwise(bounds)])
+        starts = np.cumsum([0, *(len(ids) for ids, _ in found)])[:-1]
+        tokens = np.concatenate([ids for ids, _ in found]).astype(self._dtype)
+        return tokens, starts, np.concatenate([parts for _, parts in found])
 
     def close(self) -> None:
         pass

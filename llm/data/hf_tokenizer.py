@@ -18,7 +18,9 @@ from llm.base.errors import RefusedError, optional
 from llm.data.tokenizer import MANIFEST, PROBES, SPACE, Tokenizer
 
 FILE = "tokenizer.json"
-EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TEMPLATE = "chat_template.jinja"
+EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE)
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class HFTokenizer(Tokenizer):
@@ -61,6 +63,29 @@ class HFTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         found = self._library.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in found]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of `text`, and the characters that each stands for: (tokens, 2), begin and end."""
+        found = self._library.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int32), np.array(found.offsets, np.int64).reshape(-1, 2)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The folder's chat template, in jinja; of several the default. RefusedError if it is not one."""
+        given = self.files[TEMPLATE].decode() if TEMPLATE in self.files else _settings(self.files).get("chat_template")
+        if isinstance(given, list):
+            named = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
+            given = named.get("default")
+        if given is not None and not isinstance(given, str):
+            raise RefusedError(f"{EXTRA_FILES[0]} is damaged: its chat_template is no text")
+        return given
+
+    @cached_property
+    def special_names(self) -> dict[str, str]:
+        """The texts of the special tokens that a chat template may name."""
+        about = _settings(self.files, EXTRA_FILES[1]) | _settings(self.files, EXTRA_FILES[0])
+        contents = {name: about[name] for name in NAMED if about.get(name) is not None}
+        return {name: str(each["content"] if isinstance(each, dict) else each) for name, each in contents.items()}
 
     def piece(self, id: int) -> str:
         return str(self._library.id_to_token(int(id)) or "")

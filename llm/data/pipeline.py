@@ -8,7 +8,7 @@ The road of the data, and the module of each stage:
 4. tokenizer                   tokenizer.py                trained on the training side; hf_tokenizer.py for others'
 5. documents -> blocks of ids  encoding.py                 in threads or processes
 6. blocks -> shards            shards.py                   Arrow files, mapped and read as one row of tokens
-7. shards -> windows           shuffle.py                  the window at each position, a function of the seed
+7. shards -> windows           shuffle.py, packing.py      the window at each position, a function of the seed
 8. windows -> batches          batches.py                  the windows of a step and rank
 
 1 to 6 happen here; 7 and 8 while a model is trained. The text is read once to survey it (twice if it is small) and
@@ -25,14 +25,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
-from llm.config.schema import Recipe, Text
+from llm.config.schema import Evaluate, Recipe, Text
+from llm.data import packing
 from llm.data import shards as sharding
+from llm.data.chat_template import template_of
+from llm.data.conversations import text_of
 from llm.data.documents import MAX_DOCUMENT, PAGE, Corpus, fraction
 from llm.data.shards import Shards
 from llm.data.sources import Source
@@ -67,6 +70,7 @@ class Survey:
     documents: list[int]  # train, validation
     text_bytes: list[int]
     notes: dict[str, int]  # counts of cuts and omissions
+    is_chat: bool = False  # its documents are conversations
 
     @property
     def enough(self) -> float:
@@ -130,6 +134,10 @@ def prepare(
         more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
         say(f"text: {corpus.repeated[0]}{more}")
     _check(survey, recipe.text, own)
+    if recipe.train.on == "assistant" and not survey.is_chat:
+        names = ", ".join(recipe.text.files)
+        mend = "remove it, or name .jsonl rows of messages"
+        raise RecipeError(f"train.on = assistant, but {names} holds no conversations: {mend}")
     left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
     say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
     say(f"bytes: {_sides(*survey.text_bytes)}")
@@ -146,8 +154,15 @@ def prepare(
     say(f"tokenizer: {tokenizer.vocab_size:,} pieces{lossy}")
 
     shards = _sharded(corpus, survey, tokenizer, cache, show, verify=verify)
+    if recipe.evaluate.also:
+        plain = replace(recipe.text, files=recipe.evaluate.also)
+        other = replace(recipe, text=plain, evaluate=Evaluate(), train=replace(recipe.train, on="auto"))
+        shards.also = prepare(other, say, progress, verify, tokenizer).shards
     train, validation = shards.train, shards.validation
     tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
+    if shards.is_chat:
+        _say_windows(recipe, shards, say)
+        return Prepared(tokenizer, shards)
     say(f"tokens: {_sides(train.tokens, validation.tokens)}, {text_bytes / tokens:.2f} bytes a token")
     if train.tokens <= recipe.model.context:
         mend = f", or at most model.context={train.tokens - 1}" if train.tokens > 2 else ""  # 2 is the least context
@@ -171,12 +186,10 @@ def find_shards(recipe: Recipe) -> Shards | None:
     while (path := _survey_path(cache, Corpus(recipe.text, most), recipe.text)).is_file():
         survey = Survey(**atomic_io.read_checksummed(path))
         if tokenizer.path:
-            fingerprint = Tokenizer.load(atomic_io.expanded(tokenizer.path)).fingerprint
-        elif (folder := _tokenizer_folder(cache, recipe, survey)).is_dir():
-            fingerprint = Tokenizer.load(folder / "tokenizer.model").fingerprint
-        else:
+            model = atomic_io.expanded(tokenizer.path)
+        elif not (model := _tokenizer_folder(cache, recipe, survey) / "tokenizer.model").is_file():
             return None
-        _, found = _shards_folder(cache, survey, fingerprint)
+        _, found = _shards_folder(cache, survey, Tokenizer.load(model))
         if (found / "manifest.json").is_file():
             return Shards.open(found)
         smaller = _smaller(survey)
@@ -196,15 +209,29 @@ def _tokenizer_folder(cache: Path, recipe: Recipe, survey: Survey) -> Path:
     return cache / "tokenizers" / key
 
 
-def _shards_folder(cache: Path, survey: Survey, tokenizer: str) -> tuple[dict[str, Any], Path]:
-    """What shards are made of, by fingerprint of the tokenizer, and their folder, named by a digest of it."""
-    about = {"text": survey.sha256, "validation": survey.share, "tokenizer": tokenizer}
+def _shards_folder(cache: Path, survey: Survey, tokenizer: Tokenizer) -> tuple[dict[str, Any], Path]:
+    """What shards are made of, and their folder, named by a digest of it."""
+    about = {"text": survey.sha256, "validation": survey.share, "tokenizer": tokenizer.fingerprint}
+    if survey.is_chat:
+        about["template"] = template_of(tokenizer).fingerprint
     return about, cache / "shards" / atomic_io.digest_of([sharding.FORMAT, about])
 
 
 def _smaller(survey: Survey) -> int:
     """Bytes at which documents are cut where they are too few or too large to hold some out."""
     return max(LEAST_PIECE, min(PAGE, sum(survey.text_bytes) // 10))
+
+
+def _say_windows(recipe: Recipe, shards: Shards, say: Say) -> None:
+    """Say how conversations are packed. TextError where there is nothing to learn."""
+    table = packing.table_of(recipe, shards.train)
+    if not table.windows:
+        names = ", ".join(recipe.text.files)
+        raise TextError(f"{names}: no training conversation holds an answer: add messages of the assistant")
+    say(f"tokens: {_sides(shards.train.tokens, shards.validation.tokens)}, {table.targets:,} of them to be learnt")
+    cut = f"; {table.cut:,} conversations are longer and cut at a turn" if table.cut else ""
+    cut += f"; {table.left_out:,} parts without an answer are left out" if table.left_out else ""
+    say(f"windows: {len(table.windows):,} of {table.context:,} tokens, {table.fill:.0%} full{cut}")
 
 
 def _cache(name: str) -> Path:
@@ -259,7 +286,7 @@ def _surveyed(
                 atomic_io.write_checksummed(path, asdict(survey))
     whole = sum(survey.text_bytes)
     fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
-    if not fits and most == MAX_DOCUMENT:
+    if not fits and most == MAX_DOCUMENT and not survey.is_chat:
         most = _smaller(survey)
         pieces = _surveyed(text, cache, show, verify=verify, most=most, own=own)
         if pieces[1].is_split:
@@ -309,7 +336,7 @@ def _read(corpus: Corpus, val_fraction: float, show: _Show) -> tuple[Survey, lis
             sampled += len(document)
             while sampled > SAMPLE:
                 sampled -= len(heapq.heappop(sample)[2])
-    survey = Survey(digest.hexdigest(), corpus.rule, val_fraction, documents, text_bytes, dict(notes))
+    survey = Survey(digest.hexdigest(), corpus.rule, val_fraction, documents, text_bytes, dict(notes), corpus.is_chat)
     return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])], sizes
 
 
@@ -339,7 +366,7 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
     model = folder / "tokenizer.model"
     with _alone(folder, "this tokenizer", say):
         if not folder.is_dir():
-            documents = sample()
+            documents = [text_of(each) for each in sample()] if survey.is_chat else sample()
             sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
             part = f"a sample of {sampled / 1e6:,.1f} MB of " if sampled < whole else ""
             say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
@@ -355,7 +382,7 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
 
 def _sharded(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: _Show, *, verify: bool) -> Shards:
     """The shards of this text, split and tokenizer; writing continues where an earlier call was killed."""
-    about, folder = _shards_folder(cache, survey, tokenizer.fingerprint)
+    about, folder = _shards_folder(cache, survey, tokenizer)
     fingerprint = folder.name
     with _alone(folder, "these token shards", show.say):
         if (folder / "manifest.json").is_file():
@@ -369,9 +396,16 @@ def _sharded(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, 
             return shards
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocab_size)
         about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocab_size}
-        processes = cores() if tokenizer.by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
+        by_words = tokenizer.by_words and not survey.is_chat
+        processes = cores() if by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
         written = sharding.write(
-            corpus.documents(), folder, tokenizer, val_fraction=survey.share, about=about, processes=processes
+            corpus.documents(),
+            folder,
+            tokenizer,
+            val_fraction=survey.share,
+            about=about,
+            processes=processes,
+            chat=survey.is_chat,
         )
         for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
             pass

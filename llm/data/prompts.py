@@ -4,7 +4,8 @@ import shlex
 from dataclasses import replace
 
 from llm.config.schema import AUTO_PROMPTS, Recipe
-from llm.data.shards import Shards
+from llm.data.chat_template import TURN
+from llm.data.shards import Shards, Split
 from llm.data.tokenizer import Tokenizer
 
 MAX_OPENING = 32  # characters
@@ -28,11 +29,29 @@ def opening(recipe: Recipe, tokenizer: Tokenizer, shards: Shards) -> str:
     if recipe.text.files in OPENINGS:
         return OPENINGS[recipe.text.files]
     side = shards.validation if shards.validation.tokens else shards.train
+    if shards.is_chat:
+        return _first_message(tokenizer, side)
     lines = tokenizer.decode(side.read(0, min(side.tokens, 4 * MAX_OPENING)).tolist()).splitlines()
     line = next((line for line in lines if line.strip()), "")
     line = "".join(each for each in line if each.isprintable()).strip("\ufffd ")
     words = line[:MAX_OPENING].rpartition(" ")[0] if len(line) > MAX_OPENING else line
     return words or line[:MAX_OPENING]
+
+
+def _first_message(tokenizer: Tokenizer, side: Split) -> str:
+    """What the user says first in the first conversation whose first message is short."""
+    starts = side.document_starts()[:100].tolist()
+    said = [_opening_of(tokenizer, side, begin) for begin in starts]
+    return next((text for text in said if 0 < len(text) <= 2 * MAX_OPENING), "Hello")
+
+
+def _opening_of(tokenizer: Tokenizer, side: Split, begin: int) -> str:
+    ids = side.read(begin, min(side.tokens, begin + 4 * MAX_OPENING)).tolist()
+    parts = side.parts(begin, begin + len(ids)).tolist()
+    turn = parts.index(TURN) if TURN in parts else len(ids)
+    end = next((at for at in range(turn + 1, len(ids)) if not tokenizer.bytes_of(ids[at])), turn)
+    text = tokenizer.decode(ids[turn:end])
+    return text if text.isprintable() else ""
 
 
 def quoted(text: str) -> str:

@@ -1,5 +1,7 @@
 """Token shards: Arrow streams whose rows are documents (BOS and ids), memory-mapped and read as one row of tokens.
 
+Beside the ids of a conversation stand their parts, which tell what is to be learnt (chat_template.py).
+
 A file holds one record batch, so its tokens are contiguous and a window of any length is a view. A file is finished
 once the journal names it; the manifest is written last and completes the folder.
 """
@@ -18,7 +20,7 @@ import numpy as np
 from llm.base import atomic_io
 from llm.base.errors import RefusedError
 from llm.data.documents import is_validation
-from llm.data.encoding import LocalEncoder, ProcessEncoder
+from llm.data.encoding import ConversationEncoder, LocalEncoder, ProcessEncoder
 from llm.data.sources import lean_datasets
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.threads import cores
@@ -50,19 +52,26 @@ class Split:
 
         IndexError past the last token.
         """
+        return self._read([tokens for tokens, *_ in self._columns] or [np.empty(0, self.dtype)], start, stop)
+
+    def parts(self, start: int, stop: int) -> np.ndarray:
+        """The part that each of these tokens plays in its conversation: (stop - start,) of uint8."""
+        return self._read([parts for *_, parts in self._columns] or [np.empty(0, np.uint8)], start, stop)
+
+    def _read(self, column: list[np.ndarray], start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start}..{stop} of {self.tokens}")
         parts: list[np.ndarray] = []
         while start < stop:
             file = int(np.searchsorted(self._begins, start, side="right")) - 1
             begin = int(self._begins[file])
-            parts.append(self._columns[file][0][start - begin : stop - begin])
+            parts.append(column[file][start - begin : stop - begin])
             start += len(parts[-1])
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+        return parts[0] if len(parts) == 1 else np.concatenate([column[0][:0], *parts])
 
     def verified(self) -> "Split":
         """This side, checked. RefusedError names a file whose mapped bytes have changed since it was written."""
-        for (path, file), (_, _, data) in zip(self._files, self._columns, strict=True):
+        for (path, file), (_, _, data, _) in zip(self._files, self._columns, strict=True):
             # Reading past the end of a file that was cut kills the process, so its size is checked first.
             cut = path.is_file() and path.stat().st_size != file["bytes"]
             if cut or hashlib.sha256(data).hexdigest() != file["sha256"]:
@@ -72,7 +81,7 @@ class Split:
     def document_starts(self) -> np.ndarray:
         """Where each document's BOS stands: (documents,) of int64."""
         columns = zip(self._columns, self._begins[:-1], strict=True)
-        starts = (np.add(s[:-1], at, dtype=np.int64) for (_, s, _), at in columns)
+        starts = (np.add(s[:-1], at, dtype=np.int64) for (_, s, _, _), at in columns)
         return np.concatenate([np.empty(0, np.int64), *starts])
 
 
@@ -82,6 +91,8 @@ class Shards:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
         self.fingerprint: str = manifest["fingerprint"]
+        self.also: Shards | None = None  # of evaluate.also, in the same tokens
+        self.is_chat = "template" in manifest  # its documents are conversations
         self.train, self.validation = (Split(folder, manifest["files"][side], manifest["dtype"]) for side in SIDES)
 
     @classmethod
@@ -132,8 +143,8 @@ def _is_whole(folder: Path, file: dict[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == file["bytes"] and atomic_io.sha256(path) == file["sha256"]
 
 
-def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Views of the file's tokens and of its documents' bounds (documents + 1,), and the whole mapping."""
+def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
+    """Views of the file's tokens and of its documents' bounds (documents + 1,), the whole mapping, and the parts."""
     import pyarrow
 
     if not path.is_file() or path.stat().st_size != file["bytes"]:
@@ -141,13 +152,17 @@ def _map(path: Path, file: dict[str, Any], dtype: np.dtype) -> tuple[np.ndarray,
     try:
         with pyarrow.memory_map(str(path)) as source:  # the buffer keeps the mapping alive, without the open file
             data = source.read_buffer()
-        column = pyarrow.ipc.open_stream(data).read_all()["tokens"].chunk(0)
+        table = pyarrow.ipc.open_stream(data).read_all()
+        column = table["tokens"].chunk(0)
         tokens, starts = _view(column.values), _view(column.offsets)
+        parts = _view(table["parts"].chunk(0).values) if "parts" in table.column_names else np.empty(0, np.uint8)
     except (pyarrow.ArrowInvalid, OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise RefusedError(f"{path} is damaged: {_mend(path.parent)}") from error
+    if len(parts) not in (0, len(tokens)):
+        raise RefusedError(f"{path} does not hold a part for each token: {_mend(path.parent)}")
     if tokens.dtype != dtype or len(tokens) != file["tokens"] or len(starts) != file["documents"] + 1:
         raise RefusedError(f"{path} does not hold the {file['tokens']} tokens of its manifest: {_mend(path.parent)}")
-    return tokens, starts, data
+    return tokens, starts, data, parts
 
 
 def _view(array: Any) -> np.ndarray:
@@ -164,9 +179,11 @@ def write(
     val_fraction: float,
     about: dict[str, Any],
     processes: int = 0,
+    chat: bool = False,
 ) -> Iterator[int]:
     """Encode `documents` into shards in `folder`; yields the bytes of text done so far, step by step.
 
+    They are conversations if `chat`.
     Files that an earlier, killed call finished are kept if they match its journal. `about` goes into the manifest. The
     caller holds the folder's lock and passes the same documents as in the earlier call. With 0 `processes`, this
     process encodes; the files are the same bytes for any number.
@@ -177,7 +194,7 @@ def write(
     yield sum(file["text_bytes"] for file in itertools.chain(*files.values()))
     done = {side: sum(file["documents"] for file in files[side]) for side in SIDES}
     waiting: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for block in _encoded(_blocks(documents, val_fraction, done), tokenizer, dtype, processes):
+    for block in _encoded(_blocks(documents, val_fraction, done), tokenizer, dtype, processes, chat):
         side = block["side"]
         waiting[side].append(block)
         yield block["text_bytes"]
@@ -225,27 +242,33 @@ def _block(side: str, documents: list[bytes]) -> Block:
     return {"side": side, "text": b"".join(documents), "lengths": [len(document) for document in documents]}
 
 
-def _encoded(source: Iterator[Block], tokenizer: Tokenizer, dtype: np.dtype, processes: int) -> Iterator[Block]:
-    """The blocks in order, each with `tokens`, the ids of its documents end to end, and their `starts` in it."""
+def _encoded(
+    source: Iterator[Block], tokenizer: Tokenizer, dtype: np.dtype, processes: int, chat: bool
+) -> Iterator[Block]:
+    """The blocks in order, each with `tokens`, the ids of its documents end to end, their `starts`, and `parts`."""
     datasets = lean_datasets()
-    idle: SimpleQueue[LocalEncoder | ProcessEncoder] = SimpleQueue()
-    encoders = [(ProcessEncoder if processes else LocalEncoder)(tokenizer, dtype) for _ in range(processes or cores())]
+    idle: SimpleQueue[LocalEncoder | ProcessEncoder | ConversationEncoder] = SimpleQueue()
+    kind = ConversationEncoder if chat else ProcessEncoder if processes else LocalEncoder
+    encoders = [kind(tokenizer, dtype) for _ in range(processes or (1 if chat else cores()))]
     for encoder in encoders:
         idle.put(encoder)
 
     def encode(table: Any) -> dict[str, Any]:
         encoder, text = idle.get(), table["text"][0].as_py()
         try:
-            tokens, starts = encoder.encode(text, _view(table["lengths"].chunk(0).values))
+            tokens, starts, *parts = encoder.encode(text, _view(table["lengths"].chunk(0).values))
         finally:
             idle.put(encoder)
-        return {"side": table["side"][0].as_py(), "text_bytes": len(text), "tokens": tokens, "starts": starts}
+        block = {"side": table["side"][0].as_py(), "text_bytes": len(text), "tokens": tokens, "starts": starts}
+        return block | ({"parts": parts[0]} if parts else {})
 
     lengths = datasets.List(datasets.Value("int32"))
     columns = {"side": datasets.Value("string"), "text": datasets.Value("large_binary"), "lengths": lengths}
     rows = datasets.IterableDataset.from_generator(_Unhashed(source), features=datasets.Features(columns))
     try:
-        if tokenizer.by_words and not processes:  # threads would fight for the interpreter's lock at each new word
+        if (
+            tokenizer.by_words or chat
+        ) and not processes:  # threads would fight for the interpreter's lock at each new word
             yield from map(encode, rows.with_format("arrow"))
             return
         # One block per thread keeps all cores busy; sentencepiece's own threads would wait for the slowest of them.
@@ -283,7 +306,11 @@ def _write_file(folder: Path, files: Files, side: str, blocks: list[dict[str, An
     begins = np.cumsum([0] + [len(block["tokens"]) for block in blocks])
     starts = [block["starts"] + begin for block, begin in zip(blocks, begins[:-1], strict=True)]
     offsets = pyarrow.array(np.concatenate([*starts, begins[-1:]]), pyarrow.int32())
-    batch = pyarrow.record_batch({"tokens": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(tokens))})
+    columns = {"tokens": tokens}
+    if "parts" in blocks[0]:
+        columns["parts"] = np.concatenate([block["parts"] for block in blocks])
+    lists = {name: pyarrow.ListArray.from_arrays(offsets, pyarrow.array(values)) for name, values in columns.items()}
+    batch = pyarrow.record_batch(lists)
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)

@@ -5,6 +5,7 @@ token is always the first of its window.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +32,12 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
         value[todo] = (left << half) | right
         todo = value >= size
     return value.astype(np.int64)
+
+
+class Row(Protocol):
+    """Tokens end to end, as a Split has them."""
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -60,3 +67,14 @@ class WindowShuffle:
             index = permuted(positions[here] % self.windows, self.windows, mix(self.seed, int(epoch), 0))
             starts[here] = self.offset(int(epoch)) + index * self.context
         return starts
+
+    def ids(self, side: Row, position: int) -> np.ndarray:
+        """The tokens of the window at `position`, with the one after."""
+        start = int(self.starts(np.array([position]))[0])
+        return side.read(start, start + self.context + 1)
+
+    def rows(self, side: Row, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Tokens and targets (positions, context) of int64; no segments, as attention crosses documents."""
+        starts = self.starts(positions).tolist()
+        rows = np.stack([side.read(start, start + self.context + 1) for start in starts]).astype(np.int64)
+        return rows[:, :-1], rows[:, 1:], None

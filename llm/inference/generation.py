@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from llm.data.chat_template import ChatTemplate
 from llm.data.tokenizer import Tokenizer
 from llm.inference.fast_decode import KNOWN, FastDecoder, GraphDecoder
 from llm.inference.sampling import Sampling
@@ -133,8 +134,10 @@ def continuations(
     tokens: int,
     sampling: Sampling,
     seed: int = 0,
+    template: ChatTemplate | None = None,
 ) -> list[str]:
-    """Generated text for each prompt."""
-    columns = list(generate(model, prompts, tokens, sampling, seed, tokenizer.ends, tokenizer.banned))
+    """Generated text for each prompt. A `template` decides which tokens end an answer and which it never holds."""
+    by = template or tokenizer
+    columns = list(generate(model, prompts, tokens, sampling, seed, by.ends, by.banned))
     rows = ([column[row] for column in columns] for row in range(len(prompts)))
     return [tokenizer.decode([token for token in row if token is not None]) for row in rows]

@@ -12,8 +12,9 @@ import torch
 
 from llm.base.constants import IGNORED
 from llm.base.errors import TextError
-from llm.data.batches import Tokens, eval_batches
+from llm.data.batches import Tokens, eval_batches, packed_batches
 from llm.data.documents import Corpus
+from llm.data.packing import table_of
 from llm.data.shards import Split, of_run
 from llm.data.text_files import holds_rows
 from llm.distributed.process import warn
@@ -78,12 +79,30 @@ def score(run: LoadedRun, text: EncodedText, rows: int = 8, *, alone: bool = Fal
     return Score(nats, targets, text.size, words)
 
 
+@torch.no_grad()
+def score_answers(run: LoadedRun, rows: int = 8) -> Score:
+    """The loss on the answers (of all, under train.on = all) of the conversations that the run held out."""
+    side = of_run(run.folder).validation.verified()
+    table = table_of(run.recipe, side)
+    if not table.targets:
+        raise TextError(f"run {run.folder.name} holds no answers out: name a text with --text")
+    nats, device = 0.0, run.model.lm_head.weight.device
+    for batch in packed_batches(table, rows):
+        batch = batch.to(device)
+        nats += run.model(batch.tokens, batch.targets, segments=batch.segments).item()
+    said = b"".join(run.tokenizer.bytes_of(id) or b" " for id in table.target_ids().tolist())
+    size = sum(len(run.tokenizer.bytes_of(id)) for id in table.target_ids().tolist())
+    return Score(nats, table.targets, size, len(said.split()))
+
+
 def encode_files(run: LoadedRun, files: list[str]) -> EncodedText:
     """Texts, split into documents as the run's own text was."""
     corpus = Corpus(replace(run.recipe.text, files=tuple(files)))
     for line in corpus.repeated:
         warn(f"text: {line}")
     documents = list(corpus.documents())
+    if corpus.is_chat:
+        raise TextError(f"{', '.join(files)} holds conversations: only those that a run holds out are scored")
     encoded = [_encode(run, document.decode()) for document in documents]
     starts = np.cumsum([0, *map(len, encoded[:-1])]).tolist()
     tokens = Tokens(np.concatenate([np.empty(0, np.uint32), *encoded]))

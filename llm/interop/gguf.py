@@ -13,7 +13,8 @@ import torch
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError, optional
-from llm.data.tokenizer import SPACE, Tokenizer
+from llm.data.chat_template import END, GO, PLAIN_JINJA, OwnTemplate
+from llm.data.tokenizer import CONTROLS, SPACE, Tokenizer
 from llm.interop.parity import check_llama_cpp, overlaps, symbols_of
 from llm.run_folder.loaded_run import LoadedRun
 from llm.run_folder.model_card import FILE_NAME
@@ -31,7 +32,7 @@ ROUNDING = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 220}
 NEEDED = "--gguf needs the package gguf: pip install -e '.[export]'"
 MODELFILE = """# ollama create {name} -f Modelfile
 FROM ./{file}
-TEMPLATE {{{{ .Prompt }}}}
+{template}
 PARAMETER temperature 0.8
 PARAMETER top_k 0
 PARAMETER top_p 1
@@ -60,9 +61,10 @@ def write(folder: Path, opened: LoadedRun, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    template = f'TEMPLATE """{GO}"""\nPARAMETER stop "{END}"' if opened.is_chat else "TEMPLATE {{ .Prompt }}"
     atomic_io.write_at(path, [])  # flushes the file to the disk
     name, context = opened.folder.name.lower(), opened.model.shape.context
-    modelfile = MODELFILE.format(name=name, file=path.name, context=context)
+    modelfile = MODELFILE.format(name=name, file=path.name, template=template, context=context)
     atomic_io.write_bytes(folder / "Modelfile", modelfile.encode())
     if FILE_NAME in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
         atomic_io.write_bytes(folder / FILE_NAME, _small_file(opened, FILE_NAME))
@@ -112,6 +114,12 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
     shape, tokenizer = opened.model.shape, opened.tokenizer
     config = json.loads(_small_file(opened, "config.json"))
     tokens, scores, types = vocabulary(tokenizer)
+    chat = {}
+    if opened.is_chat:
+        if not {name.encode() for name in CONTROLS} <= set(tokens):
+            raise RefusedError("pieces of this vocabulary join to the name of a turn marker, which llama.cpp would do")
+        end = OwnTemplate(tokenizer).end
+        chat = {"chat_template": PLAIN_JINJA, "eot_token_id": end, "eos_token_id": end}
     return {
         "name": opened.folder.name, "context_length": shape.context, "embedding_length": shape.dim,
         "block_count": shape.layers, "feed_forward_length": shape.ffn_dim,
@@ -122,7 +130,7 @@ def settings(opened: LoadedRun) -> dict[str, Any]:
         "token_list": tokens, "token_scores": scores, "token_types": types,
         "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.bos,  # a document ends where the next begins
         "unk_token_id": tokenizer.unknown, "add_bos_token": True, "add_eos_token": False,
-        "add_space_prefix": False, "remove_extra_whitespaces": False,
+        "add_space_prefix": False, "remove_extra_whitespaces": False, **chat,
     }  # fmt: skip
 
 

@@ -9,22 +9,24 @@ from typing import Any
 
 from llm.base.atomic_io import as_json
 from llm.config.schema import Model
+from llm.data.chat_template import JINJA, template_of
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.model.transformer import Family
 
 
-def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str, bytes]:
-    """config.json and generation_config.json of a resolved shape, by name."""
-    # A document ends where the next begins, and at the end tokens of the original model.
-    end = tokenizer.bos if tokenizer.ends == (tokenizer.bos,) else list(tokenizer.ends)
+def model_files(shape: Model, tokenizer: Tokenizer, family: Family, *, chat: bool = False) -> dict[str, bytes]:
+    """config.json and generation_config.json of a resolved shape, by name; `chat`: trained on conversations."""
+    template = template_of(tokenizer) if chat else tokenizer
+    # A document ends where the next begins, and at the end tokens of the original model; an answer with its turn.
+    end = tokenizer.bos if template.ends == (tokenizer.bos,) else list(template.ends)
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": end}
     config = {
         "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family.name]],
         "model_type": family.name,
         "vocab_size": tokenizer.vocab_size, "hidden_size": shape.dim, "intermediate_size": shape.ffn_dim,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim, "max_position_embeddings": family.positions or shape.context,
+        "head_dim": shape.head_dim, "max_position_embeddings": max(family.positions, shape.context),
         "hidden_act": "silu", "rms_norm_eps": family.norm_eps, "rope_theta": family.rope_theta,
         "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
         "tie_word_embeddings": shape.tied,
@@ -32,13 +34,17 @@ def model_files(shape: Model, tokenizer: Tokenizer, family: Family) -> dict[str,
         "use_cache": True, "torch_dtype": "float32", **ends,
     }  # fmt: skip
     generation: dict[str, Any] = {**ends, "do_sample": True, "temperature": 0.8, "top_k": 0, "min_p": 0.05}
-    if tokenizer.banned:
-        generation["suppress_tokens"] = list(tokenizer.banned)
+    if template.banned:
+        generation["suppress_tokens"] = list(template.banned)
     return {"config.json": as_json(config), "generation_config.json": as_json(generation)}
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json, by name; none for a vocabulary that is not byte-fallback BPE."""
+def tokenizer_files(tokenizer: Tokenizer, *, chat: bool = False) -> dict[str, bytes]:
+    """tokenizer.json and its settings, by name; none for a vocabulary that is not byte-fallback BPE.
+
+    Where the model was trained on conversations, transformers must know the markers that its chat template writes,
+    and so takes "<|user|>" in a message for one too: it renders to text first. Elsewhere no text is a marker.
+    """
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.files
     if not tokenizer.is_exact_bpe:
@@ -72,10 +78,14 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos, "eos_token": bos, "unk_token": unknown,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # the text "<s>" means these three characters
+        "split_special_tokens": not chat,  # the text "<s>" means these three characters
         "model_max_length": 1_000_000_000,
     }  # fmt: skip
-    return {"tokenizer.json": as_json(whole), "tokenizer_config.json": as_json(config)}
+    files = {"tokenizer.json": as_json(whole)}
+    if chat:
+        config["chat_template"] = JINJA
+        files["chat_template.jinja"] = JINJA.encode()
+    return {**files, "tokenizer_config.json": as_json(config)}
 
 
 def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]:

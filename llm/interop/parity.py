@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from llm.base.errors import RefusedError, optional
+from llm.data.chat_template import ANSWER, template_of
+from llm.data.conversations import Message
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.distributed.threads import cores
 from llm.inference.generation import Sampling, generate
 from llm.model.transformer import Transformer
 
+CONVERSATIONS = 100  # tough ones whose ids and answers are compared
 TEXTS = 1000  # tough texts whose ids are compared
 PROBE = 256  # most tokens in a row whose logits are compared
 # Largest mean divergence (nats a token) from the model in fp32 that rounding may cause.
@@ -93,8 +96,13 @@ def bounded(kind: str, reference: Tensor, found: Tensor) -> str:
     return f"{nats:.2g} nats a token from fp32 (at most {most:g}), first choice equal in {agreement:.1%}"
 
 
-def check_folder(folder: Path, model: Transformer, tokenizer: Tokenizer, kind: str) -> Iterator[str]:
-    """Lines on what agrees between `model`, in fp32, and `folder`, written as `kind` and opened by transformers."""
+def check_folder(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, kind: str, *, chat: bool = False
+) -> Iterator[str]:
+    """Lines on what agrees between `model`, in fp32, and `folder`, written as `kind` and opened by transformers.
+
+    `chat`: it was trained on conversations.
+    """
     library = optional("transformers", "an export is checked with transformers: pip install -e '.[export]'")
     with _quiet(library.logging):
         theirs, told = library.AutoModelForCausalLM.from_pretrained(
@@ -104,9 +112,12 @@ def check_folder(folder: Path, model: Transformer, tokenizer: Tokenizer, kind: s
             if names:
                 raise RefusedError(f"transformers finds {what.replace('_', ' ')}: {sorted(map(str, names))[0]}")
         yield f"transformers {library.__version__}: {type(theirs).__name__}, every tensor in its place"
-        _same_settings(theirs, model, tokenizer)
+        _same_settings(theirs, model, tokenizer, chat)
         if tokenizer.is_portable:
-            yield _same_ids(library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), tokenizer)
+            opened = library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            yield _same_ids(opened, tokenizer, chat)
+            if chat:
+                yield _same_conversations(opened, tokenizer)
         tokens = probe(model, tokenizer)
         with torch.no_grad():
             reference, found = model.logits(tokens), theirs.eval()(tokens).logits
@@ -164,13 +175,13 @@ def _same_llama_ids(theirs: Any, tokenizer: Tokenizer) -> str:
     return f"ids of {len(texts):,} tough texts equal, and back again; a literal U+2581 is a space to it"
 
 
-def _same_settings(theirs: Any, model: Transformer, tokenizer: Tokenizer) -> None:
+def _same_settings(theirs: Any, model: Transformer, tokenizer: Tokenizer, chat: bool) -> None:
     """RefusedError unless BOS, end tokens, suppressed tokens, vocabulary size and tying are the run's."""
-    ends = theirs.generation_config.eos_token_id
+    template = template_of(tokenizer) if chat else tokenizer
     for name, wanted, found in (
         ("bos_token_id", tokenizer.bos, theirs.config.bos_token_id),
-        ("generation's eos_token_id", list(tokenizer.ends), ends if isinstance(ends, list) else [ends]),
-        ("suppress_tokens", list(tokenizer.banned), list(theirs.generation_config.suppress_tokens or [])),
+        ("generation's eos_token_id", list(template.ends), _listed(theirs.generation_config.eos_token_id)),
+        ("suppress_tokens", list(template.banned), list(theirs.generation_config.suppress_tokens or [])),
         ("vocab_size", tokenizer.vocab_size, theirs.config.vocab_size),
         ("tie_word_embeddings", model.shape.tied, theirs.config.tie_word_embeddings),
     ):
@@ -178,8 +189,46 @@ def _same_settings(theirs: Any, model: Transformer, tokenizer: Tokenizer) -> Non
             raise RefusedError(f"{name} is {found}, the run has {wanted}")
 
 
-def _same_ids(theirs: Any, tokenizer: Tokenizer) -> str:
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def conversations(tokenizer: Tokenizer, count: int = CONVERSATIONS, seed: int = 5) -> list[list[Message]]:
+    """Conversations of tough texts, of up to 50 turns, with system messages, empty ones too, and without."""
+    draw = random.Random(seed)
+    texts = ["", "\n", " ", "\n\nhi\n", "  two  ", *tough_texts(tokenizer, 400)]
+    texts = [text for text in texts if len(text) < 400 and not _spells(text, tokenizer)]
+    found = []
+    for number in range(count):
+        turns = 50 if number % 50 == 0 else draw.randint(1, 6)
+        roles = [*(["system"] if number % 2 else []), *(("user", "assistant")[at % 2] for at in range(turns))]
+        found.append([{"role": role, "content": draw.choice(texts)} for role in roles])
+    return found
+
+
+def _spells(text: str, tokenizer: Tokenizer) -> bool:
+    """True if the text spells a special piece out, which a road that renders to text first takes for that piece."""
+    ids = tokenizer.controls if tokenizer.is_exact_bpe else tokenizer.ends
+    return any(tokenizer.piece(id) in text for id in (*ids, tokenizer.bos)) or "<unk>" in text
+
+
+def _same_conversations(theirs: Any, tokenizer: Tokenizer) -> str:
+    """A line on equal ids and answers of tough conversations, as transformers renders them; else RefusedError."""
+    tough, template = conversations(tokenizer), template_of(tokenizer)
+    for messages, (ids, parts) in zip(tough, template.encode(tough), strict=True):
+        found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        prompt = theirs.apply_chat_template(messages, return_dict=True, add_generation_prompt=True)["input_ids"]
+        mask = (parts == ANSWER).astype(int).tolist()
+        if (found["input_ids"], prompt) != (ids.tolist(), template.prompt(messages)) or (
+            template.tagged and found["assistant_masks"] != mask
+        ):
+            raise RefusedError(f"the chat template gives other ids of {str(messages)[:80]} than the run has")
+    return f"chat template: {len(tough):,} tough conversations equal, ids and answers"
+
+
+def _same_ids(theirs: Any, tokenizer: Tokenizer, chat: bool) -> str:
     texts, ours = tough_texts(tokenizer), tokenizer.is_exact_bpe
+    texts = [text for text in texts if not (chat and ours and _spells(text, tokenizer))]
     encoded = tokenizer.encode_batch(texts, threads=cores())
     begin = [tokenizer.bos] if ours else []  # a borrowed tokenizer follows its own rule
     for text, ids, found in zip(texts, encoded, theirs(texts, add_special_tokens=ours)["input_ids"], strict=True):

@@ -7,6 +7,7 @@ name, never ignored, and so is a folder that could be read in two ways.
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,19 +15,42 @@ from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
 from llm.config.resolving import resolve, with_steps
 from llm.config.schema import Model, Recipe
-from llm.data import prompts
-from llm.data.hf_tokenizer import borrow
+from llm.data import hf_tokenizer, prompts
+from llm.data.packing import tokens_per_epoch
 from llm.data.pipeline import Prepared, Say, prepare
 from llm.data.shards import Shards
 from llm.data.sources import Source, own_source
 from llm.data.tokenizer import Tokenizer
+from llm.distributed.process import warn
 from llm.distributed.sharding import LocalShard
 from llm.model.cost import parameters
 from llm.model.hf_config import FIELDS, read_config
-from llm.run_folder import checkpoint, tensor_files
+from llm.run_folder import checkpoint, loaded_run, tensor_files
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def folder_of(name: str) -> Path:
+    """The model folder that model.from names; of a run, as runs/NAME or runs/NAME/best, that of its checkpoint."""
+    path = atomic_io.expanded(name)
+    if (path / "config.json").exists() or not ((path / "checkpoints").is_dir() or path.name in ("best", "newest")):
+        return path
+    run, which = loaded_run.find(str(path))
+    found = checkpoint.best(run, warn=warn) if which == "best" else None
+    found = found or checkpoint.newest(run, warn)
+    assert found is not None, "find refuses a run without a checkpoint"
+    return found.folder
+
+
+def tokenizer_of(folder: Path, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a model folder; for a checkpoint of ours the very one that its run keeps."""
+    if folder.parent.name == "checkpoints" and (folder / checkpoint.MANIFEST).is_file():
+        tokenizer = hf_tokenizer.load(folder.parent.parent / "tokenizer")
+        if tokenizer.fingerprint == checkpoint.read_manifest(folder)["tokenizer"]:
+            return tokenizer
+        raise RefusedError(f"{folder.parent.parent / 'tokenizer'} is not the tokenizer that {folder} was trained with")
+    return hf_tokenizer.borrow(folder, config)
 
 
 def shaped(recipe: Recipe) -> Recipe:
@@ -41,7 +65,8 @@ def shaped(recipe: Recipe) -> Recipe:
         if said not in (value, getattr(plain, name), getattr(resolved, name)):
             raise RecipeError(f"model.{name} = {said}, but {shape.from_} has {value}: leave it out")
     most = config["max_position_embeddings"]
-    if shape.context > most:
+    ours = (atomic_io.expanded(recipe.model.from_) / checkpoint.MANIFEST).is_file()  # and rotates any position
+    if shape.context > most and not ours:
         raise RecipeError(f"model.context = {shape.context} is more than the {most} tokens of {shape.from_}")
     recipe = resolve(replace(recipe, model=replace(shape, **theirs)))
     there = sum(path.stat().st_size for path in atomic_io.expanded(str(shape.from_)).glob("*.safetensors"))
@@ -56,8 +81,9 @@ def prepare_for(
     """Prepare the recipe's text, or `own` documents; model.from, if given, provides the shape and the tokenizer."""
     tokenizer = None
     if recipe.model.from_:
-        folder = atomic_io.expanded(recipe.model.from_)
-        recipe, tokenizer = shaped(recipe), borrow(folder, read_config(folder))
+        folder = folder_of(recipe.model.from_)
+        recipe = shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
+        tokenizer = tokenizer_of(folder, read_config(folder))
     return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own)
 
 
@@ -71,7 +97,7 @@ def ready(
     own = own_source(recipe.text.files[0], documents) if documents else None
     recipe, prepared = prepare_for(recipe, say, own=own)
     recipe = prompts.settled(recipe, prepared.tokenizer, prepared.shards)
-    return with_steps(recipe, prepared.shards.train.tokens), prepared.tokenizer, prepared.shards
+    return with_steps(recipe, tokens_per_epoch(recipe, prepared.shards)), prepared.tokenizer, prepared.shards
 
 
 def load(folder: Path, into: dict[str, LocalShard]) -> str:

@@ -89,7 +89,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(shape.head_dim, family.norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(shape.head_dim, family.norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         split = (*x.shape[:2], -1, self.shape.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), cos, sin)  # (B, H, T, E)
         k = rotate(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), cos, sin)  # (B, K, T, E)
@@ -99,8 +99,8 @@ class Attention(nn.Module):
             q = q.to(k.dtype)
             if x.shape[1] == 1:  # treat heads that share keys as tokens of one head, so that no kernel repeats keys
                 q = q.reshape(len(q), self.shape.kv_heads, -1, self.shape.head_dim)
-        mask, grouped = None if cache is None else cache.mask, k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None, enable_gqa=grouped)  # (B, H, T, E)
+        mask, grouped = mask if cache is None else cache.mask, k.shape[1] < q.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, E)
         if cache is not None and x.shape[1] == 1:
             y = y.reshape(len(y), self.shape.heads, 1, -1)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -135,10 +135,26 @@ class Block(nn.Module):
         return dropout(x, windows, seed=self.seed, site=self.sites[place], rate=self.rate)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, windows: Tensor | None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        windows: Tensor | None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, cache), windows, 0)
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, cache, mask), windows, 0)
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)), windows, 1)
+
+
+def places(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (B, T), counted from the start of each segment, and the mask (B, 1, T, T) of attention within it."""
+    at = torch.arange(segments.shape[1], device=segments.device)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    firsts = torch.where(begins, at, 0).cummax(1).values
+    same = segments[:, :, None] == segments[:, None, :]
+    return at - firsts, (same & (at[None, :] <= at[:, None]))[:, None]
 
 
 class Decoder(nn.Module):
@@ -160,17 +176,22 @@ class Decoder(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)  # (context, E)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, tokens: Tensor, windows: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, windows: Tensor | None, cache: Cache | None, segments: Tensor | None = None
+    ) -> Tensor:
         x = self.embed_tokens(tokens)  # (B, T, D)
         if windows is not None and self.rate:
             x = dropout(x, windows, seed=self.seed, site=0, rate=self.rate)
         at = torch.arange(tokens.shape[1], device=x.device)[None] if cache is None else cache.positions  # (B or 1, T)
+        mask = None
+        if segments is not None:
+            at, mask = places(segments)
         cos, sin = self.cos[at][:, None].to(x.dtype), self.sin[at][:, None].to(x.dtype)  # (B or 1, 1, T, E)
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, windows, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, windows, None, mask, use_reentrant=False, preserve_rng_state=False)
             elif cache is None:
-                x = block(x, cos, sin, windows)
+                x = block(x, cos, sin, windows, None, mask)
             else:  # bypass compilation, which would recompile for each layer and each length
                 x = block._call_impl(x, cos, sin, windows, cache)
         return self.norm(x)  # (B, T, D)
@@ -219,12 +240,16 @@ class Transformer(nn.Module):
                 rows = local_shard(weight)
                 rows.local.copy_(drawn[rows.low : rows.low + len(rows.local)])
 
-    def forward(self, tokens: Tensor, targets: Tensor, windows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, windows: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """Summed cross-entropy of `targets` (B, T) after `tokens` (B, T), without IGNORED targets: nats, fp32 scalar.
 
         `windows` (B,) are the windows' positions in the data order, which determine dropout; without them it is off.
+        With `segments` (B, T) tokens see those before them of their own segment only, and positions count from its
+        start.
         """
-        hidden = self.model(tokens, windows, None).flatten(0, 1)
+        hidden = self.model(tokens, windows, None, segments).flatten(0, 1)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())

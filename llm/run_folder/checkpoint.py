@@ -21,7 +21,7 @@ from llm.base import atomic_io
 from llm.base.errors import DiskError, LLMError, RefusedError
 from llm.config.reading import load
 from llm.config.resolving import counted_from_1
-from llm.config.schema import STEP, science
+from llm.config.schema import STEP, Train, science
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.sharding import LocalShard, Sharding
 from llm.run_folder.tensor_files import as_bytes, header, own_rows
@@ -210,6 +210,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     true_name = f"step-{manifest['step']:06d}"
     if folder.name.startswith("step-") and folder.name != true_name:
         raise RefusedError(f"{folder} holds the checkpoint of step {manifest['step']}: rename it to {true_name}")
+    manifest["science"].setdefault("train.on", Train.on)  # a key that earlier versions had not
     if manifest["format"] == 1 and (skip := manifest["science"].get("train.skip")):
         manifest["science"]["train.skip"] = counted_from_1(skip)
     if folder.parent.name == "checkpoints" and not _belongs(manifest, folder.parent.parent):

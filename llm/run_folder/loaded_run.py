@@ -35,6 +35,11 @@ class LoadedRun:
     def name(self) -> str:
         return f"{self.folder.name}/{self.checkpoint.folder.name}"
 
+    @property
+    def is_chat(self) -> bool:
+        """True if it was trained on conversations."""
+        return self.checkpoint.manifest.get("chat") is True
+
 
 def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
     """The folder of a run, and the checkpoint asked for: "best" unless `name` ends in /step-N or /newest.

@@ -126,9 +126,10 @@ class Tracker:
             best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
             best_text = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
             trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
+            also = f", {numbers['also_bits_per_byte']:.4f} of evaluate.also" if "also_bits_per_byte" in numbers else ""
             self.say(
                 f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}"
-                f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte\n"
+                f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte{also}\n"
                 f"  {numbers['epochs_seen']:.2f} epochs seen  ({'best so far' if numbers.get('best') else best_text})"
             )
         elif self.panel is None:

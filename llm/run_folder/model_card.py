@@ -23,6 +23,14 @@ print(say("{prompt}", max_new_tokens=60)[0]["generated_text"])
 ```
 """
 
+CHAT = """```python
+from transformers import pipeline
+
+say = pipeline("text-generation", model="THIS FOLDER OR ITS NAME ON THE HUB")
+print(say([{{"role": "user", "content": "{prompt}"}}], max_new_tokens=60)[0]["generated_text"][-1]["content"])
+```
+"""
+
 OWN_MODEL = """```python
 import llm
 
@@ -34,11 +42,18 @@ Curve = list[list[float]]  # of each evaluation: step, bits per byte
 
 
 def model_card(
-    recipe: Recipe, tokenizer: Tokenizer, shards: Shards, step: int, curve: Curve, numbers: int, parts: dict[str, str]
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    shards: Shards,
+    step: int,
+    curve: Curve,
+    numbers: int,
+    parts: dict[str, str],
+    epochs: float | None = None,
 ) -> bytes:
     """README.md of the checkpoint after `step`; `numbers` counts the model's parameters, `recipe` has its length.
 
-    `parts` names those that were a caller's own.
+    `parts` names those that were a caller's own; `epochs` are given where they are not counted in tokens of the text.
     """
     shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
     texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.files)
@@ -48,7 +63,9 @@ def model_card(
     at_step = [bits for at, bits in curve if at == step]
     validated = f"{at_step[0]:.4f}" if at_step else "not evaluated at this step"
     prompt = example(recipe, tokenizer, shards)
-    say = USE.format(prompt=_plain(prompt)) if tokenizer.is_portable else _NO_TOKENIZER
+    epochs = read / shards.train.tokens if epochs is None else epochs
+    does, use, limits = (_CHATS, CHAT, _ANSWERS) if shards.is_chat else (_CONTINUES, USE, _GOES_ON)
+    say = use.format(prompt=_plain(prompt)) if tokenizer.is_portable else _NO_TOKENIZER
     if "model" in parts:
         family, say = f"of its own ({_plain(parts['model'])}), in the sizes", OWN_MODEL.format(run=recipe.run)
     optimizer = _plain(parts.get("optimizer", train.optimizer))
@@ -60,7 +77,7 @@ tags: [causal-lm, {recipe.run}]
 
 # {recipe.run}
 
-A language model that continues a text, trained{began} on the text below{only}.
+A language model that {does}, trained{began} on the text below{only}.
 
 | | |
 |---|---|
@@ -72,7 +89,7 @@ A language model that continues a text, trained{began} on the text below{only}.
 | architecture | {family}: {shape.layers} layers of {shape.dim}, {shape.heads} heads of {shape.head_dim} over \
 {shape.kv_heads} of keys and values, MLP {shape.ffn_dim}, {"tied" if shape.tied else "untied"} embeddings |
 | context | {shape.context:,} tokens |
-| training | step {step:,} of {train.steps:,}, {read:,} tokens, {read / shards.train.tokens:.2f} epochs, \
+| training | step {step:,} of {train.steps:,}, {read:,} tokens, {epochs:.2f} epochs, \
 {optimizer}, rate {train.learning_rate:g}, decay {train.weight_decay:g}, dropout {shape.dropout:g}, \
 seed {recipe.seed} |
 | validation | {validated} bits per byte |
@@ -84,12 +101,15 @@ seed {recipe.seed} |
 {say}
 ## Limits
 
-It continues texts of the kind it was trained on; it answers no questions and follows no instructions. Its text may be
+{limits} Its text may be
 false, and may repeat the training text word for word. It reads {shape.context:,} tokens at once. Bias in the text was
 not reduced. The licence of the text applies when you pass the model on.
 """.encode()
 
 
+_CONTINUES, _CHATS = "continues a text", "answers in a conversation"
+_GOES_ON = "It continues texts of the kind it was trained on; it answers no questions and follows no instructions."
+_ANSWERS = "It answers as the conversations that it was trained on do, and follows no instructions beyond them."
 _NO_TOKENIZER = """The vocabulary has no tokenizer.json: `AutoModelForCausalLM` opens the model, sentencepiece reads the
 tokenizer.model that the run keeps.
 """

@@ -9,8 +9,9 @@ from llm.config.reading import load
 from llm.config.resolving import skipped
 from llm.data import hf_tokenizer
 from llm.data.batches import BatchLoader
+from llm.data.chat_template import spoken
+from llm.data.packing import order_of
 from llm.data.shards import of_run
-from llm.data.shuffle import WindowShuffle
 from llm.optim.time_budget import RECORD as PLAN
 
 
@@ -30,14 +31,15 @@ def step_texts(folder: Path, step: int, world: int = 0, characters: int = 0) -> 
         fault = f"{windows} windows in micro-batches of {micro_batch} cannot be split among {world} processes"
         raise RecipeError(f"--world = {world}: {fault}: name a divisor of {windows // micro_batch}")
     shards, tokenizer = of_run(folder), hf_tokenizer.load(folder / "tokenizer")
-    order = WindowShuffle(recipe.seed, shards.train.tokens, recipe.model.context)
+    order = order_of(recipe, shards)
     yield f"step {step} of {folder.name} reads:"
     for rank in range(world):
         loader = BatchLoader(shards.train, order, windows, micro_batch, rank, world, skipped(recipe))
         for number, positions in enumerate(loader.positions(step - 1)):
             starts = order.starts(positions).tolist()
             for position, start in zip(positions.tolist(), starts, strict=True):
-                text = tokenizer.decode(shards.train.read(start, start + recipe.model.context + 1).tolist())
+                ids = order.ids(shards.train, position).tolist()
+                text = spoken(tokenizer, ids) if shards.is_chat else tokenizer.decode(ids)
                 epoch = position // order.windows
                 yield f"\n--- process {rank}, micro-batch {number}, position {position}, epoch {epoch}, token {start}"
                 yield text if not characters or len(text) <= characters else f"{text[:characters]} ..."

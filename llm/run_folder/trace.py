@@ -7,13 +7,17 @@ last bit, a checksum of all weights, and a digest that chains the line to all be
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm.base import atomic_io
 from llm.base.errors import RefusedError
+from llm.base.hashing import mix
 from llm.config.reading import load
 from llm.config.schema import flat
+from llm.data.packing import PackedShuffle
+from llm.data.shuffle import WindowShuffle
 from llm.distributed.sharding import LocalShard, Sharding, gather
 
 FILE = "fingerprints.jsonl"
@@ -33,6 +37,11 @@ def checksum(weights: dict[str, LocalShard], sharding: Sharding) -> Tensor:
         sums.append((row_sums * (numbers * ODD)).sum())
     total = torch.stack(sums)
     return gather(total, sharding.shard_group).sum(0) if sharding.sharded else total
+
+
+def windows(order: WindowShuffle | PackedShuffle, positions: np.ndarray) -> str:
+    """Digest of the windows at `positions`."""
+    return f"{mix(*order.starts(positions).tolist()):016x}"
 
 
 class Trace(atomic_io.Lines):

@@ -14,6 +14,7 @@ from torch import Tensor
 from llm.config.resolving import skipped
 from llm.config.schema import Recipe
 from llm.data.batches import BatchLoader
+from llm.data.packing import PackedShuffle, order_of
 from llm.data.shards import Shards
 from llm.data.shuffle import WindowShuffle
 from llm.data.tokenizer import Tokenizer
@@ -68,8 +69,8 @@ class RunContext:
         return torch.float32 if self.settings.precision == "fp32" else torch.bfloat16
 
     @cached_property
-    def order(self) -> WindowShuffle:
-        return WindowShuffle(self.recipe.seed, self.shards.train.tokens, self.recipe.model.context)
+    def order(self) -> WindowShuffle | PackedShuffle:
+        return order_of(self.recipe, self.shards)
 
     def loader(self, micro_batch: int) -> BatchLoader:
         """This rank's training batches in micro-batches of this many windows."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from llm.base.errors import RefusedError, reason
-from llm.data.batches import eval_batches
-from llm.data.shards import Split
+from llm.data.batches import eval_batches, packed_batches
+from llm.data.chat_template import template_of
+from llm.data.packing import WindowTable, table_of
+from llm.data.shards import Shards, Split
 from llm.distributed import process, sharding
 from llm.inference.generation import continuations
 from llm.inference.sampling import Sampling
@@ -47,19 +49,53 @@ class Evaluator:
     def evaluate(self, micro_batch: int) -> None:
         """Held-out loss into `metrics` and the record, then samples. The checkpoint of this step is already saved."""
         prompts, tracker, split = self.context.recipe.evaluate.prompts, self.monitor.tracker, self.context.sharding
-        held_out = self.context.shards.validation
-        if not held_out.tokens:
-            self.metrics = {"bits_per_byte": None}
-        elif verified := self._attempt("no evaluation", held_out.verified):
-            nats = self._attempt("no evaluation", lambda: self._nats(verified, micro_batch))
-            if nats is not None:
-                self._keep(sharding.gather(nats).sum().item())
+        self._measure(micro_batch)
         if prompts:
             speaks = process.rank() == 0 or split.sharded  # a sharded model needs all its ranks
             texts = self._attempt("no samples", lambda: self._samples() if speaks else [])
             if tracker is not None and texts is not None:
                 tracker.samples(self.state.step, dict(zip(prompts, texts, strict=True)))
         split.reshard(self.state.model)
+
+    @torch.no_grad()
+    def before(self, micro_batch: int) -> None:
+        """Record what the weights that a run begins with say of both texts; nothing else is changed by it."""
+        best, curve = self.best, self.curve
+        self._measure(micro_batch)
+        self.metrics, self.best, self.curve = {}, best, curve
+        self.context.sharding.reshard(self.state.model)
+
+    def _measure(self, micro_batch: int) -> None:
+        """The losses of the held-out side, and of that of evaluate.also."""
+        shards = self.context.shards
+        if not shards.validation.tokens:
+            self.metrics = {"bits_per_byte": None}
+            return
+        also = {}
+        if shards.also is not None and (there := self._held_out(shards.also, micro_batch)) is not None:
+            also = {"also_bits_per_byte": there[0] / there[2] / math.log(2)}
+        if (found := self._held_out(shards, micro_batch)) is not None:
+            self._keep(*found, also)
+
+    def _held_out(self, shards: Shards, micro_batch: int) -> tuple[float, int, int] | None:
+        """Loss (a sum in nats) of the validation side, with the number of targets and the bytes they stand for.
+
+        None, and an event, if it cannot be measured.
+        """
+        held_out = self._attempt("no evaluation", shards.validation.verified)
+        if held_out is None or not held_out.tokens:
+            return None
+        table = table_of(self.context.recipe, held_out) if shards.is_chat else None
+        if table is not None and not table.targets:
+            return None
+        nats = self._attempt("no evaluation", lambda: self._nats(held_out, table, micro_batch))
+        if nats is None:
+            return None
+        total = sharding.gather(nats).sum().item()
+        if table is None:
+            return total, held_out.tokens - 1, held_out.text_bytes
+        bytes_of = self.context.tokenizer.bytes_of
+        return total, table.targets, max(1, sum(len(bytes_of(id)) for id in table.target_ids().tolist()))
 
     def _attempt(self, otherwise: str, act: Callable[[], Result]) -> Result | None:
         """What `act` returns; None and an event if it fails on any rank."""
@@ -79,27 +115,35 @@ class Evaluator:
             process.warn(f"{otherwise}: {why}")
         return None
 
-    def _nats(self, held_out: Split, micro_batch: int) -> Tensor:
+    def _nats(self, held_out: Split, table: WindowTable | None, micro_batch: int) -> Tensor:
         """This rank's part of the held-out loss, a sum: (1,)."""
         context, device = self.context, self.context.device
         total = torch.zeros(1, dtype=wide(device), device=device)
         rank, world = process.rank(), process.world()
-        for batch in eval_batches(held_out, context.recipe.model.context, micro_batch, rank, world):
+        if table is None:
+            batches = eval_batches(held_out, context.recipe.model.context, micro_batch, rank, world)
+        else:
+            batches = packed_batches(table, micro_batch, rank, world)
+        for batch in batches:
             batch = batch.to(device)
             with context.accelerator.autocast():
-                total += self.state.model(batch.tokens, batch.targets)
+                if batch.segments is None:
+                    total += self.state.model(batch.tokens, batch.targets)
+                else:
+                    total += self.state.model(batch.tokens, batch.targets, segments=batch.segments)
         return total
 
-    def _keep(self, nats: float) -> None:
-        split, step = self.context.shards.validation, self.state.step
-        bits = nats / split.text_bytes / math.log(2)
+    def _keep(self, nats: float, targets: int, text_bytes: int, also: dict[str, float]) -> None:
+        step = self.state.step
+        bits = nats / text_bytes / math.log(2)
         if not math.isfinite(bits):
             self.metrics = {"bits_per_byte": None}
             self.monitor.event(step, "the validation loss is not finite: it counts for nothing")
             return
         self.metrics = {
-            "val_loss": nats / (split.tokens - 1),
+            "val_loss": nats / targets,
             "bits_per_byte": bits,
+            **also,
             "best": bits < self.best,
             "epochs_seen": self.context.epochs_seen(step),
         }
@@ -111,6 +155,10 @@ class Evaluator:
     def _samples(self) -> list[str]:
         context, tokenizer = self.context, self.context.tokenizer
         prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in context.recipe.evaluate.prompts]
+        template = template_of(tokenizer) if context.shards.is_chat else None
+        if template:
+            prompts = [template.prompt([{"role": "user", "content": p}]) for p in context.recipe.evaluate.prompts]
         # Sharded blocks are gathered in the type they are multiplied in.
         with context.accelerator.autocast() if context.sharding.sharded else nullcontext():
-            return continuations(self.state.model, tokenizer, prompts, SAMPLE_TOKENS, Sampling(), context.recipe.seed)
+            model, seed = self.state.model, context.recipe.seed
+            return continuations(model, tokenizer, prompts, SAMPLE_TOKENS, Sampling(), seed, template)

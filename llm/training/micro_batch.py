@@ -135,9 +135,11 @@ class MicroBatches:
         """Loss of one micro-batch of this size, whose gradient is dropped."""
         context = self.context
         tokens = torch.zeros(size, context.recipe.model.context, dtype=torch.int64, device=context.device)
+        segments = tokens if context.shards.is_chat else None
         with nullcontext() if context.sharding.sharded else context.accelerator.no_sync(self.wrapped):
             with context.accelerator.autocast():
-                loss = self.wrapped(tokens, tokens, tokens[:, 0].contiguous())  # strides as in a real batch
+                # Strides as in a real batch.
+                loss = self.wrapped(*Batch(tokens, tokens, tokens[:, 0].contiguous(), segments).inputs)
             loss.backward()
         self.state.model.zero_grad(set_to_none=True)
         return loss.item()

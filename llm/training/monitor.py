@@ -102,8 +102,9 @@ class Monitor:
         """Beginnings of the first windows that update `step` read."""
         first, recipe = self.context.loader(1).first(step - 1), self.context.recipe
         train, decode = self.context.shards.train, self.context.tokenizer.decode
-        starts = self.context.order.starts(np.arange(min(most, recipe.windows_per_step)) + first).tolist()
-        return [decode(train.read(start, start + min(60, recipe.model.context)).tolist()) for start in starts]
+        most = min(most, recipe.windows_per_step)
+        windows = (self.context.order.ids(train, first + number) for number in range(most))
+        return [decode(ids[:60].tolist()) for ids in windows]
 
     def record(self, loss: Tensor) -> None:
         """Add this step to the trace."""

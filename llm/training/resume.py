@@ -36,10 +36,12 @@ class Checkpoints:
         self.saved = -1
         self.identity = ""  # by which the run knows its checkpoints, from `resume` on
         self.parent: dict[str, Any] | None = None  # the checkpoint or folder that this run began from
-        self.extra_files = tokenizer_files(context.tokenizer)
+        self.extra_files = tokenizer_files(context.tokenizer, chat=context.shards.is_chat)
         if context.parts.model is None:  # else no config.json of ours would tell the truth
             family = hf_config.family_of(context.recipe)
-            self.extra_files |= model_files(context.recipe.model, context.tokenizer, family)
+            self.extra_files |= model_files(
+                context.recipe.model, context.tokenizer, family, chat=context.shards.is_chat
+            )
 
     # ------------------------------------------------------------------ saving
 
@@ -81,14 +83,16 @@ class Checkpoints:
         context, curve = self.context, self.evaluator.curve
         numbers = sum(math.prod(shard.shape) for shard in self.state.weights().values())
         shards, step, parts = context.shards, self.state.step, context.parts.names()
-        return model_card(context.recipe, context.tokenizer, shards, step, curve, numbers, parts)
+        epochs = context.epochs_seen(step) if shards.is_chat else None
+        return model_card(context.recipe, context.tokenizer, shards, step, curve, numbers, parts, epochs)
 
     def _manifest(self) -> dict[str, Any]:
         context, state = self.context, self.state
         decides = science(context.recipe)
         machine = {name: value for name, value in flat(context.recipe).items() if name not in decides}
         machine |= context.settings.keys(self.micro_batches.size)
-        own = {"parts": context.parts.names()} if context.parts.names() else {}
+        own: dict[str, Any] = {"parts": context.parts.names()} if context.parts.names() else {}
+        own |= {"chat": True} if context.shards.is_chat else {}
         return {
             "run": self.identity,
             "step": state.step,

@@ -58,7 +58,7 @@ class GradientStep:
         waits = not exchange and not self.context.sharding.sharded
         with accelerator.no_sync(self.wrapped) if waits else nullcontext():
             with accelerator.autocast():
-                loss: Tensor = self.wrapped(batch.tokens, batch.targets, batch.windows)
+                loss: Tensor = self.wrapped(*batch.inputs)
             (loss * scale).backward()
         return loss.detach()
 

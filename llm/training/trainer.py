@@ -54,11 +54,14 @@ class Trainer:
         `step_seconds`: of a step, as rehearsed; the record keeps the plan that follows from it.
         """
         state, clock = self.state, StepClock(self.state.step)
-        self.monitor.open(evaluate_again=self.owes_evaluation, step_seconds=step_seconds)
+        begins = self.checkpoints.saved < 0 and self.context.shards.also is not None
+        self.monitor.open(evaluate_again=self.owes_evaluation or begins, step_seconds=step_seconds)
         if self.monitor.tracker is not None and self.monitor.tracker.panel is not None:
             self.stop.notice = ON_PANEL
         if self.owes_evaluation:
             self.evaluate()
+        if begins:
+            self.evaluator.before(self.micro_batches.size)
         while state.step < self.steps and not self.stop.agreed(state.step):
             clock.start()
             loss, norm = self.update(state.step)

@@ -323,7 +323,8 @@ def test_rows_of_a_hub_data_set_are_documents(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(datasets, "load_dataset", load)
     found = Corpus(Text(files=("hub:owner/name@main#en",), field="body"))
     assert list(found.documents()) == [b"one", b"two"]
-    assert asked == [(("owner/name", "en"), {"split": "train", "revision": "c" * 40, "streaming": True})]
+    once = (("owner/name", "en"), {"split": "train", "revision": "c" * 40, "streaming": True})
+    assert asked == [once, once]  # the first row tells texts from conversations
     assert found.identity[-1] == [["owner/name", "c" * 40, "en"]]
 
 

@@ -44,7 +44,9 @@ def test_every_window_is_read_exactly_once_in_every_epoch(windows: int) -> None:
     epoch=st.integers(0, 10**9),
 )
 def test_windows_tile_the_text_and_never_leave_it(seed: int, context: int, more: int, epoch: int) -> None:
-    order = WindowShuffle(seed, tokens=context + 1 + more, context=context)  # one window is the least that preparation lets by
+    order = WindowShuffle(
+        seed, tokens=context + 1 + more, context=context
+    )  # one window is the least that preparation lets by
     tiled = np.sort(starts(order, epoch))
     assert np.array_equal(tiled, tiled[0] + np.arange(order.windows) * context)
     assert tiled[0] >= 0

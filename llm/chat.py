@@ -1,0 +1,135 @@
+"""python -m llm.chat [RUN]: talk to a run that was trained on conversations."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm.base.command import Parser
+from llm.base.errors import LLMError, RecipeError, run
+from llm.inference import terminal
+from llm.inference.sampling import Sampling, flag
+
+if TYPE_CHECKING:
+    from llm.inference.chat import Conversation
+
+HELP = """/reset            begin anew (the system message stays)
+/system TEXT      what the model is told first; without TEXT: nothing
+/undo             take back the last exchange
+/save FILE.jsonl  add the conversation to a file that text.files can name
+/help             this list; Ctrl-C ends an answer, Ctrl-D leaves"""
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        "chat",
+        "Talk to a run that was trained on conversations. Answers go to stdout, everything else to stderr.",
+        epilog="A pasted text is one message, blank lines and all. /help lists what can be typed beside messages. "
+        "Without a terminal each line of stdin is a message.",
+    )
+    parser.add_run()
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_number("--tokens", default=200, least=1, help="at most this many new tokens an answer (default 200)")
+    for each in fields(Sampling):
+        default: Any = each.default
+        bounds = {name: each.metadata[name] for name in ("least", "most")}
+        help = f"{each.metadata['help']} (default {default:g})"
+        parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
+    parser.add_number("--seed", most=(1 << 63) - 1, help="the same seed gives the same answers (default: another)")
+    given = parser.parse_args(arguments)
+    given.sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
+    return given
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    import torch
+
+    from llm.inference.chat import Conversation
+    from llm.run_folder.loaded_run import open_run
+
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    conversation = Conversation(open_run(given.run))
+    conversation.instruct(given.system or "")
+    seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)
+    tell(f"{conversation.run.name}, seed {seed}")
+    ask: Callable[[], str | None] = line_of_stdin
+    if sys.stdin.isatty():
+        terminal.prepare()
+        tell("Type a message; /help lists commands; Ctrl-C ends an answer, Ctrl-D leaves.")
+        ask = partial(terminal.ask, stay=True)
+    said_dropped = False
+    while (text := ask()) is not None:
+        try:
+            if text.startswith("/"):
+                command(conversation, text)
+            elif text.strip():
+                say(conversation, text, given, seed)
+                if conversation.dropped and not said_dropped:
+                    said_dropped = True
+                    tell("(the oldest exchanges no longer fit into the context: the model does not see them)")
+        except LLMError as error:
+            tell(f"({error})")
+        except KeyboardInterrupt:
+            print()
+            if not sys.stdin.isatty():
+                raise
+
+
+def say(conversation: "Conversation", text: str, given: argparse.Namespace, seed: int) -> None:
+    """Print the answer as it comes. The seed of each turn is another, or equal messages would be answered alike."""
+    for piece in conversation.answer(
+        text, given.tokens, given.sampling, (seed + len(conversation.messages)) % (1 << 63)
+    ):
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def command(conversation: "Conversation", text: str) -> None:
+    """Do what a line that begins with a slash says. RecipeError if that is not known."""
+    name, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if name == "/help":
+        tell(HELP)
+    elif name == "/reset":
+        conversation.reset()
+        tell("(a new conversation)")
+    elif name == "/system":
+        conversation.instruct(rest)
+        tell("(the system message is set)" if rest else "(no system message)")
+    elif name == "/undo":
+        tell("(the last exchange is taken back)" if conversation.undo() else "(there is nothing to take back)")
+    elif name == "/save":
+        save(conversation, rest)
+    else:
+        raise RecipeError(f"{name[:40]} is no command: /help lists them")
+
+
+def save(conversation: "Conversation", name: str) -> None:
+    """Add the conversation to a .jsonl file. RecipeError where that is not possible."""
+    said = [each for each in conversation.messages if each["content"].strip()]
+    if not name or len(said) < 2:
+        raise RecipeError("write /save FILE.jsonl, after a first answer")
+    try:
+        with Path(name).expanduser().open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": said}, ensure_ascii=False) + "\n")
+    except (OSError, RuntimeError) as error:
+        raise RecipeError(f"{name[:200]} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    tell(f"(added to {name})")
+
+
+def line_of_stdin() -> str | None:
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

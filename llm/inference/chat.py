@@ -1,0 +1,84 @@
+"""A conversation with a model: its history, cut to the context a whole exchange at a time, and answers as they come."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from llm.base.errors import RecipeError
+from llm.data.chat_template import ChatTemplate, template_of
+from llm.data.conversations import Message
+from llm.data.tokenizer import TextStream
+from llm.inference.generation import generate
+from llm.inference.sampling import Sampling
+from llm.run_folder.loaded_run import LoadedRun
+
+ROOM = 4  # a quarter of the context, or as many tokens as are asked for, stays free for an answer
+
+
+@dataclass
+class Conversation:
+    """`messages` is the whole of it; of these the prompt holds the system message and the newest exchanges that fit."""
+
+    run: LoadedRun
+    messages: list[Message] = field(default_factory=list)
+    dropped: int = 0  # messages of the last prompt that did not fit
+
+    def __post_init__(self) -> None:
+        if not self.run.is_chat:
+            raise RecipeError(
+                f"{self.run.name} was not trained on conversations: train it on some (recipes/chat.yaml), or let it "
+                f"continue a text by `python -m llm.sample {self.run.folder.name}`"
+            )
+        self.template: ChatTemplate = template_of(self.run.tokenizer)
+
+    @property
+    def system(self) -> list[Message]:
+        return [each for each in self.messages[:1] if each["role"] == "system"]
+
+    def instruct(self, text: str) -> None:
+        """Replace the system message; with an empty text, remove it."""
+        rest = self.messages[len(self.system) :]
+        self.messages = [*([{"role": "system", "content": text}] if text else []), *rest]
+
+    def reset(self) -> None:
+        self.messages = self.system
+
+    def undo(self) -> bool:
+        """Take back the last exchange; false if there is none."""
+        turns = [at for at, each in enumerate(self.messages) if each["role"] == "user"]
+        self.messages = self.messages[: turns[-1]] if turns else self.messages
+        return bool(turns)
+
+    def prompt(self, text: str, tokens: int) -> list[int]:
+        """The ids before the answer to `text`. RecipeError if the context cannot hold it alone."""
+        context, system = self.run.model.shape.context, self.system
+        room = context - min(tokens, context // ROOM)
+        said = self.messages[len(system) :]
+        while True:
+            ids = self.template.prompt([*system, *said, {"role": "user", "content": text}])
+            if len(ids) <= room:
+                self.dropped = len(self.messages) - len(system) - len(said)
+                return ids
+            if not said:
+                raise RecipeError(
+                    f"a message of {len(ids):,} tokens, its markers and the system message included, is longer than "
+                    f"the {room:,} of the context of {context:,} that an answer leaves: shorten it"
+                )
+            said = said[2:]
+
+    def answer(self, text: str, tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:
+        """The answer to `text`, piece by piece. What was yielded is kept in `messages`, even if the caller stops."""
+        ids = self.prompt(text, tokens)
+        stream, spoken = TextStream(self.run.tokenizer), ""
+        tokens = min(tokens, self.run.model.shape.context - len(ids) + 1)
+        columns = generate(self.run.model, [ids], tokens, sampling, seed, self.template.ends, self.template.banned)
+        try:
+            for (token,) in columns:
+                if token is not None:
+                    piece = stream.feed(token)
+                    spoken += piece
+                    yield piece
+            rest = stream.flush()
+            spoken += rest
+            yield rest
+        finally:
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": spoken}]
