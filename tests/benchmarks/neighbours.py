@@ -55,7 +55,7 @@ def serve() -> None:
         return recipe.train.tokens_per_step
 
     def sample() -> int:
-        return sum(1 for _ in generate(model.eval(), [[1, 5, 6, 7]], 30, Sampling(), 1, 1, ()))
+        return sum(1 for _ in generate(model.eval(), [[1, 5, 6, 7]], 30, Sampling(), 1, (1,), ()))
 
     def rate(act: Callable[[], int], seconds: float) -> float:
         began, count = time.perf_counter(), 0
