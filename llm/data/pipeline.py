@@ -20,14 +20,12 @@ import heapq
 import math
 import os
 import shutil
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
@@ -37,6 +35,7 @@ from llm.data import shards as sharding
 from llm.data.chat_template import template_of
 from llm.data.conversations import text_of
 from llm.data.documents import MAX_DOCUMENT, PAGE, Corpus, fraction
+from llm.data.progress import Say, Show
 from llm.data.shards import Shards
 from llm.data.sources import Source
 from llm.data.tokenizer import MANIFEST, SETTINGS, Tokenizer
@@ -48,8 +47,6 @@ MEASURABLE = 1 << 10  # least bytes of the validation side: some 300 tokens, whi
 LEAST = 256  # least bytes of the validation side of a very small text
 LEAST_PIECE = 512  # bytes below which no document is cut in order to hold a part of it out
 LARGE = 16 << 20  # bytes of text from which it pays to start processes that encode it
-Item = TypeVar("Item")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -83,36 +80,6 @@ class Survey:
         return self.documents[0] > 0 and (not self.share or self.text_bytes[1] >= self.enough)
 
 
-@dataclass(frozen=True)
-class _Show:
-    """Progress of a long task: a bar on a terminal, otherwise a line every 10 s; nothing if `progress` is off."""
-
-    say: Say
-    progress: bool
-
-    def over(self, items: Iterable[Item], what: str, total: int | None, size: Callable[[Item], int]) -> Iterator[Item]:
-        """The same items; `size` gives the bytes of text in one of them, `total` those of all."""
-        if self.progress and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            with tqdm(desc=what, total=total, unit="B", unit_scale=True) as bar:
-                for item in items:
-                    yield item
-                    bar.update(size(item))
-            return
-        began = told = time.monotonic()
-        done = 0
-        for item in items:
-            yield item
-            done += size(item)
-            now = time.monotonic()
-            if self.progress and now - told >= 10:
-                told, rate = now, done / (now - began)
-                seconds = max((total or 0) - done, 0) / max(rate, 1)
-                left = f" of {total / 1e6:,.0f} MB, {seconds:,.0f} s left" if total else " MB"
-                self.say(f"{what}: {done / 1e6:,.0f}{left}, {rate / 1e6:,.1f} MB/s")
-
-
 def prepare(
     recipe: Recipe,
     say: Say = print,
@@ -127,7 +94,7 @@ def prepare(
     files look unchanged, and checks every byte of the shards.
     """
     cache = _cache(recipe.text.cache or "data")
-    show = _Show(say, progress)
+    show = Show(say, progress)
 
     corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify, own=own)
     if corpus.repeated:
@@ -268,7 +235,7 @@ def _read_only(path: Path) -> bool:
 
 
 def _surveyed(
-    text: Text, cache: Path, show: _Show, *, verify: bool, most: int = MAX_DOCUMENT, own: Source | None = None
+    text: Text, cache: Path, show: Show, *, verify: bool, most: int = MAX_DOCUMENT, own: Source | None = None
 ) -> tuple[Corpus, Survey, list[bytes]]:
     """Corpus and survey of the text, from the cache (with an empty sample) or read, with a sample for the tokenizer.
 
@@ -296,7 +263,7 @@ def _surveyed(
     return corpus, survey, sample
 
 
-def _survey(corpus: Corpus, asked: float, show: _Show) -> tuple[Survey, list[bytes]]:
+def _survey(corpus: Corpus, asked: float, show: Show) -> tuple[Survey, list[bytes]]:
     """Read the text and hold out the fraction `asked`, or the smallest one that leaves enough to measure by.
 
     Also returns a sample of the training documents: those with the smallest hashes, at most SAMPLE bytes.
@@ -314,7 +281,7 @@ def _survey(corpus: Corpus, asked: float, show: _Show) -> tuple[Survey, list[byt
     return survey, sample
 
 
-def _read(corpus: Corpus, val_fraction: float, show: _Show) -> tuple[Survey, list[bytes], dict[float, int]]:
+def _read(corpus: Corpus, val_fraction: float, show: Show) -> tuple[Survey, list[bytes], dict[float, int]]:
     """Survey and sample of the text at this split, and the bytes of text at each of the lowest MEASURABLE fractions."""
     digest, notes = hashlib.sha256(), Counter[str]()
     documents, text_bytes = [0, 0], [0, 0]
@@ -348,7 +315,7 @@ def _check(survey: Survey, text: Text, own: Source | None) -> None:
     if survey.is_split:
         return
     usual = Text.validation if text.validation > Text.validation else 0.0
-    less, _ = _survey(Corpus(text, own=own), usual, _Show(lambda line: None, False))
+    less, _ = _survey(Corpus(text, own=own), usual, Show(lambda line: None, False))
     if train + validation == 1:
         fault = "one document cannot be on both sides"
     elif not train:
@@ -380,7 +347,7 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
             raise RefusedError(f"{error}: remove {folder} and prepare the text again") from error
 
 
-def _sharded(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: _Show, *, verify: bool) -> Shards:
+def _sharded(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: Show, *, verify: bool) -> Shards:
     """The shards of this text, split and tokenizer; writing continues where an earlier call was killed."""
     about, folder = _shards_folder(cache, survey, tokenizer)
     fingerprint = folder.name

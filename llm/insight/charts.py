@@ -87,12 +87,6 @@ def chart(
         marks = [(*place, text) for place, text in zip(places, said, strict=True)] if each.marked else []
         lines.append(Line(each.name, each.colour, path, marks, dashed=not each.marked and len(series) > 1))
     placed = sorted((down(value), f"{name} {value:.2f}") for name, value in (levels or {}).items())
-    joined: list[tuple[float, str]] = []
-    for at, text in placed:  # labels that would meet share a line
-        if joined and at - joined[-1][0] < LABEL:
-            joined[-1] = (joined[-1][0], f"{joined[-1][1]}, {text}")
-        else:
-            joined.append((at, text))
     drawn = [(across(x), down(y)) for each in series for x, y in each.points]
 
     def crowd(at: float, left: bool) -> int:
@@ -100,7 +94,7 @@ def chart(
         middle = (LEFT + WIDTH - RIGHT) / 2
         return sum((x < middle) == left and -LABEL / 2 < at - y < 1.5 * LABEL for x, y in drawn)
 
-    labels = [(at, text, crowd(at, True) < crowd(at, False)) for at, text in joined]
+    labels = [(at, text, crowd(at, True) < crowd(at, False)) for at, text in _joined(placed)]
     if log:
         powers = [10.0**n for n in range(math.ceil(low), math.floor(high) + 1)]
         steps = [power * times for power in powers for times in ((1,) if len(powers) > 2 else (1, 3))]
@@ -109,6 +103,17 @@ def chart(
         y_ticks = [(down(y), compact(y)) for y in nice(low, high, 5)]
     x_ticks = [(across(x), show_x(x)) for x in nice(0, right, 5)]
     return Chart(title, x_label, lines, x_ticks, y_ticks, placed, labels)
+
+
+def _joined(placed: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Labels of levels, from the top; those that would meet share a line."""
+    joined: list[tuple[float, str]] = []
+    for at, text in placed:
+        if joined and at - joined[-1][0] < LABEL:
+            joined[-1] = (joined[-1][0], f"{joined[-1][1]}, {text}")
+        else:
+            joined.append((at, text))
+    return joined
 
 
 def thinned(points: Points) -> Points:

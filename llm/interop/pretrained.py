@@ -17,7 +17,8 @@ from llm.config.resolving import resolve, with_steps
 from llm.config.schema import Model, Recipe
 from llm.data import hf_tokenizer, prompts
 from llm.data.packing import tokens_per_epoch
-from llm.data.pipeline import Prepared, Say, prepare
+from llm.data.pipeline import Prepared, prepare
+from llm.data.progress import Say
 from llm.data.shards import Shards
 from llm.data.sources import Source, own_source
 from llm.data.tokenizer import Tokenizer

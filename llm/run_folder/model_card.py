@@ -62,12 +62,10 @@ def model_card(
     only = "" if recipe.model.from_ else " and on nothing else"
     at_step = [bits for at, bits in curve if at == step]
     validated = f"{at_step[0]:.4f}" if at_step else "not evaluated at this step"
-    prompt = example(recipe, tokenizer, shards)
     epochs = read / shards.train.tokens if epochs is None else epochs
-    does, use, limits = (_CHATS, CHAT, _ANSWERS) if shards.is_chat else (_CONTINUES, USE, _GOES_ON)
-    say = use.format(prompt=_plain(prompt)) if tokenizer.is_portable else _NO_TOKENIZER
+    does, limits = (_CHATS, _ANSWERS) if shards.is_chat else (_CONTINUES, _GOES_ON)
     if "model" in parts:
-        family, say = f"of its own ({_plain(parts['model'])}), in the sizes", OWN_MODEL.format(run=recipe.run)
+        family = f"of its own ({_plain(parts['model'])}), in the sizes"
     optimizer = _plain(parts.get("optimizer", train.optimizer))
     return f"""---
 library_name: transformers
@@ -98,13 +96,22 @@ seed {recipe.seed} |
 {_chart(curve)}
 ## Use
 
-{say}
+{_use(recipe, tokenizer, shards, parts)}
 ## Limits
 
 {limits} Its text may be
 false, and may repeat the training text word for word. It reads {shape.context:,} tokens at once. Bias in the text was
 not reduced. The licence of the text applies when you pass the model on.
 """.encode()
+
+
+def _use(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, parts: dict[str, str]) -> str:
+    """How to open the checkpoint."""
+    if "model" in parts:
+        return OWN_MODEL.format(run=recipe.run)
+    if not tokenizer.is_portable:
+        return _NO_TOKENIZER
+    return (CHAT if shards.is_chat else USE).format(prompt=_plain(example(recipe, tokenizer, shards)))
 
 
 _CONTINUES, _CHATS = "continues a text", "answers in a conversation"

@@ -22,6 +22,7 @@ from llm.config.schema import Recipe
 from llm.data import pipeline as preparation
 from llm.data import text_files
 from llm.data.pipeline import MEASURABLE, Prepared, prepare
+from llm.data.progress import Show
 from llm.data.tokenizer import Tokenizer
 from llm.prepare import main
 from tests.data.test_documents import needs_wiki
@@ -378,7 +379,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     if not terminal:
         monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    show = preparation._Show(lines.append, True)
+    show = Show(lines.append, True)
     assert list(show.over([10**6] * 4, "encoding", 4 * 10**6, int)) == [10**6] * 4
     assert ("encoding: 100%" in capsys.readouterr().err) == terminal
     assert lines == ([] if terminal else ["encoding: 3 of 4 MB, 4 s left, 0.2 MB/s"])
