@@ -60,13 +60,11 @@ def model_card(
     began = f", starting from `{_plain(Path(recipe.model.from_).name)}`," if recipe.model.from_ else ""
     family = "Qwen3's" if not recipe.model.from_ else "as it came"
     only = "" if recipe.model.from_ else " and on nothing else"
-    at_step = [bits for at, bits in curve if at == step]
-    validated = f"{at_step[0]:.4f}" if at_step else "not evaluated at this step"
+    validated = next((f"{bits:.4f}" for at, bits in curve if at == step), "not evaluated at this step")
     epochs = read / shards.train.tokens if epochs is None else epochs
     does, limits = (_CHATS, _ANSWERS) if shards.is_chat else (_CONTINUES, _GOES_ON)
     if "model" in parts:
         family = f"of its own ({_plain(parts['model'])}), in the sizes"
-    optimizer = _plain(parts.get("optimizer", train.optimizer))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -88,8 +86,8 @@ A language model that {does}, trained{began} on the text below{only}.
 {shape.kv_heads} of keys and values, MLP {shape.ffn_dim}, {"tied" if shape.tied else "untied"} embeddings |
 | context | {shape.context:,} tokens |
 | training | step {step:,} of {train.steps:,}, {read:,} tokens, {epochs:.2f} epochs, \
-{optimizer}, rate {train.learning_rate:g}, decay {train.weight_decay:g}, dropout {shape.dropout:g}, \
-seed {recipe.seed} |
+{_plain(parts.get("optimizer", train.optimizer))}, rate {train.learning_rate:g}, \
+decay {train.weight_decay:g}, dropout {shape.dropout:g}, seed {recipe.seed} |
 | validation | {validated} bits per byte |
 
 ## Curve
