@@ -1,5 +1,6 @@
 """A person at a terminal: a paste is one prompt, keys edit the line, Ctrl-C ends an answer and then the shell."""
 
+import codecs
 import json
 import os
 import pty
@@ -39,6 +40,8 @@ class Terminal:
 
     def __init__(self, act: Callable[[], None], folder: Path) -> None:
         self.end, other = pty.openpty()
+        # One read may end within a letter of several bytes.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.child, self.said, self.last = os.fork(), "", time.monotonic() + 30
         if self.child == 0:
             try:
@@ -73,7 +76,8 @@ class Terminal:
         """Whether the child still says something, within the time that it has."""
         try:
             if select.select([self.end], [], [], max(0, self.last - time.monotonic()))[0]:
-                self.said += os.read(self.end, 1 << 16).decode(errors="replace").replace("\r\n", "\n")
+                heard = self.decoder.decode(os.read(self.end, 1 << 16))
+                self.said = (self.said + heard).replace("\r\n", "\n")
                 return True
         except OSError:  # it has closed its end
             pass
