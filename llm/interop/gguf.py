@@ -84,7 +84,7 @@ def check(folder: Path, opened: LoadedRun, kind: str) -> Iterator[str]:
             raise RefusedError(f"{name} of {path.name} is not the run's")
     stored = sorted({tensor.tensor_type.name.lower() for tensor in found.values()})
     yield f"gguf: {len(found)} tensors as {', '.join(stored)}, each the run's within its rounding"
-    yield from check_llama_cpp(path, opened.model, opened.tokenizer, kind)
+    yield from check_llama_cpp(path, opened.model, opened.tokenizer, kind, opened.is_chat)
 
 
 def file_of(folder: Path, opened: LoadedRun, kind: str) -> Path:

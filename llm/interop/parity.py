@@ -133,7 +133,7 @@ def check_folder(
             yield f"{kind}: {line}"
 
 
-def check_llama_cpp(path: Path, model: Transformer, tokenizer: Tokenizer, kind: str) -> Iterator[str]:
+def check_llama_cpp(path: Path, model: Transformer, tokenizer: Tokenizer, kind: str, chat: bool) -> Iterator[str]:
     """Lines on what agrees between `model` and a GGUF file; one line that says so if llama_cpp is not installed."""
     try:
         import llama_cpp
@@ -148,6 +148,8 @@ def check_llama_cpp(path: Path, model: Transformer, tokenizer: Tokenizer, kind: 
     )
     with closing(theirs):
         yield f"llama.cpp ({llama_cpp.__version__}): {_same_llama_ids(theirs, tokenizer)}"
+        if chat:
+            yield _same_llama_conversations(theirs, tokenizer)
         found = []
         for row in tokens.tolist():
             theirs.reset()
@@ -173,6 +175,23 @@ def _same_llama_ids(theirs: Any, tokenizer: Tokenizer) -> str:
         if theirs.detokenize(found[1:]) != text.encode():
             raise RefusedError(f"llama.cpp's ids of {text[:40]!r} do not come back as that text")
     return f"ids of {len(texts):,} tough texts equal, and back again; a literal U+2581 is a space to it"
+
+
+def _same_llama_conversations(theirs: Any, tokenizer: Tokenizer) -> str:
+    """A line on equal ids of tough conversations, rendered by llama-cpp-python from the file's template."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template, source = template_of(tokenizer), theirs.metadata["tokenizer.chat_template"]
+    begin, end = tokenizer.piece(tokenizer.bos), tokenizer.piece(template.ends[-1])
+    for whole in (False, True):
+        render = Jinja2ChatFormatter(source, end, begin, add_generation_prompt=not whole)
+        for messages in conversations(tokenizer):
+            plain = [{**message, "content": message["content"].replace(SPACE, "x")} for message in messages]
+            found = theirs.tokenize(render(messages=plain).prompt.encode(), add_bos=False, special=True)
+            wanted = template.encode([plain])[0][0].tolist() if whole else template.prompt(plain)
+            if found != wanted:
+                raise RefusedError(f"llama.cpp's ids of the conversation {str(plain)[:80]} differ from the run's")
+    return f"llama.cpp: {CONVERSATIONS} tough conversations equal, with and without the next answer's start"
 
 
 def _same_settings(theirs: Any, model: Transformer, tokenizer: Tokenizer, chat: bool) -> None:

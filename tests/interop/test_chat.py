@@ -62,6 +62,8 @@ def test_gguf_and_modelfile_carry_template_and_stop(talk: Path) -> None:
     gguf = pytest.importorskip("gguf")
     ended = run(script("module:llm.export", "talk", "--gguf", "f32", "--to", "gguf"), talk)
     assert ended.status == 0, ended.err
+    skipped = "llama.cpp check skipped" in ended.out
+    assert skipped or "llama.cpp: 100 tough conversations equal" in ended.out
     tokenizer = open_run("talk", runs=talk / "runs").tokenizer
     fields = gguf.GGUFReader(talk / "gguf/talk-f32.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == PLAIN_JINJA
