@@ -72,7 +72,7 @@ def train(
     from llm.training.session import train as train_run
 
     if documents is not None:  # so that the run's recipe names them
-        recipe = replace(recipe, text=replace(recipe.text, files=(qualified_name(documents),)))
+        recipe = replace(recipe, text=replace(recipe.text, files=(qualified_name(documents),), sources=()))
     parts = Parts(model, optimizer, documents, on_log)
     train_run(recipe, partial(ready, documents=documents), runs=Path(runs), parts=parts)
     return open_run(recipe.run, runs=runs, model=model)
