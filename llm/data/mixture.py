@@ -6,6 +6,7 @@ stands at a position, and how many of its windows stand before, follow from (see
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -28,7 +29,7 @@ Order: TypeAlias = "WindowShuffle | PackedShuffle | MixedShuffle"
 # ---------------------------------------------------------------------------------------------- shares
 
 
-def shares(recipe: Recipe, windows: dict[str, int]) -> dict[str, float]:
+def shares(recipe: Recipe, windows: Mapping[str, float]) -> dict[str, float]:
     """The share of each source of the run's windows, given the windows of one epoch of each; they sum to 1.
 
     Sources with `epochs` alone get what makes them be read so often, the others divide the rest by their weights, none
@@ -60,7 +61,7 @@ def _share(source: TextSource, rest: float, weights: float) -> float:
     return (source.weight or 0) * rest / weights
 
 
-def _limit(source: TextSource, windows: dict[str, int]) -> float:
+def _limit(source: TextSource, windows: Mapping[str, float]) -> float:
     """The windows that the source's `epochs` come to."""
     return windows[source.name] * source.epochs if source.epochs is not None else float("inf")
 

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.base.errors import RecipeError
-from llm.config.reading import load
-from llm.config.schema import Recipe
+from llm.config.reading import dump, load
+from llm.config.schema import Recipe, science
 from llm.data.batches import BatchLoader, Tokens
 from llm.data.mixed_pipeline import alone, find_shards, prepare
 from llm.data.mixture import PERIOD, MixedShuffle, lines, order_of, pattern, shares
 from llm.data.shards import MixedShards, Split
 from llm.data.shuffle import WindowShuffle
+from llm.insight import cards, planning
 from tests.data.test_conversations import said
 from tests.forks import write_recipe, write_text
 
@@ -80,11 +81,15 @@ def test_each_source_has_each_of_its_windows_once_an_epoch_of_its_own(
     assert segments is None and (targets == tokens + 1).all() and (tokens[:, 0] == order.starts(positions)).all()
     begin = 0
     for number, (own, side) in enumerate(order.sources.values()):
-        assert inner[which == number].tolist() == list(range((which == number).sum()))  # none is left out, none comes twice
+        assert inner[which == number].tolist() == list(
+            range((which == number).sum())
+        )  # none is left out, none comes twice
         read = tokens[which == number][:, 0] - begin
         for epoch in range(len(read) // own.windows):
             of_epoch = np.sort(read[epoch * own.windows : (epoch + 1) * own.windows])
-            assert of_epoch.tolist() == list(range(own.offset(epoch), own.offset(epoch) + own.windows * CONTEXT, CONTEXT))
+            assert of_epoch.tolist() == list(
+                range(own.offset(epoch), own.offset(epoch) + own.windows * CONTEXT, CONTEXT)
+            )
         begin += side.tokens
 
 
@@ -235,3 +240,24 @@ def test_the_mixture_is_said_before_the_run(tmp_path: Path) -> None:
         "text.sources.other.documents=lines"])  # fmt: skip
     said = lines(capped, order_of(capped, shards), 25)
     assert len(said) == 2 and "other would be read more than text.sources.other.epochs = 0.01 times" in said[1]
+
+
+def test_a_recipe_of_sources_is_written_and_read_again_and_overridden(tmp_path: Path) -> None:
+    recipe = sources_of(tmp_path)
+    path = tmp_path / "again.yaml"
+    path.write_text(dump(recipe), encoding="utf-8")
+    assert load(path) == recipe and load(path).text.names == tuple(n for each in recipe.text.sources for n in each.text.files)
+    assert load(path, ["text.files=a.txt"]).text.sources == () and load(path, ["text.files=a.txt"]).text.files == ("a.txt",)
+    assert load(path, ["text.sources.chat.weight=90%"]).text.sources[0].weight == 0.9
+    differ = science(recipe).items() ^ science(load(path, ["text.sources.chat.weight=90%", "text.sources.chat.files=b"])).items()
+    assert {name for name, _ in differ} == {"text.sources.chat.weight"}
+
+
+def test_a_plan_says_the_share_and_the_epochs_of_each_source(tmp_path: Path) -> None:
+    recipe = sources_of(tmp_path)
+    on = cards.Device("a card", 12 << 30)
+    assert any(line.startswith("mixture: chat 30.0% of the windows, about ") for line in planning.lines(planning.plan(recipe, on)))
+    shards = prepare(recipe, say=lambda line: None, progress=False).shards
+    made = planning.plan(recipe, on)
+    assert (made.text_tokens, made.validation_tokens) == (shards.train.tokens, shards.validation.tokens)
+    assert not made.text_is_estimated and made.sources.keys() == {"chat", "other", "text"}
