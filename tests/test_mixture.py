@@ -177,9 +177,9 @@ def test_a_source_that_is_wrong_is_named_in_one_line(here: Path, tmp_path: Path)
 
 
 def test_a_source_over_its_cap_says_so_before_the_run(here: Path, tmp_path: Path) -> None:
-    ended = run(train(mixed_recipe(here, tmp_path), "text.sources.talk.epochs=10%"), tmp_path)
+    ended = run(train(mixed_recipe(here, tmp_path), "text.sources.talk.epochs=5%"), tmp_path)
     assert ended.status == 0, ended.err
     before = ended.out.partition("step  1/10")[0]
-    assert "talk would be read more than text.sources.talk.epochs = 0.1 times" in before
+    assert "talk would be read more than text.sources.talk.epochs = 0.05 times" in before
     last = [line for line in lines(tmp_path) if "sources" in line][-1]
-    assert last["sources"]["talk"]["epochs"] <= 0.1 + 0.02
+    assert last["sources"]["talk"]["epochs"] <= 0.05 + 0.01
