@@ -55,8 +55,8 @@ def prepare(
         mend = "remove it, or name .jsonl rows of messages"
         raise RecipeError(f"train.on = assistant, but no source holds conversations: {mend}")
     if recipe.evaluate.also:
-        also = Text(files=recipe.evaluate.also, validation=recipe.text.validation, cache=recipe.text.cache)
-        other = replace(_of_text(recipe, also), train=replace(recipe.train, on="auto"))
+        plain = replace(recipe.text, files=recipe.evaluate.also, sources=())
+        other = replace(_of_text(recipe, plain), train=replace(recipe.train, on="auto"))
         shards.also = pipeline.prepare(other, say, progress, verify, tokenizer).shards
     return Prepared(tokenizer, shards)
 
