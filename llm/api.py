@@ -72,7 +72,7 @@ def train(
     from llm.training.session import train as train_run
 
     if documents is not None:  # so that the run's recipe names them
-        recipe = replace(recipe, text=replace(recipe.text, files=(qualified_name(documents),)))
+        recipe = replace(recipe, text=replace(recipe.text, files=(qualified_name(documents),), sources=()))
     parts = Parts(model, optimizer, documents, on_log)
     train_run(recipe, partial(ready, documents=documents), runs=Path(runs), parts=parts)
     return open_run(recipe.run, runs=runs, model=model)
@@ -113,13 +113,20 @@ class Run:
         return continuations(self.model, self.tokenizer, ids, tokens, choice, seed)[0]
 
     def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
-        """Loss, bits per byte and perplexities of the run's held-out text or answers, or of `texts`: files or names."""
+        """Loss, bits per byte and perplexities of the run's held-out text or answers, or of `texts`: files or names.
+
+        With text.sources those of each source, as "NAME/loss" and so on.
+        """
         from llm.inference import scoring
 
-        if self.loaded.is_chat and not texts:
-            score = scoring.score_answers(self.loaded, rows)
-        else:
-            text = scoring.encode_files(self.loaded, list(texts)) if texts else scoring.validation_text(self.loaded)
-            score = scoring.score(self.loaded, text, rows)
         names = ("loss", "bits_per_byte", "token_perplexity", "word_perplexity", "targets")
-        return {name: getattr(score, name) for name in names}
+        if texts:
+            scores = [("", scoring.score(self.loaded, scoring.encode_files(self.loaded, list(texts)), rows))]
+        else:
+            scores = [(about, score) for about, score in scoring.score_held_out(self.loaded, rows)]
+        sources = [f"{source.name}/" for source in self.recipe.text.sources] if not texts else []
+        return {
+            f"{source}{name}": getattr(score, name)
+            for source, (_, score) in zip(sources or [""], scores, strict=True)
+            for name in names
+        }

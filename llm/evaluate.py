@@ -42,10 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
 
         for line in run_tasks(opened, given.tasks.split(","), given.task_folder, given.rows):
             print(line)
-    if opened.is_chat and not (given.text or given.pairs or given.tasks):
+    own = not (given.text or given.pairs or given.tasks)
+    if own and (opened.is_chat or opened.recipe.text.sources):
         if given.yardsticks or given.alone:
             raise RecipeError("--yardsticks and --alone are for texts: name one with --text")
-        print_score("held-out answers", scoring.score_answers(opened, given.rows))
+        for name, score in scoring.score_held_out(opened, given.rows):
+            print_score(name, score)
     elif given.text or not (given.pairs or given.tasks):
         text = scoring.encode_files(opened, given.text) if given.text else scoring.validation_text(opened)
         score = scoring.score(opened, text, given.rows, alone=given.alone)

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
     elif options.recipe:
         from llm.config.resolving import with_steps
-        from llm.data.packing import tokens_per_epoch
+        from llm.data.mixture import tokens_per_epoch
         from llm.insight import hints
         from llm.interop.pretrained import prepare_for
 

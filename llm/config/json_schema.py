@@ -9,12 +9,14 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from llm.config.reading import FORMAT
-from llm.config.schema import LENGTHS, Epochs, Recipe, Train
+from llm.config.schema import LENGTHS, Epochs, Recipe, Text, TextSource, Train, source_keys
 from llm.config.values import TIMES, TRUTH, options_of
 
 SCALAR = ["string", "number", "boolean"]  # YAML reads the string 2024 as a number and no as a boolean
 # values.NUMBER in ECMA's dialect.
 DIGITS = r"^ *[+-]?([0-9][0-9_]*[.]?[0-9_]*|[.][0-9][0-9_]*)([eE][+-]?[0-9]{1,4})?"
+
+ONE_OF = {Train: [name.split(".")[1] for name in LENGTHS], Text: ["files", "sources"]}
 
 
 def json_schema() -> dict[str, Any]:
@@ -29,14 +31,33 @@ def json_schema() -> dict[str, Any]:
 def _section(cls: type) -> dict[str, Any]:
     hints, keys = typing.get_type_hints(cls), fields(cls)
     nested = {each.name: _section(hints[each.name]) for each in keys if is_dataclass(hints[each.name])}
+    if cls is Text:
+        nested["sources"] = _sources()
     required = [each.name for each in keys if each.default is each.default_factory is MISSING]
     return {
         "type": "object" if required or cls is Train else ["object", "null"],
         "properties": {each.name.rstrip("_"): nested.get(each.name) or _key(hints[each.name], each) for each in keys},
-        "required": required,
+        "required": required if cls is not Text else [],
         "additionalProperties": False,
-        **({"oneOf": [{"required": [name.split(".")[1]]} for name in LENGTHS]} if cls is Train else {}),
+        **({"oneOf": [{"required": [name]} for name in ONE_OF[cls]]} if cls in ONE_OF else {}),
     }
+
+
+def _sources() -> dict[str, Any]:
+    """Of text.sources: keys of `text` with weight and epochs, under names."""
+    hints = {**typing.get_type_hints(Text), **typing.get_type_hints(TextSource)}
+    keys = {each.name: each for each in (*fields(TextSource), *fields(Text))}
+    source = {
+        "type": "object",
+        "properties": {name: _key(hints[name], keys[name]) for name in source_keys()},
+        "required": ["files"],
+        "anyOf": [{"required": ["weight"]}, {"required": ["epochs"]}],
+        "additionalProperties": False,
+    }
+    about = next(each for each in fields(Text) if each.name == "sources").metadata["description"]
+    names = {"^[A-Za-z0-9_-]{1,40}$": source}
+    only = {"minProperties": 1, "additionalProperties": False}
+    return {"description": about, "type": "object", "patternProperties": names, **only}
 
 
 def _key(kind: Any, each: "Field[Any]") -> dict[str, Any]:

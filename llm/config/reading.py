@@ -16,11 +16,25 @@ import yaml
 
 from llm.base.errors import RecipeError, RefusedError
 from llm.config.resolving import counted_from_1, resolve
-from llm.config.schema import LENGTHS, RESERVED_NAMES, Recipe, all_keys, flat, section_keys, sections, top_keys
+from llm.config.schema import (
+    LENGTHS,
+    RESERVED_NAMES,
+    SOURCE_KEY,
+    Recipe,
+    Text,
+    TextSource,
+    all_keys,
+    flat,
+    section_keys,
+    sections,
+    source_keys,
+    top_keys,
+)
 from llm.config.values import convert
 
 MAX_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst one of this size
 NULLS = ("", "~", "null", "Null", "NULL")  # where unquoted
+SOURCES = "text.sources."
 FORMAT = 2  # in format 1, which did not say so in the file, train.skip counted steps from 0
 
 
@@ -53,7 +67,10 @@ def dump(recipe: Recipe) -> str:
     for name, value in flat(recipe).items():
         if value is not None and not (name in LENGTHS and not value):
             *above, leaf = name.split(".")
-            (tree.setdefault(above[0], {}) if above else tree)[leaf] = value
+            below = tree
+            for section in above:
+                below = below.setdefault(section, {})
+            below[leaf] = value
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -80,6 +97,11 @@ def _override(given: dict[str, Any], override: str) -> None:
     if name in LENGTHS:
         for other in LENGTHS:
             given.pop(other, None)
+    if name == "text.files":
+        for other in [each for each in given if each.startswith(SOURCES)]:
+            del given[other]
+    elif name.startswith(SOURCES):
+        given.pop("text.files", None)
     if value.startswith("["):
         node = _compose(f"override {name}", value)
         assert node is not None
@@ -105,7 +127,8 @@ def _read(path: Path) -> dict[str, Any]:
     for name, node in _pairs(root, str(path)):
         section, _, key = name.partition(".")
         if isinstance(node, yaml.MappingNode) and name in sections():
-            given.update({f"{name}.{key}": _value(leaf, f"{name}.{key}") for key, leaf in _pairs(node, name)})
+            for key, leaf in _pairs(node, name):
+                given.update(_leaves(f"{name}.{key}", leaf))
         elif isinstance(node, yaml.MappingNode) and name not in all_keys():
             raise _unknown(name, [*sections(), *all_keys()])
         elif name in sections() and _value(node, name) is None:
@@ -115,6 +138,18 @@ def _read(path: Path) -> dict[str, Any]:
         else:
             given[name] = _value(node, name)
     return given
+
+
+def _leaves(name: str, node: yaml.Node) -> Iterator[tuple[str, Any]]:
+    """The dotted key `name` of a section with its value; of text.sources the keys below."""
+    if not (name == "text.sources" and isinstance(node, yaml.MappingNode)):
+        yield name, _value(node, name)
+        return
+    for source, keys in _pairs(node, name):
+        yield from (
+            (f"{name}.{source}.{key}", _value(leaf, f"{name}.{source}.{key}"))
+            for key, leaf in _pairs(keys, f"{name}.{source}")
+        )
 
 
 def _bytes(path: Path) -> bytes:
@@ -204,9 +239,43 @@ def _build(given: dict[str, Any]) -> Recipe:
     for name in given:
         if name in sections():
             raise RecipeError(f"{name} is a section: set its keys instead, such as {section_keys(name)[0]}")
-        if name not in all_keys():
+        if name.startswith(SOURCES):
+            _check_source_key(name)
+        elif name not in all_keys():
             raise _unknown(name, all_keys())
+    if given.pop("text.sources", None) is not None:
+        raise RecipeError("text.sources holds names with keys under them, such as text.sources.wiki.files=wiki.txt")
+    if any(name.startswith(SOURCES) for name in given):
+        given.setdefault("text.files", [])
     return _section(Recipe, "", given)
+
+
+def _check_source_key(name: str) -> None:
+    match = re.fullmatch(SOURCE_KEY, name)
+    if not match:
+        rule = "text.sources.NAME.KEY, with a NAME of at most 40 letters (a to z, A to Z), digits, '_' and '-'"
+        raise RecipeError(f"{name[:120]!r}: expected {rule}")
+    if match[2] not in source_keys():
+        near = difflib.get_close_matches(match[2], source_keys(), 1)
+        mend = f"did you mean {near[0]}?" if near else f"a source has {', '.join(source_keys())}"
+        raise RecipeError(f"{name[:120]} is not a recipe key: {mend}")
+
+
+def _sources(given: dict[str, Any]) -> tuple[TextSource, ...]:
+    """Those of text.sources, by name, so that their order in the file means nothing."""
+    names = {match[1] for name in given if (match := re.fullmatch(SOURCE_KEY, name))}
+    found = []
+    for name in sorted(names):
+        prefix = f"{SOURCES}{name}."
+        inherited = {f"{prefix}{key}": given.get(f"text.{key}") for key in source_keys() if key != "files"}
+        own = {key: value for key, value in given.items() if key.startswith(prefix)}
+        own = {key: value for key, value in inherited.items() if value is not None} | own
+        kinds, numbers = typing.get_type_hints(TextSource), {}
+        for each in fields(TextSource):
+            if each.name in ("weight", "epochs") and (value := own.pop(prefix + each.name, None)) is not None:
+                numbers[each.name] = convert(prefix + each.name, value, kinds[each.name], each)
+        found.append(TextSource(name=name, text=_section(Text, prefix, own), **numbers))
+    return tuple(found)
 
 
 def _section(cls: type, prefix: str, given: dict[str, Any]) -> Any:
@@ -215,6 +284,8 @@ def _section(cls: type, prefix: str, given: dict[str, Any]) -> Any:
         name = prefix + each.name.rstrip("_")
         if is_dataclass(hints[each.name]):
             values[each.name] = _section(hints[each.name], f"{name}.", given)
+        elif name == "text.sources":
+            values[each.name] = _sources(given)
         elif given.get(name) is not None:
             values[each.name] = convert(name, given[name], hints[each.name], each)
         elif each.default is MISSING:

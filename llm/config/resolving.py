@@ -34,8 +34,7 @@ def _check_values(recipe: Recipe) -> None:
         )
     if recipe.from_ is not None and not re.fullmatch(f"{RUN_NAME}/{STEP}", recipe.from_):
         raise RecipeError(f"from = {recipe.from_[:120]!r}: expected RUN/step-N, such as quickstart/step-000400")
-    if not recipe.text.files:
-        raise RecipeError("text.files is empty: name at least one text")
+    _check_sources(recipe)
     if any(not term or "\n" in term for term in recipe.tokenizer.terms):
         raise RecipeError("tokenizer.terms: each term must be one or more words on one line, and not empty")
     if recipe.model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
@@ -43,6 +42,24 @@ def _check_values(recipe: Recipe) -> None:
     said = [name for name in LENGTHS if getattr(recipe.train, name.split(".")[1])]
     if len(said) != 1:
         raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
+
+
+def _check_sources(recipe: Recipe) -> None:
+    files, sources = recipe.text.files, recipe.text.sources
+    if files and sources:
+        raise RecipeError("text.files and text.sources given: a run needs exactly one of them")
+    if not (files or sources):
+        raise RecipeError("text.files is empty: name at least one text")
+    for source in sources:
+        name = f"text.sources.{source.name}"
+        if not source.text.files:
+            raise RecipeError(f"{name}.files is empty: name at least one text")
+        if source.weight is None and source.epochs is None:
+            raise RecipeError(
+                f"{name} has no weight: give it {name}.weight, its share of the windows, or {name}.epochs"
+            )
+        if source.epochs is not None and recipe.train.hours:
+            raise RecipeError(f"{name}.epochs needs a length in steps, tokens or epochs, not train.hours: use a weight")
 
 
 def _resolve_model(model: Model) -> Model:

@@ -4,6 +4,7 @@ The keys fall into two halves. Science decides the loss curve; machine decides o
 and where its files are.
 """
 
+import re
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -17,6 +18,7 @@ RUN_NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # cannot lead out of runs/
 STEP = "step-([0-9]{1,15})"  # a checkpoint's folder
 RESERVED_NAMES = "best|newest|checkpoints|step-.*"  # RUN/best and the like name checkpoints
 AUTO_PROMPTS = ("auto",)
+SOURCE_KEY = r"text\.sources\.([A-Za-z0-9_-]{1,40})\.(\w+)"  # a key of one of text.sources
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.hours")  # a recipe sets exactly one
 # The text's location is machine too: its content has a fingerprint of its own.
 MACHINE_HALF = (
@@ -43,6 +45,27 @@ class Text:
     validation: float = setting("fraction of the documents held out", 0.05, least=0, below=1)
     field: str = setting("field of a .jsonl line that holds the text", "text")
     cache: str | None = setting("folder for prepared text; data/ by default", None)
+    sources: "tuple[TextSource, ...]" = setting("several texts instead of text.files, by name, each with a weight", ())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that `files` or the sources name."""
+        return self.files + tuple(name for source in self.sources for name in source.text.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """One of text.sources. Its keys are those of `text` too, whose values it takes where it says nothing."""
+
+    name: str
+    text: Text
+    weight: float | None = setting(
+        "share of the windows, in proportion to the other weights", None, least=1e-6, below=1e6
+    )
+    epochs: float | None = setting(
+        "passes over this text in the whole run: its share follows; beside a weight, the most that it may come to",
+        None, least=1e-6, below=1e6,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,19 +187,28 @@ class Recipe:
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """Every dotted key with its value as a JSON type."""
+    """Every dotted key with its value as a JSON type; those of text.sources only where there are any."""
     values: dict[str, Any] = {}
     for name, value in vars(recipe).items():
         if is_dataclass(value):
             values.update({f"{name}.{leaf.rstrip('_')}": each for leaf, each in vars(value).items()})
         else:
             values[name.rstrip("_")] = value
+    for source in values.pop("text.sources"):
+        values.pop("text.files", None)
+        own = {"weight": source.weight, "epochs": source.epochs, **vars(source.text)}
+        values.update({f"text.sources.{source.name}.{leaf}": own[leaf] for leaf in source_keys()})
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def science(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide the loss curve, flat."""
-    return {name: value for name, value in flat(recipe).items() if not name.startswith(MACHINE_HALF)}
+    return {name: value for name, value in flat(recipe).items() if not _is_machine(name)}
+
+
+def _is_machine(name: str) -> bool:
+    source = re.fullmatch(SOURCE_KEY, name)
+    return (f"text.{source[2]}" if source else name).startswith(MACHINE_HALF)
 
 
 @cache
@@ -197,6 +229,12 @@ def top_keys() -> tuple[str, ...]:
 def section_keys(section: str) -> tuple[str, ...]:
     """The dotted keys of one section."""
     return tuple(f"{section}.{each.name.rstrip('_')}" for each in fields(sections()[section]))
+
+
+@cache
+def source_keys() -> tuple[str, ...]:
+    """The keys of one of text.sources, below its name."""
+    return ("weight", "epochs", *(each.name for each in fields(Text) if each.name not in ("cache", "sources")))
 
 
 @cache

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llm.base.constants import IGNORED
-from llm.data.packing import PackedShuffle, WindowTable
+from llm.data.mixture import Order
+from llm.data.packing import WindowTable
 from llm.data.shards import Split
-from llm.data.shuffle import WindowShuffle
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class BatchLoader:
     """
 
     side: Split
-    order: WindowShuffle | PackedShuffle
+    order: Order
     windows_per_step: int
     micro_batch: int
     rank: int = 0
@@ -58,6 +58,15 @@ class BatchLoader:
             if step + 1 >= low:
                 step += high - low + 1
         return step * self.windows_per_step
+
+    def read(self, steps: int) -> Iterator[tuple[int, int]]:
+        """Ranges low .. high - 1 of the positions that the first `steps` updates read."""
+        low, end = 0, self.first(steps)
+        for begin, last in sorted(self.skipped):
+            if (begin - 1) * self.windows_per_step < end:
+                yield low, (begin - 1) * self.windows_per_step
+                low = last * self.windows_per_step
+        yield low, max(low, end)
 
     def positions(self, step: int) -> list[np.ndarray]:
         """Positions of this rank's windows at `step`: an int64 array for each micro-batch."""

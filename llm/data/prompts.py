@@ -5,30 +5,31 @@ from dataclasses import replace
 
 from llm.config.schema import AUTO_PROMPTS, Recipe
 from llm.data.chat_template import TURN
-from llm.data.shards import Shards, Split
+from llm.data.shards import AnyShards, Split
 from llm.data.tokenizer import Tokenizer
 
 MAX_OPENING = 32  # characters
 OPENINGS = {("wiki-leads",): "My self Har"}  # for packaged texts
 
 
-def settled(recipe: Recipe, tokenizer: Tokenizer, shards: Shards) -> Recipe:
+def settled(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards) -> Recipe:
     """The recipe with evaluate.prompts = auto replaced by the opening of its text."""
     if recipe.evaluate.prompts != AUTO_PROMPTS:
         return recipe
     return replace(recipe, evaluate=replace(recipe.evaluate, prompts=(opening(recipe, tokenizer, shards),)))
 
 
-def example(recipe: Recipe, tokenizer: Tokenizer, shards: Shards) -> str:
+def example(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards) -> str:
     """The first prompt of a settled recipe, or the opening of its text if it has none."""
     return (recipe.evaluate.prompts or (opening(recipe, tokenizer, shards),))[0]
 
 
-def opening(recipe: Recipe, tokenizer: Tokenizer, shards: Shards) -> str:
+def opening(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards) -> str:
     """The first words of a document, a held-out one if there is any."""
     if recipe.text.files in OPENINGS:
         return OPENINGS[recipe.text.files]
-    side = shards.validation if shards.validation.tokens else shards.train
+    chosen = next(each for each in shards.sources.values() if each.is_chat == shards.is_chat)
+    side = chosen.validation if chosen.validation.tokens else chosen.train
     if shards.is_chat:
         return _first_message(tokenizer, side)
     lines = tokenizer.decode(side.read(0, min(side.tokens, 4 * MAX_OPENING)).tolist()).splitlines()

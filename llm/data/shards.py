@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -46,6 +46,19 @@ class Split:
         self._files = [(folder / file["name"], file) for file in files]
         self._columns = [_map(path, file, self.dtype) for path, file in self._files]
         self._begins = np.cumsum([0] + [file["tokens"] for file in files])
+
+    @classmethod
+    def joined(cls, sides: "Iterable[Split]") -> "Split":
+        """Sides in the same tokens end to end, as one."""
+        sides = list(sides)
+        whole = cls(Path(), [], sides[0].dtype.name)
+        whole.tokens, whole.documents, whole.text_bytes = (
+            sum(getattr(side, name) for side in sides) for name in ("tokens", "documents", "text_bytes")
+        )
+        whole._files = list(itertools.chain(*(side._files for side in sides)))
+        whole._columns = list(itertools.chain(*(side._columns for side in sides)))
+        whole._begins = np.cumsum([0] + [file["tokens"] for _, file in whole._files])
+        return whole
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1: (stop - start,) of the shards' integer type, a view unless two files meet in it.
@@ -95,6 +108,11 @@ class Shards:
         self.is_chat = "template" in manifest  # its documents are conversations
         self.train, self.validation = (Split(folder, manifest["files"][side], manifest["dtype"]) for side in SIDES)
 
+    @property
+    def sources(self) -> "dict[str, Shards]":
+        """One text without a name, as MixedShards has several with names."""
+        return {"": self}
+
     @classmethod
     def open(cls, folder: Path, verify: bool = False) -> "Shards":
         """Map the files and check sizes and counts, with `verify` every byte. RefusedError names the faulty file."""
@@ -113,18 +131,45 @@ class Shards:
         return cls(folder, manifest)
 
 
-def keep_place(shards: Shards, run: Path) -> None:
+class MixedShards:
+    """The shards of several texts in the same tokens, by name; `train` and `validation` are theirs end to end."""
+
+    def __init__(self, sources: dict[str, Shards]) -> None:
+        self.sources = sources
+        self.fingerprint = atomic_io.digest_of({name: each.fingerprint for name, each in sources.items()})
+        self.also: Shards | None = None
+        self.is_chat = any(each.is_chat for each in sources.values())
+        self.train = Split.joined(each.train for each in sources.values())
+        self.validation = Split.joined(each.validation for each in sources.values())
+
+
+AnyShards: TypeAlias = Shards | MixedShards
+
+
+def keep_place(shards: AnyShards, run: Path) -> None:
     """Record in a run's folder where its shards lie and what they hold."""
+    atomic_io.write_checksummed(run / PLACE, _place(shards))
+
+
+def _place(shards: AnyShards) -> dict[str, Any]:
+    if isinstance(shards, MixedShards):
+        return {"sources": {name: _place(each) for name, each in shards.sources.items()}}
     place = {"folder": str(shards.folder), "absolute": str(shards.folder.resolve())}
-    atomic_io.write_checksummed(run / PLACE, {**place, **shards.manifest})
+    return {**place, **shards.manifest}
 
 
-def of_run(run: Path, verify: bool = False) -> Shards:
+def of_run(run: Path, verify: bool = False) -> AnyShards:
     """The shards of a run, from any working folder and after both were moved together. RefusedError if not found.
 
     A relative path starts at the project, the folder whose runs/ holds the run.
     """
     kept = atomic_io.read_checksummed(run / PLACE)
+    if "sources" in kept:
+        return MixedShards({name: _found(run, each, verify) for name, each in kept["sources"].items()})
+    return _found(run, kept, verify)
+
+
+def _found(run: Path, kept: dict[str, Any], verify: bool) -> Shards:
     tops = (run.absolute().parent.parent, run.resolve().parent.parent, Path())
     places = [*(top / kept["folder"] for top in tops), Path(kept.get("absolute", kept["folder"]))]
     found = next((place for place in places if (place / "manifest.json").is_file()), places[0])

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from llm.base.errors import TextError
 from llm.data.batches import Tokens, eval_batches, packed_batches
 from llm.data.documents import Corpus
 from llm.data.packing import table_of
-from llm.data.shards import Split, of_run
+from llm.data.shards import AnyShards, Shards, Split, of_run
 from llm.data.text_files import holds_rows
 from llm.distributed.process import warn
 from llm.run_folder.loaded_run import LoadedRun
@@ -79,11 +80,22 @@ def score(run: LoadedRun, text: EncodedText, rows: int = 8, *, alone: bool = Fal
     return Score(nats, targets, text.size, words)
 
 
+def score_held_out(run: LoadedRun, rows: int = 8, *, alone: bool = False) -> Iterator[tuple[str, Score]]:
+    """The name and the loss of all that the run held out: its text or answers, or those of each of text.sources."""
+    for name, shards in of_run(run.folder).sources.items():
+        about = f"{name}: " if name else ""
+        if shards.is_chat:
+            yield f"{about}held-out answers", score_answers(run, shards, rows)
+        else:
+            text = validation_text(run, shards)
+            each = ", each alone" if alone else ""
+            yield f"{about}{text.name}: {len(text.documents):,} documents{each}", score(run, text, rows, alone=alone)
+
+
 @torch.no_grad()
-def score_answers(run: LoadedRun, rows: int = 8) -> Score:
-    """The loss on the answers (of all, under train.on = all) of the conversations that the run held out."""
-    side = of_run(run.folder).validation.verified()
-    table = table_of(run.recipe, side)
+def score_answers(run: LoadedRun, shards: Shards, rows: int = 8) -> Score:
+    """The loss on the answers (of all, under train.on = all) of the conversations that are held out."""
+    table = table_of(run.recipe, shards.validation.verified())
     if not table.targets:
         raise TextError(f"run {run.folder.name} holds no answers out: name a text with --text")
     nats, device = 0.0, run.model.lm_head.weight.device
@@ -109,9 +121,9 @@ def encode_files(run: LoadedRun, files: list[str]) -> EncodedText:
     return EncodedText(", ".join(files), tokens, starts, sum(map(len, documents)), documents)
 
 
-def validation_text(run: LoadedRun) -> EncodedText:
+def validation_text(run: LoadedRun, shards: AnyShards | None = None) -> EncodedText:
     """The validation side that the run was evaluated on."""
-    side = of_run(run.folder).validation.verified()
+    side = (shards or of_run(run.folder)).validation.verified()
     if not side.tokens:
         raise TextError(f"run {run.folder.name} has no validation side (text.validation = 0): name a text with --text")
     starts = side.document_starts().tolist()

@@ -13,7 +13,7 @@ import numpy as np
 from llm.base import atomic_io
 from llm.base.errors import RefusedError
 from llm.data import hf_tokenizer
-from llm.data.shards import Shards, Split, of_run
+from llm.data.shards import AnyShards, Split, of_run
 from llm.data.tokenizer import Tokenizer
 
 RECORD = "yardsticks.json"  # in a run's folder
@@ -44,7 +44,7 @@ def of_validation(run: Path) -> dict[str, float]:
     return found
 
 
-def training_text(shards: Shards, tokenizer: Tokenizer) -> bytes:
+def training_text(shards: AnyShards, tokenizer: Tokenizer) -> bytes:
     """The end of the training side, at most MOST bytes."""
     parts: list[bytes] = []
     size = 0

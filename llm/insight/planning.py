@@ -9,8 +9,8 @@ import math
 import signal
 import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Plan:
     checkpoints: int  # at once, with the one being written
     tokens_per_second: float  # 0: unknown
     speed_is_measured: bool
+    sources: dict[str, float] = field(default_factory=dict)  # tokens of the training side of each of text.sources
 
     @property
     def tokens(self) -> int:
@@ -100,7 +101,7 @@ def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan
         recipe, device, parts(recipe), memory, micro_batch, fits, train, validation, estimated,
         shard_bytes=(train + validation) * each + 4 * documents, checkpoint_bytes=memory.weights + memory.moments,
         checkpoints=min(recipe.checkpoint.keep + 2, max(1, -(-recipe.train.steps // recipe.checkpoint.every))),
-        tokens_per_second=speed, speed_is_measured=bool(tokens_per_second),
+        tokens_per_second=speed, speed_is_measured=bool(tokens_per_second), sources=source_tokens(recipe, train),
     )  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def micro_batch_that_fits(recipe: Recipe, device: Device) -> tuple[int, bool]:
 def text_tokens(recipe: Recipe) -> tuple[int, int, int, bool]:
     """Tokens of the training and of the validation side, documents, and whether these are estimates; 0 if unknown."""
     if Path(recipe.text.cache or "data").expanduser().is_dir():
-        from llm.data.pipeline import find_shards  # takes half a second to import
+        from llm.data.mixed_pipeline import find_shards  # takes half a second to import
 
         with contextlib.suppress(LLMError):  # what is wrong with a text is said when it is prepared
             if shards := find_shards(recipe):
@@ -177,9 +178,15 @@ def text_tokens(recipe: Recipe) -> tuple[int, int, int, bool]:
 
 
 def text_bytes(recipe: Recipe) -> float:
-    """Bytes of text.files without reading them, by GZIPPED for compressed ones; 0 where a size is not known."""
-    sizes = [_size(name) for name in recipe.text.files]
+    """Bytes of the text without reading it, by GZIPPED for compressed files; 0 where a size is not known."""
+    sizes = [_size(name) for name in recipe.text.names]
     return sum(sizes) if all(sizes) else 0.0
+
+
+def source_tokens(recipe: Recipe, tokens: int) -> dict[str, float]:
+    """The `tokens` of the training side by source, in proportion to their bytes; empty where a size is not known."""
+    sizes = {each.name: sum(map(_size, each.text.files)) for each in recipe.text.sources}
+    return {name: tokens * size / sum(sizes.values()) for name, size in sizes.items()} if all(sizes.values()) else {}
 
 
 def _size(name: str) -> float:
@@ -248,6 +255,15 @@ def probe(recipe: Recipe, train: Callable[..., Any]) -> float:
 # ---------------------------------------------------------------------------------------------- words
 
 
+def _mixture(plan: Plan) -> Iterator[str]:
+    """The share of each source, and how often the run reads it. RecipeError where that cannot be."""
+    from llm.data.mixture import shares  # takes half a second to import
+
+    found = shares(plan.recipe, {name: tokens / plan.recipe.model.context for name, tokens in plan.sources.items()})
+    for name, tokens in plan.sources.items():
+        yield f"{name} {found[name]:.1%} of the windows, about {plan.tokens * found[name] / tokens:.2f} epochs"
+
+
 def lines(plan: Plan) -> list[str]:
     """The plan for people."""
     recipe, train, shape, memory = plan.recipe, plan.recipe.train, plan.recipe.model, plan.memory
@@ -275,13 +291,15 @@ def lines(plan: Plan) -> list[str]:
             f"{plan.validation_tokens / 1e6:,.2f} M held out{mark}"
         )
     else:
-        said.append(f"text: the size of {', '.join(recipe.text.files)[:80]} is not known here")
+        said.append(f"text: the size of {', '.join(recipe.text.names)[:80]} is not known here")
     if plan.tokens:
         times = f", {about}{plan.epochs:.2f} epochs" if plan.epochs else ""
         said.append(
             f"length: {train.steps:,} steps of {train.tokens_per_step:,} tokens = "
             f"{plan.tokens / 1e6:,.2f} M tokens{times}"
         )
+    if plan.sources and plan.tokens:
+        said.append(f"mixture: {'; '.join(_mixture(plan))}")
     kept = plan.checkpoints * plan.checkpoint_bytes
     shards = f"shards {about}{size(plan.shard_bytes)}, " if plan.shard_bytes else ""
     said.append(

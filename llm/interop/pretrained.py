@@ -16,10 +16,10 @@ from llm.base.errors import RecipeError, RefusedError
 from llm.config.resolving import resolve, with_steps
 from llm.config.schema import Model, Recipe
 from llm.data import hf_tokenizer, prompts
-from llm.data.packing import tokens_per_epoch
-from llm.data.pipeline import Prepared, prepare
+from llm.data.mixed_pipeline import Prepared, prepare
+from llm.data.mixture import order_of, tokens_per_epoch
 from llm.data.progress import Say
-from llm.data.shards import Shards
+from llm.data.shards import AnyShards
 from llm.data.sources import Source, own_source
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.process import warn
@@ -90,7 +90,7 @@ def prepare_for(
 
 def ready(
     recipe: Recipe, say: Say = print, documents: Callable[[], Iterable[str | bytes]] | None = None
-) -> tuple[Recipe, Tokenizer, Shards]:
+) -> tuple[Recipe, Tokenizer, AnyShards]:
     """Prepare for the trainer, and complete the recipe by its length in steps and its prompts.
 
     `documents` gives them instead of text.files, which then names the callable (see llm.api.train).
@@ -98,7 +98,10 @@ def ready(
     own = own_source(recipe.text.files[0], documents) if documents else None
     recipe, prepared = prepare_for(recipe, say, own=own)
     recipe = prompts.settled(recipe, prepared.tokenizer, prepared.shards)
-    return with_steps(recipe, tokens_per_epoch(recipe, prepared.shards)), prepared.tokenizer, prepared.shards
+    recipe = with_steps(recipe, tokens_per_epoch(recipe, prepared.shards))
+    if any(source.epochs for source in recipe.text.sources):
+        order_of(recipe, prepared.shards)  # refuses a mixture that cannot be had
+    return recipe, prepared.tokenizer, prepared.shards
 
 
 def load(folder: Path, into: dict[str, LocalShard]) -> str:

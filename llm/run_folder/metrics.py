@@ -127,6 +127,11 @@ class Tracker:
             best_text = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
             trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
             also = f", {numbers['also_bits_per_byte']:.4f} of evaluate.also" if "also_bits_per_byte" in numbers else ""
+            each = numbers.get("sources", {}).items()
+            also += "".join(
+                f"\n  {name}: {its['bits_per_byte']:.4f} bits per byte, {its['epochs']:.2f} epochs"
+                for name, its in each
+            )
             self.say(
                 f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}"
                 f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte{also}\n"
@@ -150,7 +155,8 @@ class Tracker:
             self._guard("on_log", partial(self.on_log, dict(line)))
 
     def _tell(self, name: str, line: dict[str, Any]) -> None:
-        plain = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        below = {f"{name}/{key}": its[key] for name, its in line.get("sources", {}).items() for key in its}
+        plain = {name: value for name, value in (line | below).items() if isinstance(value, int | float)}
         self.trackers[name].log(plain, step=line["step"])
 
     def _look_for_spike(self, step: int, loss: float) -> None:

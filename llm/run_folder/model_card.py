@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm.config.schema import Recipe
 from llm.data.prompts import example
-from llm.data.shards import Shards, Split
+from llm.data.shards import AnyShards, Split
 from llm.data.sources import licence
 from llm.data.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ Curve = list[list[float]]  # of each evaluation: step, bits per byte
 def model_card(
     recipe: Recipe,
     tokenizer: Tokenizer,
-    shards: Shards,
+    shards: AnyShards,
     step: int,
     curve: Curve,
     numbers: int,
@@ -56,7 +56,7 @@ def model_card(
     `parts` names those that were a caller's own; `epochs` are given where they are not counted in tokens of the text.
     """
     shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
-    texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.files)
+    texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.names)
     began = f", starting from `{_plain(Path(recipe.model.from_).name)}`," if recipe.model.from_ else ""
     family = "Qwen3's" if not recipe.model.from_ else "as it came"
     only = "" if recipe.model.from_ else " and on nothing else"
@@ -103,7 +103,7 @@ not reduced. The licence of the text applies when you pass the model on.
 """.encode()
 
 
-def _use(recipe: Recipe, tokenizer: Tokenizer, shards: Shards, parts: dict[str, str]) -> str:
+def _use(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards, parts: dict[str, str]) -> str:
     """How to open the checkpoint."""
     if "model" in parts:
         return OWN_MODEL.format(run=recipe.run)

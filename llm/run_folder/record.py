@@ -112,7 +112,7 @@ class Record:
     @property
     def text(self) -> str:
         """The names of its texts, without their folders."""
-        files = self.recipe.text.files if self.recipe else ()
+        files = self.recipe.text.names if self.recipe else ()
         return ", ".join(each if each.startswith("hub:") else Path(each).name for each in files)
 
     @property

@@ -10,7 +10,7 @@ from llm.config.resolving import skipped
 from llm.data import hf_tokenizer
 from llm.data.batches import BatchLoader
 from llm.data.chat_template import spoken
-from llm.data.packing import order_of
+from llm.data.mixture import MixedShuffle, order_of
 from llm.data.shards import of_run
 from llm.optim.time_budget import RECORD as PLAN
 
@@ -39,7 +39,8 @@ def step_texts(folder: Path, step: int, world: int = 0, characters: int = 0) -> 
             starts = order.starts(positions).tolist()
             for position, start in zip(positions.tolist(), starts, strict=True):
                 ids = order.ids(shards.train, position).tolist()
-                text = spoken(tokenizer, ids) if shards.is_chat else tokenizer.decode(ids)
-                epoch = position // order.windows
-                yield f"\n--- process {rank}, micro-batch {number}, position {position}, epoch {epoch}, token {start}"
+                name, inner, own = order.place(position) if isinstance(order, MixedShuffle) else ("", position, order)
+                text = spoken(tokenizer, ids) if shards.sources[name].is_chat else tokenizer.decode(ids)
+                at = f"position {position}, {f'{name}, ' if name else ''}epoch {inner // own.windows}, token {start}"
+                yield f"\n--- process {rank}, micro-batch {number}, {at}"
                 yield text if not characters or len(text) <= characters else f"{text[:characters]} ..."

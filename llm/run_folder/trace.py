@@ -16,8 +16,7 @@ from llm.base.errors import RefusedError
 from llm.base.hashing import mix
 from llm.config.reading import load
 from llm.config.schema import flat
-from llm.data.packing import PackedShuffle
-from llm.data.shuffle import WindowShuffle
+from llm.data.mixture import Order
 from llm.distributed.sharding import LocalShard, Sharding, gather
 
 FILE = "fingerprints.jsonl"
@@ -39,7 +38,7 @@ def checksum(weights: dict[str, LocalShard], sharding: Sharding) -> Tensor:
     return gather(total, sharding.shard_group).sum(0) if sharding.sharded else total
 
 
-def windows(order: WindowShuffle | PackedShuffle, positions: np.ndarray) -> str:
+def windows(order: Order, positions: np.ndarray) -> str:
     """Digest of the windows at `positions`."""
     return f"{mix(*order.starts(positions).tolist()):016x}"
 

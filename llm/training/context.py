@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -14,9 +15,8 @@ from torch import Tensor
 from llm.config.resolving import skipped
 from llm.config.schema import Recipe
 from llm.data.batches import BatchLoader
-from llm.data.packing import PackedShuffle, order_of
-from llm.data.shards import Shards
-from llm.data.shuffle import WindowShuffle
+from llm.data.mixture import MixedShuffle, Order, order_of
+from llm.data.shards import AnyShards
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
@@ -53,7 +53,7 @@ class RunContext:
     recipe: Recipe
     settings: RuntimeSettings
     tokenizer: Tokenizer
-    shards: Shards
+    shards: AnyShards
     accelerator: Accelerator
     coordinator: Coordinator
     sharding: Sharding
@@ -69,7 +69,7 @@ class RunContext:
         return torch.float32 if self.settings.precision == "fp32" else torch.bfloat16
 
     @cached_property
-    def order(self) -> WindowShuffle | PackedShuffle:
+    def order(self) -> Order:
         return order_of(self.recipe, self.shards)
 
     def loader(self, micro_batch: int) -> BatchLoader:
@@ -77,6 +77,15 @@ class RunContext:
         windows, skip = self.recipe.windows_per_step, skipped(self.recipe)
         rank, world = process.rank(), process.world()
         return BatchLoader(self.shards.train, self.order, windows, micro_batch, rank, world, skip)
+
+    def windows_read(self, step: int) -> dict[str, int]:
+        """The windows of each source that the run, with those it goes on from, has read after `step` updates."""
+        if not isinstance(self.order, MixedShuffle):
+            return {"": step * self.recipe.windows_per_step}
+        read = sum(
+            self.order.read_before(high) - self.order.read_before(low) for low, high in self.loader(1).read(step)
+        )
+        return dict(zip(self.order.sources, np.asarray(read).tolist(), strict=True))
 
     def epochs_seen(self, step: int) -> float:
         return step * self.recipe.windows_per_step / self.order.windows

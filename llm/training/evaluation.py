@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from llm.base.errors import RefusedError, reason
 from llm.data.batches import eval_batches, packed_batches
 from llm.data.chat_template import template_of
+from llm.data.mixture import MixedShuffle
 from llm.data.packing import WindowTable, table_of
 from llm.data.shards import Shards, Split
 from llm.distributed import process, sharding
@@ -24,6 +25,7 @@ from llm.training.monitor import Monitor
 
 SAMPLE_TOKENS = 80
 Result = TypeVar("Result")
+HeldOut: TypeAlias = tuple[float, int, int, float]  # loss (a sum in nats), targets, bytes, windows
 
 
 class Evaluator:
@@ -67,18 +69,42 @@ class Evaluator:
 
     def _measure(self, micro_batch: int) -> None:
         """The losses of the held-out side, and of that of evaluate.also."""
-        shards = self.context.shards
+        shards, order = self.context.shards, self.context.order
         if not shards.validation.tokens:
             self.metrics = {"bits_per_byte": None}
             return
-        also = {}
+        also: dict[str, Any] = {}
         if shards.also is not None and (there := self._held_out(shards.also, micro_batch)) is not None:
             also = {"also_bits_per_byte": there[0] / there[2] / math.log(2)}
-        if (found := self._held_out(shards, micro_batch)) is not None:
-            self._keep(*found, also)
+        found = {name: self._held_out(each, micro_batch) for name, each in shards.sources.items()}
+        measured = {name: each for name, each in found.items() if each is not None}
+        if any(each.validation.tokens and name not in measured for name, each in shards.sources.items()):
+            return  # an event says why
+        if isinstance(order, MixedShuffle):
+            also["sources"] = self._of_sources(order, measured)
+            # Of the held-out windows, mixed as those of the training side are.
+            nats, targets, size = (
+                sum(order.shares[name] * each[at] / each[3] for name, each in measured.items()) for at in range(3)
+            )
+            self._keep(nats, targets, size, also)
+        else:
+            self._keep(*measured[""][:3], also)
 
-    def _held_out(self, shards: Shards, micro_batch: int) -> tuple[float, int, int] | None:
-        """Loss (a sum in nats) of the validation side, with the number of targets and the bytes they stand for.
+    def _of_sources(self, order: MixedShuffle, measured: dict[str, HeldOut]) -> dict[str, dict[str, float]]:
+        """For the record: the loss of each source, and how much of it the run has read."""
+        read = self.context.windows_read(self.state.step)
+        return {
+            name: {
+                "val_loss": nats / targets,
+                "bits_per_byte": nats / text_bytes / math.log(2),
+                "windows": read[name],
+                "epochs": read[name] / order.sources[name][0].windows,
+            }
+            for name, (nats, targets, text_bytes, _) in measured.items()
+        }
+
+    def _held_out(self, shards: Shards, micro_batch: int) -> HeldOut | None:
+        """Loss (a sum in nats) of the validation side, with the number of targets, their bytes, and windows.
 
         None, and an event, if it cannot be measured.
         """
@@ -93,9 +119,11 @@ class Evaluator:
             return None
         total = sharding.gather(nats).sum().item()
         if table is None:
-            return total, held_out.tokens - 1, held_out.text_bytes
+            targets = held_out.tokens - 1
+            return total, targets, held_out.text_bytes, targets / self.context.recipe.model.context
         bytes_of = self.context.tokenizer.bytes_of
-        return total, table.targets, max(1, sum(len(bytes_of(id)) for id in table.target_ids().tolist()))
+        size = max(1, sum(len(bytes_of(id)) for id in table.target_ids().tolist()))
+        return total, table.targets, size, len(table.windows)
 
     def _attempt(self, otherwise: str, act: Callable[[], Result]) -> Result | None:
         """What `act` returns; None and an event if it fails on any rank."""
@@ -133,7 +161,7 @@ class Evaluator:
                     total += self.state.model(batch.tokens, batch.targets, segments=batch.segments)
         return total
 
-    def _keep(self, nats: float, targets: int, text_bytes: int, also: dict[str, float]) -> None:
+    def _keep(self, nats: float, targets: float, text_bytes: float, also: dict[str, Any]) -> None:
         step = self.state.step
         bits = nats / text_bytes / math.log(2)
         if not math.isfinite(bits):

@@ -83,7 +83,7 @@ class Checkpoints:
         context, curve = self.context, self.evaluator.curve
         numbers = sum(math.prod(shard.shape) for shard in self.state.weights().values())
         shards, step, parts = context.shards, self.state.step, context.parts.names()
-        epochs = context.epochs_seen(step) if shards.is_chat else None
+        epochs = context.epochs_seen(step) if shards.is_chat or context.recipe.text.sources else None
         return model_card(context.recipe, context.tokenizer, shards, step, curve, numbers, parts, epochs)
 
     def _manifest(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from llm.base import atomic_io
 from llm.base.errors import GroupError, LLMError, RefusedError, as_disk_error, reason
 from llm.config.reading import dump, with_checksum
 from llm.config.schema import Recipe
-from llm.data.shards import Shards, keep_place
+from llm.data import mixture
+from llm.data.shards import AnyShards, keep_place
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
@@ -27,7 +28,7 @@ from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
 from llm.training.trainer import Trainer
 
-Prepare: TypeAlias = Callable[[Recipe], tuple[Recipe, Tokenizer, Shards]]
+Prepare: TypeAlias = Callable[[Recipe], tuple[Recipe, Tokenizer, AnyShards]]
 
 
 def train(
@@ -161,6 +162,7 @@ def _announcement(trainer: Trainer, step_seconds: float) -> str:
         f"{', to be revised as the speed shows' if recipe.train.hours else ''}",
         f"each process holds {cost.size(memory.total)}: weights {cost.size(memory.weights)}, gradients "
         f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}",
+        *mixture.lines(recipe, context.order, steps),
         f"micro-batches of {trainer.micro_batches.size} windows"
         f"{f', {cost.size(traffic.total)} sent a step by each process' if traffic.total else ''}",
     ]

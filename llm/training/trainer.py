@@ -54,7 +54,8 @@ class Trainer:
         `step_seconds`: of a step, as rehearsed; the record keeps the plan that follows from it.
         """
         state, clock = self.state, StepClock(self.state.step)
-        begins = self.checkpoints.saved < 0 and self.context.shards.also is not None
+        goes_on = self.recipe.text.sources and (self.recipe.model.from_ or self.recipe.from_)
+        begins = self.checkpoints.saved < 0 and bool(self.context.shards.also or goes_on)
         self.monitor.open(evaluate_again=self.owes_evaluation or begins, step_seconds=step_seconds)
         if self.monitor.tracker is not None and self.monitor.tracker.panel is not None:
             self.stop.notice = ON_PANEL

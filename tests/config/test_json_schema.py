@@ -77,6 +77,7 @@ def with_key(key: str, written: str) -> str:
         *(("run", each) for each in ("2024", "1e3", "no", "small")),
         *(("format", each) for each in ("1", "2", "'2'")),
         *(("machine", each) for each in ("~", "{}")),
+        ("text", "{sources: {a: {files: [a], weight: 90%}, b-1: {files: b, epochs: 2, documents: lines, field: t}}}"),
     ],
 )
 def test_a_value_that_load_takes_is_taken(tmp_path: Path, key: str, written: str) -> None:
@@ -101,6 +102,7 @@ def test_a_value_that_load_takes_is_taken(tmp_path: Path, key: str, written: str
         *((key, "1") for key in ("dim", "sead", "model.dims", "model.vocabulary", "train.optimiser", "from_", "model.from_")),
         *(("format", each) for each in ("3", "0")),
         *(("model", each) for each in ("4", "[dim]")),
+        *(("text", f"{{sources: {each}}}") for each in ("{}", "4", "{a: [a]}", "{a: {files: [a]}}", "{a: {weight: 1}}", "{a.b: {files: a, weight: 1}}", "{a: {files: a, weight: 0}}", "{a: {files: a, weight: 1, cache: b}}", "{a: {files: a, weight: 1, wait: 2}}")),
     ],
 )
 def test_a_value_that_load_refuses_is_refused(tmp_path: Path, key: str, written: str) -> None:
@@ -109,7 +111,7 @@ def test_a_value_that_load_refuses_is_refused(tmp_path: Path, key: str, written:
 
 @pytest.mark.parametrize(
     "text",
-    ["train: {steps: 1}\n", "text: {files: [a]}\n", "text: {files: [a]}\ntrain: {steps: 1, epochs: 2}\n", "text:\ntrain: {steps: 1}\n"],
+    ["train: {steps: 1}\n", "text: {files: [a]}\n", "text: {files: [a]}\ntrain: {steps: 1, epochs: 2}\n", "text:\ntrain: {steps: 1}\n", "text: {files: [a], sources: {b: {files: [b], weight: 1}}}\ntrain: {steps: 1}\n"],
 )
 def test_a_recipe_without_a_text_or_with_another_count_of_lengths_than_one_is_refused(tmp_path: Path, text: str) -> None:
     assert both(tmp_path, text) == [False, False]
