@@ -20,7 +20,6 @@ RATES = {"muon": (0.007, 0.06), "adamw": (3e-4, 5e-3)}  # beyond these a run end
 DECAY, SHORT_DECAY = 0.6, 0.4  # fraction of a run: shorter decays of the learning rate ended worse, none by far worst
 LONG_WARMUP, WARMUP = 0.2, 0.05  # fractions of a run
 FORGETS = (0.2, 3.0)  # epochs that weights remember, beyond which a run of several epochs ended worse
-CONTEXT, LAYERS = 256, 4
 PIECES = ((8192, 1.2e6), (4096, 3e5))  # for texts of so many bytes at least
 LONG_READ, SHORT_READ = 4, 1 / 50  # tokens read per parameter
 
@@ -141,22 +140,6 @@ def pieces(run: Facts) -> Hint | None:
     return None
 
 
-def context(run: Facts) -> Hint | None:
-    """Tokens a step stay as they are, or grow to one window."""
-    given, per_step = run.recipe.model.context, run.recipe.train.tokens_per_step
-    if not run.is_new or given >= CONTEXT / 2:
-        return None
-    grown = [f"train.tokens_per_step={max(1, round(per_step / CONTEXT)) * CONTEXT}"] if per_step % CONTEXT else []
-    length = [f"train.tokens={run.read:.0f}"] if grown and run.read else []
-    return Hint("the model sees too little at once", (f"model.context={CONTEXT}", *grown, *length))
-
-
-def depth(run: Facts) -> Hint | None:
-    if not run.is_new or run.recipe.model.layers >= LAYERS - 1:
-        return None
-    return Hint("too few blocks", (f"model.layers={LAYERS}",))
-
-
 def width(run: Facts) -> Hint | None:
     """A wider model where each weight has seen many tokens; a narrower one where it has seen next to none."""
     if not run.is_new or not run.read:
@@ -206,7 +189,7 @@ def more_text(run: Facts) -> Hint:
 
 
 RULES: tuple[Callable[[Facts], Hint | None], ...] = (
-    optimizer, rate, warmup, batch, decay, forgetting, dropout, shorter, context, depth, width, pieces, longer,
+    optimizer, rate, warmup, batch, decay, forgetting, dropout, shorter, width, pieces, longer,
 )  # fmt: skip
 
 

@@ -48,17 +48,12 @@ def _powers(base: int, length: int) -> np.ndarray:
 _powers_of = _Powers()
 
 
-def spans_hashed(values: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _spans_hashed(values: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """A hash of each span of `values` (uint64), equal for equal spans: (spans,) of uint64."""
     _powers_of.reach(len(values) + 1)
     sums = np.zeros(len(values) + 1, np.uint64)
     np.cumsum(values * _powers_of.up[: len(values)], out=sums[1:])
     return _mixed((sums[ends] - sums[begins]) * _powers_of.down[begins])
-
-
-def of_bytes(block: np.ndarray) -> np.ndarray:
-    """A random number for each byte, the same for both cases of an ASCII letter: uint64."""
-    return _OF_BYTE[block]
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -81,7 +76,7 @@ def signatures(block: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.nd
     begins_at = edges[is_word]
     if not len(begins_at):
         return np.zeros(0, int), np.zeros((0, HASHES), np.uint8)
-    words = spans_hashed(of_bytes(block), begins_at, ends)
+    words = _spans_hashed(_OF_BYTE[block], begins_at, ends)
     document = np.searchsorted(starts, begins_at, "right") - 1
     shingles, of = _shingles(words, document)
     first = np.flatnonzero(np.diff(of, prepend=-1))

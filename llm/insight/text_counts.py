@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 
-from llm.insight import near_duplicates
 from llm.insight.near_duplicates import Index
 
 HELD_OUT = 1 << 20  # bytes that vocabularies and yardsticks are measured on
@@ -56,7 +55,8 @@ class Counts:
         self.sizes.append(np.fromiter(map(len, documents), np.int32, len(documents)))
         data = b"\n".join([b"", *documents, b""])
         text = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
-        self.points += np.bincount(text, minlength=0x110000)
+        points = np.bincount(text)
+        self.points[: len(points)] += points
         self.points[_NEWLINE] -= len(documents) + 1
         self._add_lines(data)
         for name, pattern in MARKUP.items():
@@ -93,7 +93,7 @@ class Counts:
                 self.samples.setdefault("long lines", []).append(sample)
         self.longest_line = max(self.longest_line, int(sizes.max(initial=0)))
         long = sizes >= SHORT_LINE
-        self.boilerplate.add(data, block, begins[long], ends[long])
+        self.boilerplate.add(data, begins[long], ends[long])
 
     @property
     def characters(self) -> int:
@@ -115,19 +115,18 @@ class Lines:
     """How often lines come, by their hash: of more than 2 LINES the rarer half gives way (lossy counting)."""
 
     def __init__(self) -> None:
-        self.keys, self.counts, self.sizes = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.keys, self.counts, self.sizes = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
         self.texts: dict[int, str] = {}
         self.bytes = 0
 
-    def add(self, data: bytes, block: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
+    def add(self, data: bytes, begins: np.ndarray, ends: np.ndarray) -> None:
         """Count the lines of a block between `begins` and `ends`."""
         self.bytes += len(data)
         if not len(begins):
             return
+        hashes = (hash(data[begin:end]) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True))
         keys, first, counts = np.unique(
-            near_duplicates.spans_hashed(near_duplicates.of_bytes(block), begins, ends),
-            return_index=True,
-            return_counts=True,
+            np.fromiter(hashes, np.int64, len(begins)), return_index=True, return_counts=True
         )
         whole, at = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
         old, new = at[: len(self.keys)], at[len(self.keys) :]

@@ -4,6 +4,7 @@ Memory: 12 bytes a document, 72 more for up to 4 million documents in which near
 characters and lines in tables of fixed size, and samples of SAMPLE bytes to train vocabularies and yardsticks on.
 """
 
+import itertools
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
 
 from llm.base.errors import TextError
 from llm.config.schema import Model, Text
@@ -164,34 +164,47 @@ def _vocabularies(train: list[bytes], counts: Counts, show: Show) -> list[Vocabu
     documents = [each.decode() for each in counts.held_out or train]
     size, characters = sum(len(each.encode()) for each in documents), sum(map(len, documents))
     found = []
-    for pieces in sizes:
-        if (tokenizer := first_pieces(largest, pieces)) is None:
-            continue
-        tokens = len(documents) + sum(map(len, tokenizer.encode_batch(documents, threads=1)))
+    for pieces, encoded in tokens_by_size(largest, documents, sizes).items():
+        tokens = encoded + len(documents)
         parameters = cost.parameters(QUICKSTART, pieces)
-        share = pieces * QUICKSTART.dim / parameters
         context = round(QUICKSTART.context * characters / tokens)
-        found.append(Vocabulary(pieces, size / tokens, share, parameters, context))
+        found.append(Vocabulary(pieces, size / tokens, pieces * QUICKSTART.dim / parameters, parameters, context))
     return found
 
 
-def first_pieces(tokenizer: Tokenizer, pieces: int) -> Tokenizer | None:
-    """The vocabulary without its last merges: the one that BPE would have ended at. None if no merge would be left."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)  # type: ignore[attr-defined]
-    normal = model.SentencePiece.NORMAL
-    is_merge = [each.type == normal and len(each.piece) > 1 for each in model.pieces]
-    kept = sum(is_merge) - (len(model.pieces) - pieces)
-    if kept < 0:
-        return None
-    seen, first, left = np.cumsum(is_merge), tokenizer.first_piece, []
-    for piece, merge, number in zip(model.pieces, is_merge, seen, strict=True):
-        if not merge or number <= kept:
-            left.append(piece)
-    del model.pieces[:]
-    model.pieces.extend(left)
-    for rank, piece in enumerate(model.pieces[first:]):
-        piece.score = -rank
-    return Tokenizer(model.SerializeToString(), f"a vocabulary of {pieces:,} pieces")
+def tokens_by_size(tokenizer: Tokenizer, documents: list[str], sizes: list[int]) -> dict[int, int]:
+    """Tokens of the documents under this vocabulary of BPE and those that BPE would have ended at earlier, by size.
+
+    A smaller vocabulary has the first merges: a piece of a later one falls into the two that it was merged from.
+    """
+    names = [tokenizer.piece(id) for id in range(tokenizer.first_piece, tokenizer.vocab_size)]
+    merges = {name: rank for rank, name in enumerate(name for name in names if len(name) > 1)}
+    halves = {name: _merged(name, merges, rank) for name, rank in merges.items()}
+    ids = np.concatenate([np.zeros(0, np.int32), *tokenizer.encode_batch(documents, threads=1)])
+    counts = np.bincount(ids, minlength=tokenizer.vocab_size).tolist()
+    found = {}
+    for size in sizes:
+        kept = len(merges) - (tokenizer.vocab_size - size)
+        if kept < 0:
+            continue
+        parts: dict[str, int] = {}
+        for name, rank in merges.items():
+            parts[name] = 1 if rank < kept else sum(parts.get(half, 1) for half in halves[name])
+        later = zip(names, counts[tokenizer.first_piece :], strict=True)
+        found[size] = len(ids) + sum(count * (parts.get(name, 1) - 1) for name, count in later)
+    return found
+
+
+def _merged(name: str, merges: dict[str, int], most: int) -> list[str]:
+    """The symbols of `name` after all merges of lower rank than `most`, in the order of their ranks."""
+    symbols = list(name)
+    while len(symbols) > 1:
+        ranks = [merges.get(left + right, most) for left, right in itertools.pairwise(symbols)]
+        if (least := min(ranks)) >= most:
+            break
+        at = ranks.index(least)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+    return symbols
 
 
 def advised(found: Survey) -> int:

@@ -55,8 +55,6 @@ ROWS = [
     Row("dropout without need", "dropout", "model.dropout=0.2"),
     Row("too few pieces: 512", "pieces", "tokenizer.vocabulary=512"),
     Row("too few pieces: 2,048", "pieces", "tokenizer.vocabulary=2048"),
-    Row("context of 16 tokens", "context", "model.context=16"),
-    Row("one block", "depth", "model.layers=1"),
     Row("too narrow: 16", "width", "model.dim=16 model.heads=1 tokenizer.vocabulary=1024 train.tokens=140k"),
     Row("too large: 256 wide, 8 blocks", "width", "model.dim=256 model.heads=4 model.layers=8 train.tokens=20k"),
     Row("too short", "longer", "train.tokens=30k tokenizer.vocabulary=8192"),

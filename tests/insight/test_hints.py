@@ -33,8 +33,6 @@ WRONG = [
     ("train.weight_decay=0", 6, "forgetting", "train.weight_decay=auto"),
     ("train.weight_decay=5", 6, "forgetting", "train.weight_decay=auto"),
     ("model.dropout=0.1", 2, "dropout", "model.dropout=0"),
-    ("model.context=32", 1, "context", "model.context=256"),
-    ("model.layers=1", 1, "depth", "model.layers=4"),
     ("model.dim=32 model.heads=1 tokenizer.vocabulary=1024 train.tokens_per_step=1024", 4, "width", "model.dim=64 model.heads=2"),
     ("model.dim=512 model.heads=8 model.layers=12", 0.2, "width", "model.dim=256 model.heads=4"),
     ("tokenizer.vocabulary=2048", 1, "pieces", "tokenizer.vocabulary=8192"),

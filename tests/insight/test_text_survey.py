@@ -14,7 +14,7 @@ from llm.data.progress import Show
 from llm.data.tokenizer import Tokenizer
 from llm.insight import text_counts
 from llm.insight.near_duplicates import Index
-from llm.insight.text_survey import Survey, first_pieces, survey
+from llm.insight.text_survey import Survey, survey, tokens_by_size
 from tests.forks import run, script
 
 SILENT = Show(lambda line: None, False)
@@ -142,7 +142,7 @@ def test_memory_is_bounded_and_copies_stay_together(monkeypatch: pytest.MonkeyPa
             ["", *(" ".join(words(rng, 12)) for _ in range(60)), *["Home | About | Contact | Terms"] * 5, ""]
         ).encode()
         ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 10)
-        lines.add(data, np.frombuffer(data, np.uint8), ends[:-1] + 1, ends[1:])
+        lines.add(data, ends[:-1] + 1, ends[1:])
         assert len(lines.keys) <= 200
     assert lines.found()[0] == [250] and "250 times: Home | About" in lines.found()[2][0]
 
@@ -175,16 +175,15 @@ def test_a_clean_text_has_no_findings_and_each_fault_is_counted(tmp_path: Path) 
     assert all(each.mend and each.samples for each in found.findings)
 
 
-def test_small_vocabularies_are_the_first_pieces_of_a_large_one() -> None:
+def test_small_vocabularies_are_counted_from_a_large_one() -> None:
+    """Exactly, also for text and letters that were not there when it was trained."""
     rng = random.Random(9)
-    documents = [article(rng).encode() for _ in range(400)]
-    large = Tokenizer.train(documents, vocab_size=1200)
-    for pieces in (400, 1000):
-        trained, cut = Tokenizer.train(documents, vocab_size=pieces), first_pieces(large, pieces)
-        assert cut is not None and cut.lossless
-        assert [cut.piece(id) for id in range(cut.vocab_size)] == [trained.piece(id) for id in range(pieces)]
-        assert cut.encode(documents[0].decode()) == trained.encode(documents[0].decode())
-    assert first_pieces(large, 260) is None
+    documents = [article(rng) for _ in range(400)]
+    data = [each.encode() for each in documents]
+    other = [article(rng) + " Zażółć gęślą jaźń 漢字 \t x1y2 wwwww" for _ in range(20)]
+    found = tokens_by_size(Tokenizer.train(data, vocab_size=1200), other, [260, 400, 1000, 1200])
+    trained = {size: Tokenizer.train(data, vocab_size=size).encode_batch(other, 1) for size in (400, 1000, 1200)}
+    assert found == {size: sum(map(len, ids)) for size, ids in trained.items()}
 
 
 def test_the_command_prints_for_people_and_machines_and_writes_nothing(tmp_path: Path) -> None:
