@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm.config.resolving import FORGOTTEN_AFTER
 from llm.config.schema import Recipe
 from llm.insight import planning
 from llm.model import cost
 
 FRESH = 4  # epochs that are worth almost as much as fresh text
 LEARNT_BY_HEART = 0.5  # nats of validation loss above training loss that show memorisation
-RATE = {"muon": 0.02, "adamw": 1e-3}
-RATES = {"muon": (0.007, 0.06), "adamw": (3e-4, 5e-3)}  # beyond these a run ended worse
+RATE, RATES = 0.02, (0.007, 0.06)  # of Muon: the best one measured, and bounds beyond which a run ended worse
 DECAY, SHORT_DECAY = 0.6, 0.4  # fraction of a run: shorter decays of the learning rate ended worse, none by far worst
 LONG_WARMUP, WARMUP = 0.2, 0.05  # fractions of a run
 FORGETS = (0.2, 3.0)  # epochs that weights remember, beyond which a run of several epochs ended worse
@@ -78,17 +78,18 @@ class Hint:
 
 def optimizer(run: Facts) -> Hint | None:
     if run.is_new and run.recipe.train.optimizer == "adamw":
-        return Hint("Muon learns more from each token than AdamW", ("train.optimizer=muon", "train.learning_rate=0.02"))
+        return Hint(
+            "Muon learns more from each token than AdamW", ("train.optimizer=muon", f"train.learning_rate={RATE}")
+        )
     return None
 
 
 def rate(run: Facts) -> Hint | None:
     train = run.recipe.train
-    low, high = RATES[train.optimizer]
-    if not run.is_new or low <= train.learning_rate <= high:
+    if not run.is_new or train.optimizer != "muon" or RATES[0] <= train.learning_rate <= RATES[1]:
         return None
-    word = "low" if train.learning_rate < low else "high"
-    return Hint(f"the rate is too {word}", (f"train.learning_rate={RATE[train.optimizer]:g}",))
+    word = "low" if train.learning_rate < RATES[0] else "high"
+    return Hint(f"the rate is too {word}", (f"train.learning_rate={RATE}",))
 
 
 def batch(run: Facts) -> Hint | None:
@@ -97,7 +98,7 @@ def batch(run: Facts) -> Hint | None:
     wanted = max(1, round(1024 * (run.read / 5e5) ** 0.4 / context)) * context
     if not run.read or train.tokens_per_step <= 4 * wanted:  # smaller steps learn as much, but take longer
         return None
-    return Hint(f"only {run.steps:,} updates", (f"train.tokens_per_step={wanted}", f"train.tokens={run.read:.0f}"))
+    return Hint(f"only {run.steps:,} updates", (f"train.tokens_per_step={wanted}", *_tokens(run, 1)))
 
 
 def warmup(run: Facts) -> Hint | None:
@@ -121,7 +122,8 @@ def forgetting(run: Facts) -> Hint | None:
     per_epoch = train.learning_rate * float(train.weight_decay) * run.unique / train.tokens_per_step
     if FORGETS[0] <= 1 / max(per_epoch, 1e-9) <= FORGETS[1]:
         return None
-    return Hint("weights are to forget at the pace of the text", ("train.weight_decay=auto",))
+    pace = f"{FORGOTTEN_AFTER}epochs" if train.hours else "auto"  # which takes a time for few epochs
+    return Hint("weights are to forget at the pace of the text", (f"train.weight_decay={pace}",))
 
 
 def dropout(run: Facts) -> Hint | None:
@@ -147,9 +149,13 @@ def width(run: Facts) -> Hint | None:
     if run.read > LONG_READ * run.parameters:
         return Hint(f"each weight sees {run.read / run.parameters:,.0f} tokens: a wider model", _wider(run, 2))
     if run.read < SHORT_READ * run.parameters and run.epochs < FRESH / 3 and (change := _wider(run, 1 / 2)):
-        more = (f"train.tokens={3 * run.read:.0f}",)
-        return Hint("a smaller model reads three times as much in that time", (*change, *more))
+        return Hint("a smaller model reads three times as much in that time", (*change, *_tokens(run, 3)))
     return None
+
+
+def _tokens(run: Facts, times: int) -> tuple[str, ...]:
+    """The override that makes a run so many times as long; none where the length is a time."""
+    return () if run.recipe.train.hours else (f"train.tokens={times * run.read:.0f}",)
 
 
 def _wider(run: Facts, factor: float) -> tuple[str, ...]:

@@ -100,6 +100,13 @@ def test_a_run_that_fell_to_its_end_is_told_to_go_on() -> None:
     assert hints.of_run(hours, evaluations(1.5, 1.4, gap=0.1, epochs=1)).endswith("a longer run: train.hours=4")
 
 
+def test_a_run_for_a_time_keeps_its_time() -> None:
+    given = recipe(1, "train.tokens_per_step=32768", "train.hours=2h")
+    assert "train.tokens" not in hints.of_run(given, evaluations(1.5, 1.4, gap=0.1, epochs=0.5)).replace(
+        "train.tokens_per_step", ""
+    )
+
+
 def test_one_evaluation_shows_no_trend() -> None:
     said = hints.of_run(recipe(1), evaluations(1.5, gap=0.1, epochs=1))
     assert "fell" not in said and "stopped paying" not in said and "evaluate.every=122" in said
