@@ -27,11 +27,7 @@ BASE = (
     "text.files=[third.txt] train.tokens_per_step=512 train.warmup=6 text.validation=4% evaluate.prompts=[] machine.threads=1 "
     "checkpoint.every=1000000 evaluate.every=1000000 machine.precision=fp32"
 )
-PARTS = {
-    "third": 3,
-    "hundredth": 100,
-    "MORE": 7,
-}  # one article in so many of the packaged English text, as a text of its own
+PARTS = {"third": 3, "hundredth": 100, "tiny": 400, "MORE": 7}  # one in so many of the packaged articles, as a text
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ class Row:
 
 
 SMALL = "text.files=[hundredth.txt] text.validation=25% tokenizer.vocabulary=1024 evaluate.every=40"
+TINY = "text.files=[tiny.txt] text.validation=25% tokenizer.vocabulary=400 evaluate.every=15"
 ROWS = [
     Row("AdamW at 3e-4", "optimizer", "train.optimizer=adamw train.learning_rate=3e-4"),
     Row("too high a rate", "rate", "train.learning_rate=0.3"),
@@ -59,8 +56,8 @@ ROWS = [
     Row("too narrow: 16", "width", "model.dim=16 model.heads=1 tokenizer.vocabulary=1024 train.tokens=140k"),
     Row("too large: 256 wide, 8 blocks", "width", "model.dim=256 model.heads=4 model.layers=8 train.tokens=20k"),
     Row("too short", "longer", "train.tokens=30k tokenizer.vocabulary=8192"),
-    Row("too many epochs: 20", "shorter", f"{SMALL} train.epochs=20 model.dropout=0.1"),
-    Row("too little text", "more_text", f"{SMALL} train.epochs=8 evaluate.also=[hundredth.txt]"),
+    Row("too many epochs: 20", "shorter", f"{TINY} train.epochs=20 train.weight_decay=2.9epochs"),
+    Row("too little text", "more_text", f"{SMALL} train.tokens=90k evaluate.also=[hundredth.txt]"),
 ]  # fmt: skip
 
 
