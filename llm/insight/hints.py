@@ -190,7 +190,7 @@ def longer(run: Facts) -> Hint | None:
 
 
 def more_text(run: Facts) -> Hint:
-    files = ", ".join([*run.recipe.text.files, "MORE.txt"])
+    files = ",".join([*run.recipe.text.files, "MORE.txt"])
     return Hint("more text, in a file of its own", (f"text.files=[{files}]",))
 
 

@@ -37,7 +37,7 @@ WRONG = [
     ("model.dim=512 model.heads=8 model.layers=12", 0.2, "width", "model.dim=256 model.heads=4"),
     ("tokenizer.vocabulary=2048", 1, "pieces", "tokenizer.vocabulary=8192"),
     ("", 0.5, "longer", "train.epochs=1"),
-    ("", 6, "more_text", "text.files=[wiki-leads, MORE.txt]"),
+    ("", 6, "more_text", "text.files=[wiki-leads,MORE.txt]"),
 ]  # fmt: skip
 
 
