@@ -96,7 +96,7 @@ def prepare(
     cache = _cache(recipe.text.cache or "data")
     show = Show(say, progress)
 
-    corpus, survey, sample = _surveyed(recipe.text, cache, show, verify=verify, own=own)
+    corpus, survey, sample = surveyed(recipe.text, cache, show, verify=verify, own=own)
     if corpus.repeated:
         more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
         say(f"text: {corpus.repeated[0]}{more}")
@@ -234,7 +234,7 @@ def _read_only(path: Path) -> bool:
     return not os.access(next(each for each in (path, *path.absolute().parents) if each.exists()), os.W_OK)
 
 
-def _surveyed(
+def surveyed(
     text: Text, cache: Path, show: Show, *, verify: bool, most: int = MAX_DOCUMENT, own: Source | None = None
 ) -> tuple[Corpus, Survey, list[bytes]]:
     """Corpus and survey of the text, from the cache (with an empty sample) or read, with a sample for the tokenizer.
@@ -255,7 +255,7 @@ def _surveyed(
     fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
     if not fits and most == MAX_DOCUMENT and not survey.is_chat:
         most = _smaller(survey)
-        pieces = _surveyed(text, cache, show, verify=verify, most=most, own=own)
+        pieces = surveyed(text, cache, show, verify=verify, most=most, own=own)
         if pieces[1].is_split:
             found = f"documents ({sum(survey.documents):,} by the rule {survey.rule})"
             show.say(f"validation: {found} are too few or too large to hold some out: cut at {most:,} bytes")

@@ -1,8 +1,8 @@
 """Cards by name: memory, bandwidth and matrix throughput; and this machine's own CPU.
 
-Data sheets of NVIDIA: GA102 (2021), Ada (2023) and RTX Blackwell (2025) architecture whitepapers; T4, V100, A100, L4,
-H100 and H200 data sheets. `half` is the dense throughput of tensor cores in bf16 (T4, V100: fp16) with sums in fp32,
-half of what a GeForce's box says; `single` is plain fp32.
+`half` is the dense throughput of tensor cores in bf16 (T4, V100: fp16) with sums in fp32, half of what a GeForce's box
+says; `single` is plain fp32. Checked on 2026-11-28 against public pages that quote the SOURCES, which could not be
+opened themselves. They print every figure but those named in DERIVED.
 """
 
 import os
@@ -32,17 +32,36 @@ class Device:
     cuda: bool = True
 
 
-_TABLE = {  # GiB, GB/s, TFLOP/s in half and in single precision
-    "3060": (12, 360, 25.5, 12.7), "3070": (8, 448, 40.6, 20.3), "3080": (10, 760, 59.5, 29.8),
-    "3080ti": (12, 912, 68.2, 34.1), "3090": (24, 936, 71.0, 35.6), "4060ti": (16, 288, 44.1, 22.1),
-    "4070": (12, 504, 58.3, 29.1), "4080": (16, 717, 97.5, 48.7), "4090": (24, 1008, 165.2, 82.6),
-    "5090": (32, 1792, 209.5, 104.8), "t4": (15, 320, 65, 8.1), "v100": (16, 900, 125, 15.7),
-    "a100": (80, 2039, 312, 19.5), "l4": (22, 300, 121, 30.3), "h100": (80, 3350, 989, 67),
-    "h200": (141, 4800, 989, 67),
+SOURCES = {  # documents of NVIDIA
+    "GA102": "Ampere GA102 GPU Architecture whitepaper, V2 (2021), and GeForce RTX 30 specifications",
+    "Ada": "Ada GPU Architecture whitepaper, V2.1 (2023), appendix A, and GeForce RTX 40 specifications",
+    "Blackwell": "RTX Blackwell GPU Architecture whitepaper (2025)",
+    "Turing": "T4 data sheet (2019); 16 GB, of which error correction leaves 15",
+    "Volta": "V100 architecture whitepaper (2017)",
+    "A100": "A100 data sheet, 80 GB SXM",
+    "L4": "L4 data sheet (2023), halved: it counts sparse products; 24 GB, of which error correction leaves 22",
+    "Hopper": "H100 and H200 SXM data sheets, halved: they count sparse products; memory as CUDA reports it",
+}
+DERIVED = {  # what no page was found to print
+    "3060": "half", "3070": "half", "3080": "half", "3080ti": "half", "3090": "half", "4060ti": "half",
+    "4070": "half and single",
+}  # fmt: skip
+# `half` there is twice `single`, as the whitepapers have it for the 4090 and the 5090; the 4070's `single` is its 5,888
+# cores at 2,475 MHz.
+
+_TABLE = {  # GiB, GB/s, TFLOP/s in half and in single precision, source
+    "3060": (12, 360, 25.5, 12.7, "GA102"), "3070": (8, 448, 40.6, 20.3, "GA102"),
+    "3080": (10, 760, 59.5, 29.8, "GA102"), "3080ti": (12, 912, 68.2, 34.1, "GA102"),
+    "3090": (24, 936, 71.0, 35.6, "GA102"), "4060ti": (16, 288, 44.1, 22.1, "Ada"),
+    "4070": (12, 504, 58.3, 29.1, "Ada"), "4080": (16, 717, 97.5, 48.7, "Ada"),
+    "4090": (24, 1008, 165.2, 82.6, "Ada"), "5090": (32, 1792, 209.5, 104.8, "Blackwell"),
+    "t4": (15, 320, 65, 8.1, "Turing"), "v100": (16, 900, 125, 15.7, "Volta"),
+    "a100": (80, 2039, 312, 19.5, "A100"), "l4": (22, 300, 121, 30.3, "L4"),
+    "h100": (79, 3350, 989, 67, "Hopper"), "h200": (139, 4800, 989, 67, "Hopper"),
 }  # fmt: skip
 CARDS = {
     name: Device(name, gib * GIB, bandwidth * 1e9, half * 1e12, single * 1e12)
-    for name, (gib, bandwidth, half, single) in _TABLE.items()
+    for name, (gib, bandwidth, half, single, _) in _TABLE.items()
 }
 
 

@@ -1,66 +1,241 @@
-"""Hints before and after a run: facts about text and run, then the one change that would help most.
+"""Hints before and after a run: facts about text and run, then the one change that would help most, as overrides.
 
-They follow the measurements in recipes/README.md, where more pieces always win and dropout pays only if the text is
-read many times. FRESH and LONG_READ come from the literature on larger models.
+RULES are tried in order and the first that applies speaks. Each was held against a run that it advised on and the same
+run with the change made: the table is in tests/benchmarks/README.md, `tests/benchmarks/advice.py` makes it again.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from llm.config.resolving import MANY_EPOCHS
+from llm.config.resolving import FORGOTTEN_AFTER
 from llm.config.schema import Recipe
+from llm.insight import planning
 from llm.model import cost
 
 FRESH = 4  # epochs that are worth almost as much as fresh text
 LEARNT_BY_HEART = 0.5  # nats of validation loss above training loss that show memorisation
-LONG_READ = 40  # tokens read per parameter, beyond which a larger model learns more from them
-SHORT_DECAY = 0.4  # fraction of a run: shorter decays of the learning rate ended worse, none by far the worst
+RATE, RATES = 0.02, (0.007, 0.06)  # of Muon: the best one measured, and bounds beyond which a run ended worse
+DECAY, SHORT_DECAY = 0.6, 0.4  # fraction of a run: shorter decays of the learning rate ended worse, none by far worst
+LONG_WARMUP, WARMUP = 0.2, 0.05  # fractions of a run
+FORGETS = (0.2, 3.0)  # epochs that weights remember, beyond which a run of several epochs ended worse
+PIECES = ((8192, 1.2e6), (4096, 3e5))  # for texts of so many bytes at least
+LONG_READ, SHORT_READ = 4, 1 / 50  # tokens read per parameter
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules may look at: the recipe with its length in steps, the text, and the evaluations in order."""
+
+    recipe: Recipe
+    vocab_size: int
+    unique: float  # tokens of the training side
+    steps: int  # done, or planned; 0: unknown
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def read(self) -> float:
+        return self.steps * self.recipe.train.tokens_per_step
+
+    @property
+    def epochs(self) -> float:
+        return self.read / self.unique
+
+    @property
+    def parameters(self) -> int:
+        return cost.parameters(self.recipe.model, self.vocab_size)
+
+    @property
+    def is_new(self) -> bool:
+        """False for a run that goes on from weights, whose sizes are given and whose rates follow other rules."""
+        return not (self.recipe.from_ or self.recipe.model.from_)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        return min(self.evaluations, key=lambda each: each["bits_per_byte"])
+
+    @property
+    def got_worse(self) -> bool:
+        return bool(self.evaluations) and self.best["step"] < self.evaluations[-1]["step"]
+
+    @property
+    def knows_by_heart(self) -> bool:
+        last = self.evaluations[-1] if self.evaluations else {"val_loss": 0.0}
+        return last["val_loss"] - last.get("train_loss", last["val_loss"]) >= LEARNT_BY_HEART
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A reason and the `key=value` overrides that make the change."""
+
+    why: str
+    change: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.why}: {' '.join(self.change)}"
+
+
+def optimizer(run: Facts) -> Hint | None:
+    if run.is_new and run.recipe.train.optimizer == "adamw":
+        return Hint(
+            "Muon learns more from each token than AdamW", ("train.optimizer=muon", f"train.learning_rate={RATE}")
+        )
+    return None
+
+
+def rate(run: Facts) -> Hint | None:
+    train = run.recipe.train
+    if not run.is_new or train.optimizer != "muon" or RATES[0] <= train.learning_rate <= RATES[1]:
+        return None
+    word = "low" if train.learning_rate < RATES[0] else "high"
+    return Hint(f"the rate is too {word}", (f"train.learning_rate={RATE}",))
+
+
+def batch(run: Facts) -> Hint | None:
+    """1,024 tokens a step for half a million tokens, growing with their number to the power 0.4."""
+    train, context = run.recipe.train, run.recipe.model.context
+    wanted = max(1, round(1024 * (run.read / 5e5) ** 0.4 / context)) * context
+    if not run.read or train.tokens_per_step <= 4 * wanted:  # smaller steps learn as much, but take longer
+        return None
+    return Hint(f"only {run.steps:,} updates", (f"train.tokens_per_step={wanted}", *_tokens(run, 1)))
+
+
+def warmup(run: Facts) -> Hint | None:
+    steps = run.recipe.train.warmup
+    if not run.steps or steps <= LONG_WARMUP * run.steps:
+        return None
+    return Hint(f"warming up takes {steps / run.steps:.0%} of the run", (f"train.warmup={int(WARMUP * run.steps)}",))
+
+
+def decay(run: Facts) -> Hint | None:
+    if run.recipe.train.decay >= SHORT_DECAY:
+        return None
+    return Hint("a rate that falls for longer ends lower", (f"train.decay={DECAY:.0%}",))
+
+
+def forgetting(run: Facts) -> Hint | None:
+    """Weight decay as the epochs after which weights are forgotten: 1 / (rate x decay) steps."""
+    train = run.recipe.train
+    if not run.is_new or run.epochs <= 1 or train.optimizer != "muon":
+        return None
+    per_epoch = train.learning_rate * float(train.weight_decay) * run.unique / train.tokens_per_step
+    if FORGETS[0] <= 1 / max(per_epoch, 1e-9) <= FORGETS[1]:
+        return None
+    pace = f"{FORGOTTEN_AFTER}epochs" if train.hours else "auto"  # which takes a time for few epochs
+    return Hint("weights are to forget at the pace of the text", (f"train.weight_decay={pace}",))
+
+
+def dropout(run: Facts) -> Hint | None:
+    if run.recipe.model.dropout in (0.0, "auto") or not run.steps or run.epochs > FRESH:
+        return None
+    return Hint("dropout costs where a text is read few times", ("model.dropout=0",))
+
+
+def pieces(run: Facts) -> Hint | None:
+    if not run.is_new or run.recipe.tokenizer.path:
+        return None
+    text_bytes = run.unique * planning.bytes_per_token(run.vocab_size)
+    for size, least in PIECES:
+        if run.vocab_size < size and text_bytes >= least:
+            return Hint("more pieces learn more from each byte", (f"tokenizer.vocabulary={size}",))
+    return None
+
+
+def width(run: Facts) -> Hint | None:
+    """A wider model where each weight has seen many tokens; a narrower one where it has seen next to none."""
+    if not run.is_new or not run.read:
+        return None
+    if run.read > LONG_READ * run.parameters:
+        return Hint(f"each weight sees {run.read / run.parameters:,.0f} tokens: a wider model", _wider(run, 2))
+    if run.read < SHORT_READ * run.parameters and run.epochs < FRESH / 3 and (change := _wider(run, 1 / 2)):
+        return Hint("a smaller model reads three times as much in that time", (*change, *_tokens(run, 3)))
+    return None
+
+
+def _tokens(run: Facts, times: int) -> tuple[str, ...]:
+    """The override that makes a run so many times as long; none where the length is a time."""
+    return () if run.recipe.train.hours else (f"train.tokens={times * run.read:.0f}",)
+
+
+def _wider(run: Facts, factor: float) -> tuple[str, ...]:
+    """Overrides for heads of the same size in other number; none where one head is to be halved."""
+    model = run.recipe.model
+    heads = round(model.heads * factor)
+    if not heads:
+        return ()
+    grouped = [f"model.kv_heads={heads}"] if model.kv_heads != model.heads else []
+    own = [f"model.ffn_dim={math.ceil(model.ffn_dim * factor / 64) * 64}"] if _has_own_ffn(run) else []
+    return (f"model.dim={heads * model.head_dim}", f"model.heads={heads}", *grouped, *own)
+
+
+def _has_own_ffn(run: Facts) -> bool:
+    model = run.recipe.model
+    return model.ffn_dim != -(-model.dim * 8 // 3 // 64) * 64
+
+
+def shorter(run: Facts) -> Hint | None:
+    if not run.got_worse:
+        return None
+    best = run.best
+    return Hint("a shorter run, whose rate falls in time", (f"train.epochs={best['epochs_seen']:.2g}",))
+
+
+def longer(run: Facts) -> Hint | None:
+    if run.got_worse or run.knows_by_heart or (run.epochs > FRESH / 1.2 and not run.recipe.train.hours):
+        return None
+    if run.recipe.train.hours:
+        return Hint("a longer run", (f"train.hours={2 * run.recipe.train.hours:.3g}",))
+    return Hint("a longer run", (f"train.epochs={min(FRESH, 2 * run.epochs):.2g}",))
+
+
+def more_text(run: Facts) -> Hint:
+    files = ",".join([*run.recipe.text.files, "MORE.txt"])
+    return Hint("more text, in a file of its own", (f"text.files=[{files}]",))
+
+
+RULES: tuple[Callable[[Facts], Hint | None], ...] = (
+    optimizer, rate, warmup, batch, decay, forgetting, dropout, shorter, width, pieces, longer,
+)  # fmt: skip
+
+
+def advise(run: Facts) -> tuple[str, Hint]:
+    """The name of the first rule that applies, and its hint; more text where none does."""
+    for rule in RULES:
+        if hint := rule(run):
+            return rule.__name__, hint
+    return more_text.__name__, more_text(run)
 
 
 def of_text(recipe: Recipe, tokens: int, vocab_size: int) -> str:
     """Two lines before a run with a known number of steps: what its `tokens` tokens allow, and a hint."""
-    model, train = recipe.model, recipe.train
-    read, numbers = train.steps * train.tokens_per_step, cost.parameters(model, vocab_size)
-    pieces = vocab_size * model.dim * (1 if model.tied else 2) / numbers
-    epochs = read / tokens
-    if train.hours:
-        change = f"more hours until the text is read {FRESH} times, then more text; the run says how often it was"
-    elif epochs < FRESH:
-        change = f"reading the text more often, up to {FRESH} times for almost full worth: train.epochs={FRESH}"
-    elif epochs > MANY_EPOCHS and not model.dropout:
-        change = f"dropout, as the text is read more than {MANY_EPOCHS} times: model.dropout=auto"
-    elif read > LONG_READ * numbers and tokens > numbers:  # else a larger model would memorise the text
-        change = f"a larger model, as each weight sees {read / numbers:,.0f} tokens: model.layers={model.layers * 2}"
-    else:
-        change = "more text"
-    times = f"{train.hours:g} h" if train.hours else f"{epochs:.2f} times"
+    run = Facts(recipe, vocab_size, tokens, 0 if recipe.train.hours else recipe.train.steps)
+    held = vocab_size * recipe.model.dim * (1 if recipe.model.tied else 2) / run.parameters
+    times = f"{recipe.train.hours:g} h" if recipe.train.hours else f"{run.epochs:.2f} times"
     return (
-        f"the text allows: {tokens / 1e6:.2f} M unique tokens, read {times} by {numbers / 1e6:.2f} M "
-        f"parameters, {pieces:.0%} of them in the vocabulary\nwhat would help most: {change}"
+        f"the text allows: {tokens / 1e6:.2f} M unique tokens, read {times} by {run.parameters / 1e6:.2f} M "
+        f"parameters, {held:.0%} of them in the vocabulary\nwhat would help most: {advise(run)[1]}"
     )
 
 
-def of_run(recipe: Recipe, evaluations: list[dict[str, Any]]) -> str:
+def of_run(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int = 0) -> str:
     """One line after a run: the trend of its `evaluations`, which are in order, and a hint."""
-    best, last = min(evaluations, key=lambda each: each["bits_per_byte"]), evaluations[-1]
-    by_heart = last["val_loss"] - last.get("train_loss", last["val_loss"]) >= LEARNT_BY_HEART
-    worse, epochs = best["step"] < last["step"], last["epochs_seen"]
-    if worse:
+    run = facts_of(recipe, evaluations, vocab_size)
+    best, last = run.best, evaluations[-1]
+    if run.got_worse:
         said = (
             f"more epochs stopped paying after step {best['step']:,}, epoch {best['epochs_seen']:.2f}: "
             f"{best['bits_per_byte']:.4f} bits per byte there, which is kept, {last['bits_per_byte']:.4f} now"
         )
     elif len(evaluations) > 1:
-        said = f"validation fell to the end, epoch {epochs:.2f}"
+        said = f"validation fell to the end, epoch {last['epochs_seen']:.2f}"
     else:
         said = f"one evaluation shows no trend, evaluate.every={max(1, last['step'] // 4)} would"
-    if by_heart and epochs > MANY_EPOCHS and not recipe.model.dropout:
-        change = "more text, or model.dropout=auto"
-    elif by_heart:
-        change = "more text" + (f", or a run of train.epochs={best['epochs_seen']:.2g}" if worse else "")
-    elif worse and recipe.train.decay < SHORT_DECAY:
-        change = "a rate that falls for longer: train.decay=60%"
-    elif worse:
-        change = "a larger model"
-    else:
-        change = "a longer run" + ("" if epochs < FRESH else ", or a larger model")
-    return f"{said}; what would help: {change}"
+    return f"{said}; what would help: {advise(run)[1]}"
+
+
+def facts_of(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int = 0) -> Facts:
+    """The facts of a finished run."""
+    last = evaluations[-1]
+    unique = last["step"] * recipe.train.tokens_per_step / max(last["epochs_seen"], 1e-9)
+    return Facts(recipe, vocab_size or recipe.tokenizer.vocabulary, unique, last["step"], evaluations)

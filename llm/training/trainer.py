@@ -124,7 +124,8 @@ class Trainer:
         self.evaluator.evaluate(self.micro_batches.size)
         tracker = self.monitor.tracker
         if tracker is not None and tracker.evaluations and self.state.step == self.steps:
-            tracker.say(hints.of_run(self.recipe, tracker.evaluations))
+            vocab_size = self.context.tokenizer.vocab_size
+            tracker.say(hints.of_run(self.recipe, tracker.evaluations, vocab_size))
         self.checkpoints.complete()
 
     # ------------------------------------------------------------------ what a step costs

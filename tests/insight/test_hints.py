@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+import llm
 from llm.config.reading import load
-from llm.config.resolving import resolve, with_steps
-from llm.config.schema import Recipe, Text, Train
+from llm.config.resolving import with_steps
+from llm.config.schema import Recipe
 from llm.insight import hints
 from llm.run_folder.metrics import Tracker
 from tests.forks import run, script, train, write_recipe, write_text
@@ -16,65 +17,108 @@ from tests.forks import run, script, train, write_recipe, write_text
 TOKENS = 1_000_000
 
 
-def recipe(epochs: float, **model: Any) -> Recipe:
-    given = Recipe(run="tiny", text=Text(files=("-",)), train=Train(epochs=epochs))
-    return with_steps(resolve(replace(given, model=replace(given.model, **model))), TOKENS)
+def recipe(epochs: float, *changes: str) -> Recipe:
+    """quickstart with another length and `changes`, as it is resolved for a text of TOKENS tokens."""
+    return with_steps(llm.load_recipe("quickstart", [f"train.epochs={epochs}", *changes]), TOKENS)
+
+
+# (overrides of quickstart, epochs, the rule that speaks, a part of the change it names)
+WRONG = [
+    ("train.optimizer=adamw train.learning_rate=3e-4", 1, "optimizer", "train.optimizer=muon"),
+    ("train.learning_rate=0.3", 1, "rate", "train.learning_rate=0.02"),
+    ("train.learning_rate=1e-3", 1, "rate", "train.learning_rate=0.02"),
+    ("train.warmup=150 train.decay=40%", 1, "warmup", "train.warmup=24"),
+    ("train.tokens_per_step=32768 train.warmup=0", 1, "batch", "train.tokens_per_step=1280"),
+    ("train.decay=0", 1, "decay", "train.decay=60%"),
+    ("train.weight_decay=0", 6, "forgetting", "train.weight_decay=auto"),
+    ("train.weight_decay=5", 6, "forgetting", "train.weight_decay=auto"),
+    ("model.dropout=0.1", 2, "dropout", "model.dropout=0"),
+    ("model.dim=32 model.heads=1 tokenizer.vocabulary=1024 train.tokens_per_step=1024", 4, "width", "model.dim=64 model.heads=2"),
+    ("model.dim=512 model.heads=8 model.layers=12", 0.2, "width", "model.dim=256 model.heads=4"),
+    ("tokenizer.vocabulary=2048", 1, "pieces", "tokenizer.vocabulary=8192"),
+    ("", 0.5, "longer", "train.epochs=1"),
+    ("", 6, "more_text", "text.files=[wiki-leads,MORE.txt]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "epochs", "rule", "change"), WRONG)
+def test_each_rule_names_a_change_that_can_be_made(wrong: str, epochs: float, rule: str, change: str) -> None:
+    given = recipe(epochs, *wrong.split())
+    facts = hints.Facts(given, given.tokenizer.vocabulary, TOKENS, given.train.steps)
+    found, hint = hints.advise(facts)
+    assert found == rule and change in " ".join(hint.change), hint
+    allows, said = hints.of_text(given, TOKENS, given.tokenizer.vocabulary).splitlines()
+    assert (
+        "1.00 M unique tokens" in allows
+        and "in the vocabulary" in allows
+        and f"read {facts.epochs:.2f} times" in allows
+    )
+    assert said.endswith(" ".join(hint.change))
 
 
 @pytest.mark.parametrize(
-    ("epochs", "model", "vocabulary", "words"),
-    [
-        (0.5, {}, 4096, "train.epochs=4"),
-        (20, {}, 4096, "model.dropout=auto"),
-        (6, {"dim": 64, "layers": 2}, 4096, "more text"),  # more pieces won in every table of recipes/README.md
-        (20, {"dropout": 0.1, "dim": 64, "layers": 4}, 512, "a larger model"),
-        (6, {}, 1024, "more text"),
-        (200, {"dropout": 0.1}, 4096, "more text"),  # a larger model than text would learn it by heart
-    ],
+    "first", [each[0] for each in WRONG] + [" ".join(each[0] for each in WRONG[i : i + 3]) for i in (2, 5, 8)]
 )
-def test_a_text_is_told_what_it_allows(epochs: float, model: dict[str, Any], vocabulary: int, words: str) -> None:
-    allows, change = hints.of_text(recipe(epochs, **model), TOKENS, vocabulary).splitlines()
-    assert "1.00 M unique tokens" in allows and "in the vocabulary" in allows and f"read {epochs:.2f} times" in allows
-    assert words in change
+def test_advice_that_is_followed_comes_to_an_end(first: str) -> None:
+    """Each change is an override that `load` takes as it is, and after it another rule speaks, or none."""
+    overrides, spoken = ["train.epochs=0.7", *first.split()], []
+    for _ in range(14):
+        given = with_steps(llm.load_recipe("quickstart", overrides), TOKENS)
+        rule, hint = hints.advise(hints.Facts(given, given.tokenizer.vocabulary, TOKENS, given.train.steps))
+        if rule == "more_text":
+            break
+        spoken.append(rule)
+        overrides += hint.change
+    assert rule == "more_text", spoken
+    assert all(spoken.count(each) == 1 or each in ("longer", "width") for each in spoken), spoken
 
 
-def evaluations(*bits: float, gap: float) -> list[dict[str, Any]]:
+def evaluations(*bits: float, gap: float, epochs: float) -> list[dict[str, Any]]:
+    """At equal distances up to this number of epochs of TOKENS tokens, with training ahead by `gap` nats."""
+    steps = epochs * TOKENS / 2048
     return [
-        {"step": 100 * n, "epochs_seen": 5.0 * n, "bits_per_byte": b, "val_loss": 3.0, "train_loss": 3.0 - gap}
+        {
+            "step": steps * n / len(bits),
+            "epochs_seen": epochs * n / len(bits),
+            "bits_per_byte": b,
+            "val_loss": 3.0,
+            "train_loss": 3.0 - gap,
+        }
         for n, b in enumerate(bits, 1)
     ]
 
 
 def test_a_run_that_got_worse_is_told_from_when_on_and_what_would_help() -> None:
-    said = hints.of_run(recipe(20), evaluations(1.5, 1.4, 1.45, gap=1.0))
-    assert "stopped paying after step 200, epoch 10.00: 1.4000" in said and "1.4500 now" in said
-    assert "more text" in said and "model.dropout" in said
-    assert "model.dropout" not in hints.of_run(recipe(20, dropout=0.1), evaluations(1.5, 1.4, 1.45, gap=1.0))
+    said = hints.of_run(recipe(20), evaluations(1.5, 1.4, 1.45, gap=1.0, epochs=15))
+    assert "stopped paying after step 4,882.8125, epoch 10.00: 1.4000" in said and "1.4500 now" in said
+    assert said.endswith("in time: train.epochs=10")
 
 
 def test_a_run_that_fell_to_its_end_is_told_to_go_on() -> None:
-    assert "a longer run" in hints.of_run(recipe(1), evaluations(1.5, 1.4, gap=0.1))
+    assert hints.of_run(recipe(1), evaluations(1.5, 1.4, gap=0.1, epochs=1)).endswith("a longer run: train.epochs=2")
+    hours = llm.load_recipe("quickstart", ["train.hours=2h"])
+    assert hints.of_run(hours, evaluations(1.5, 1.4, gap=0.1, epochs=1)).endswith("a longer run: train.hours=4")
+
+
+def test_a_run_for_a_time_keeps_its_time() -> None:
+    given = recipe(1, "train.tokens_per_step=32768", "train.hours=2h")
+    assert "train.tokens" not in hints.of_run(given, evaluations(1.5, 1.4, gap=0.1, epochs=0.5)).replace(
+        "train.tokens_per_step", ""
+    )
 
 
 def test_one_evaluation_shows_no_trend() -> None:
-    said = hints.of_run(recipe(1), evaluations(1.5, gap=0.1))
-    assert "fell" not in said and "stopped paying" not in said and "evaluate.every=25" in said
-    assert "more text" in hints.of_run(recipe(1), evaluations(1.5, gap=1.0))
+    said = hints.of_run(recipe(1), evaluations(1.5, gap=0.1, epochs=1))
+    assert "fell" not in said and "stopped paying" not in said and "evaluate.every=122" in said
+    assert "MORE.txt" in hints.of_run(recipe(1), evaluations(1.5, gap=1.0, epochs=1))  # it knows the text by heart
 
 
-@pytest.mark.parametrize(
-    ("epochs", "decay", "gap", "words"),
-    [
-        (5.0, 0.6, 1.0, "more text, or a run of train.epochs=5"),  # dropout cost bits in five epochs
-        (5.0, 0.0, 0.1, "a rate that falls for longer: train.decay=60%"),
-        (5.0, 0.6, 0.1, "a larger model"),  # not a longer run, which has just been of no use
-    ],
-)
-def test_a_run_that_got_worse_is_told_what_the_tables_bear(epochs: float, decay: float, gap: float, words: str) -> None:
-    given = recipe(epochs)
-    given = replace(given, train=replace(given.train, decay=decay))
-    said = hints.of_run(given, [*evaluations(1.4, gap=gap), {**evaluations(1.45, gap=gap)[0], "step": 200}])
-    assert said.endswith(f"what would help: {words}"), said
+def test_a_run_that_goes_on_from_weights_keeps_its_sizes_and_rates() -> None:
+    given = recipe(
+        1, "train.optimizer=adamw", "train.learning_rate=1e-5", "model.context=32", "tokenizer.vocabulary=1024"
+    )
+    given = replace(given, model=replace(given.model, from_="runs/other/best"))
+    assert "train.epochs=2" in hints.of_run(given, evaluations(1.5, 1.4, gap=0.1, epochs=1))
 
 
 def test_the_training_loss_beside_an_evaluation_is_a_recent_one(tmp_path: Path) -> None:
