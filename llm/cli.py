@@ -8,7 +8,7 @@ from typing import Any
 
 from llm.base.errors import run
 
-COMMANDS = ("plan", "prepare", "sample", "chat", "evaluate", "export", "verify", "show", "runs", "report")
+COMMANDS = ("plan", "prepare", "sample", "chat", "serve", "evaluate", "export", "verify", "show", "runs", "report")
 
 
 def train(arguments: list[str] | None = None, prog: str | None = None) -> None:

@@ -89,7 +89,8 @@ def generate(
     never = torch.tensor(banned, dtype=torch.int64, device=device)
     generators = [generator_of(seed, row) for row in range(len(texts))]
     slots = Slots(model, len(texts), min(context, max(map(len, texts)) + tokens), fixed=fixed)
-    rows, said = list(range(len(texts))), {}  # rows that go on; their last tokens
+    rows = list(range(len(texts)))  # that go on
+    said: dict[int, int] = {}  # their last tokens
     for _ in range(tokens):
         logits = _advance(slots, texts, rows, said)
         if banned:

@@ -1,0 +1,434 @@
+"""OpenAI's API over the engine, as a starlette application; beside it /health, /metrics, /run and the page."""
+
+import asyncio
+import hmac
+import re
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import torch
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llm.base.errors import LLMError, RecipeError, reason, tell
+from llm.data.chat_template import template_of
+from llm.run_folder.loaded_run import LoadedRun
+from llm.serving import page
+from llm.serving.answers import Choice, Writer
+from llm.serving.engine import BusyError, Checkpoint, Engine, EngineError, Job
+from llm.serving.requests import ApiError, Chat, Common, Completion, bad, parsed
+
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+PORT = re.compile(r":\d+$")
+OPEN = ("/", "/health")  # need no key; the page holds nothing of the run
+
+
+@dataclass(frozen=True)
+class Limits:
+    body: int = 1 << 20  # bytes
+    body_seconds: float = 20.0
+    tokens: int = 4096  # new ones of an answer
+    seconds: float = 600.0  # of an answer, which ends there as at its length
+    queue: int = 128  # texts that wait
+
+
+@dataclass
+class Server:
+    """The state of the application."""
+
+    engine: Engine
+    limits: Limits
+    key: str | None = None
+    origins: list[str] = field(default_factory=list)
+    draining: bool = False
+    active: int = 0  # requests in progress
+
+    @property
+    def run(self) -> LoadedRun:
+        return self.engine.newest.run
+
+
+def application(server: Server, also: Callable[[], Any] | None = None) -> ASGIApp:
+    """The application; `also` makes a coroutine that runs beside the engine."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(work) for work in (server.engine.run(), *([also()] if also else []))]
+        yield
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    def route(path: str, act: Callable[..., Any], method: str = "GET") -> Route:
+        async def endpoint(request: Request) -> Response:
+            response: Response = await act(server, request)
+            return response
+
+        return Route(path, endpoint, methods=[method])
+
+    routes = [
+        route("/v1/models", models),
+        route("/v1/models/{name:path}", model),
+        route("/v1/completions", completions, "POST"),
+        route("/v1/chat/completions", chat, "POST"),
+        route("/health", health),
+        route("/metrics", metrics),
+        route("/run", run),
+        route("/", home),
+    ]
+    handlers: Any = {ApiError: _told, HTTPException: _told, ClientDisconnect: _told, Exception: _told}
+    allowed = [Middleware(CORSMiddleware, allow_origins=server.origins, allow_methods=["*"], allow_headers=["*"])]
+    app = Starlette(
+        routes=routes,
+        exception_handlers=handlers,
+        lifespan=lifespan,
+        middleware=[*(allowed if server.origins else []), Middleware(Gate, server=server)],
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+class Gate:
+    """Before every request: who may ask, and whether the server still answers."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        server, request = self.server, Request(scope)
+
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                server.engine.counts[f"status_{message['status']}"] += 1
+            await send(message)
+
+        server.active += 1
+        try:
+            if (error := self._refusal(request)) is not None:
+                await _error(error)(scope, receive, counted)
+            else:
+                await self.app(scope, receive, counted)
+        finally:
+            server.active -= 1
+
+    def _refusal(self, request: Request) -> ApiError | None:
+        server, path, headers = self.server, request.url.path, request.headers
+        host = headers.get("host", "")
+        if server.key is None and PORT.sub("", host) not in LOCAL:
+            return ApiError(HTTPStatus.FORBIDDEN, "only for this machine")  # a page elsewhere that says it is ours
+        origin = headers.get("origin")
+        known = (None, f"http://{host}", f"https://{host}", *server.origins)
+        if origin not in known and "*" not in server.origins:
+            return ApiError(HTTPStatus.FORBIDDEN, "pages of other origins may not ask: see --cors")
+        if server.key is not None and path not in OPEN:
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), server.key.encode()):
+                return ApiError(HTTPStatus.UNAUTHORIZED, "the API key is missing or wrong", "invalid_api_key")
+        if server.draining and path not in ("/metrics", "/run"):
+            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping: ask again soon")
+        return None
+
+
+def _error(error: ApiError, retry_after: int | None = None) -> JSONResponse:
+    headers = {}
+    if error.http == HTTPStatus.SERVICE_UNAVAILABLE or retry_after:
+        headers["Retry-After"] = str(retry_after or 5)
+    if error.http in (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT):
+        headers["Connection"] = "close"  # the rest of the body is not read
+    if error.http == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.as_json(), error.http, headers)
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    """Any exception as OpenAI's API tells it."""
+    if isinstance(error, ApiError):
+        return _error(error)
+    if isinstance(error, HTTPException):
+        return _error(ApiError(HTTPStatus(error.status_code), f"{request.method} {request.url.path}: {error.detail}"))
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=HTTPStatus.BAD_REQUEST)
+    tell(f"a request failed: {reason(error)}", sys.stderr)
+    return _error(ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, reason(error)))
+
+
+async def models(server: Server, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_model(server)]})
+
+
+async def model(server: Server, request: Request) -> Response:
+    _check_model(server, request.path_params["name"])
+    return JSONResponse(_model(server))
+
+
+def _model(server: Server) -> dict[str, Any]:
+    run = server.run
+    about = {"id": run.folder.name, "object": "model", "created": int(run.checkpoint.folder.stat().st_mtime)
+             if run.checkpoint.folder.exists() else 0, "owned_by": "local"}  # fmt: skip
+    return about | {"checkpoint": run.name, "context": run.model.shape.context, "chat": run.is_chat}
+
+
+def _check_model(server: Server, name: str | None) -> None:
+    run = server.run
+    if name not in (None, run.folder.name, run.name):
+        message = f"there is no model {name!r} here: it is {run.folder.name!r}"
+        raise ApiError(HTTPStatus.NOT_FOUND, message, "model_not_found", "model")
+
+
+async def completions(server: Server, request: Request) -> Response:
+    asked = parsed(Completion, await _body(server, request))
+    _check_model(server, asked.model)
+    checkpoint = server.engine.newest
+    tokenizer = checkpoint.run.tokenizer
+    tokens = min(server.limits.tokens, 200 if asked.max_tokens is None else asked.max_tokens)
+    texts, prompts = [], []
+    for prompt in asked.prompts:
+        if isinstance(prompt, str):
+            ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+        elif max(prompt) >= tokenizer.vocab_size:
+            raise bad(f"prompt: a token of {max(prompt)} is none of the {tokenizer.vocab_size}", param="prompt")
+        else:
+            ids = prompt
+        texts.append(prompt if isinstance(prompt, str) else tokenizer.decode(ids))
+        prompts.append(ids)
+    jobs = _jobs(checkpoint, asked, prompts, tokens, tokenizer.ends, tokenizer.banned)
+    for job in jobs:
+        job.echo = bool(asked.echo)
+    echoes = [text for text in texts for _ in range(asked.n or 1)] if asked.echo else None
+    return await _answer(server, request, asked, jobs, echoes)
+
+
+async def chat(server: Server, request: Request) -> Response:
+    asked = parsed(Chat, await _body(server, request))
+    _check_model(server, asked.model)
+    checkpoint = server.engine.newest
+    run = checkpoint.run
+    if not run.is_chat:
+        raise bad(
+            f"{run.folder.name} was not trained on conversations: ask /v1/completions", "no_chat_template", "model"
+        )
+    template = template_of(run.tokenizer)
+    try:
+        ids = template.prompt(asked.conversation())
+    except LLMError as error:
+        raise error if isinstance(error, ApiError) else bad(str(error), param="messages") from error
+    wanted = asked.max_completion_tokens or asked.max_tokens or server.limits.tokens
+    tokens = min(server.limits.tokens, wanted, max(1, run.model.shape.context - len(ids) + 1))
+    jobs = _jobs(checkpoint, asked, [ids], tokens, template.ends, template.banned)
+    return await _answer(server, request, asked, jobs, None)
+
+
+def _jobs(
+    checkpoint: Checkpoint, asked: Common, prompts: list[list[int]], tokens: int, ends: Any, banned: Any
+) -> list[Job]:
+    """A job for each text, `n` of each prompt in a row. ApiError where a prompt is longer than the context."""
+    context = checkpoint.run.model.shape.context
+    if (longest := max(map(len, prompts))) > context:
+        message = f"the prompt has {longest:,} tokens, more than the context of {context:,}: shorten it"
+        raise bad(message, "context_length_exceeded", "messages" if isinstance(asked, Chat) else "prompt")
+    seed = torch.seed() if asked.seed is None else asked.seed
+    out: asyncio.Queue[Any] = asyncio.Queue()
+    return [
+        Job(checkpoint, ids, tokens, asked.sampling, seed % (1 << 63), out, row, ends, banned, asked.likeliest)  # type: ignore[attr-defined]
+        for ids in prompts
+        for row in range(asked.n or 1)
+    ]
+
+
+async def _body(server: Server, request: Request) -> bytes:
+    """The body of a request. ApiError, 413 or 408, where it is too large or comes too slowly."""
+    limits, body = server.limits, bytearray()
+    too_large = ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {limits.body:,} bytes")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > limits.body:
+        raise too_large
+    try:
+        async with _within(limits.body_seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.body:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time") from None
+    return bytes(body)
+
+
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    """TimeoutError where the block takes longer (asyncio.timeout, which Python 3.10 lacks)."""
+    task, late = asyncio.current_task(), False
+
+    def end() -> None:
+        nonlocal late
+        late = True
+        assert task is not None
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if late:
+            raise TimeoutError from None
+        raise
+    finally:
+        timer.cancel()
+
+
+async def _answer(
+    server: Server, request: Request, asked: Common, jobs: list[Job], echoes: list[str] | None
+) -> Response:
+    """Run the jobs and answer whole or as a stream. Whoever hangs up frees their places."""
+    run, is_chat = jobs[0].checkpoint.run, isinstance(asked, Chat)
+    writer = Writer(run.folder.name, run.name, run.tokenizer, is_chat, asked.likeliest is not None)  # type: ignore[attr-defined]
+    choices = [Choice(index, job, asked.stops) for index, job in enumerate(jobs)]
+    try:
+        server.engine.submit(jobs)
+    except BusyError as error:
+        full = ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), "rate_limit_exceeded")
+        return _error(full, server.engine.retry_after)
+
+    def release() -> None:
+        for job in jobs:
+            server.engine.cancel(job)
+
+    grown = _grown(server, choices, echoes)
+    if asked.stream:
+        wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return Events(_events(writer, grown, choices, wants_usage), release, server.limits.seconds + 10)
+    try:
+        work = asyncio.create_task(_drained(grown))
+        gone = asyncio.create_task(_disconnected(request))
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (work, gone):
+            if not task.done():
+                task.cancel()
+        if not work.done():
+            raise ClientDisconnect
+        work.result()
+    finally:
+        release()
+    return JSONResponse(writer.whole(choices, _usage(choices)))
+
+
+async def _grown(server: Server, choices: list[Choice], echoes: list[str] | None) -> AsyncIterator[tuple[Choice, Any]]:
+    """Pieces of the choices as they come, the last of each with its `finish` set. ApiError where the model fails."""
+    going = {choice.job: choice for choice in choices}
+    out, until = choices[0].job.out, time.monotonic() + server.limits.seconds
+    told: set[int] = set()
+    while going:
+        try:
+            job, item = await asyncio.wait_for(out.get(), max(0.0, until - time.monotonic()))
+        except (TimeoutError, asyncio.TimeoutError):
+            for choice in going.values():
+                server.engine.cancel(choice.job)
+                yield choice, choice.end("length")
+            return
+        if job not in going:
+            continue
+        choice = going[job]
+        if isinstance(item, EngineError):
+            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(item))
+        if echoes and choice.index not in told:
+            told.add(choice.index)
+            yield choice, choice.echo(echoes[choice.index])
+        piece = choice.feed(item) if item is not None else choice.end(job.finish)
+        if item is not None and choice.is_stopped:
+            server.engine.cancel(job)
+            choice.finish = "stop"
+        if choice.finish:
+            del going[job]
+        yield choice, piece
+
+
+async def _drained(pieces: AsyncIterator[Any]) -> None:
+    async for _ in pieces:
+        pass
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(
+    writer: Writer, grown: AsyncIterator[tuple[Choice, Any]], choices: list[Choice], wants_usage: bool
+) -> AsyncIterator[bytes]:
+    begun: set[int] = set()
+    try:
+        async for choice, piece in grown:
+            is_first = choice.index not in begun
+            begun.add(choice.index)
+            if piece.text or piece.tokens or choice.finish:
+                yield writer.event(choice, piece, choice.finish or None, is_first=is_first)
+    except ApiError as error:
+        yield writer.sent(error.as_json())
+        return
+    if wants_usage:
+        yield writer.usage_event(_usage(choices))
+    yield b"data: [DONE]\n\n"
+
+
+def _usage(choices: list[Choice]) -> dict[str, int]:
+    prompts = sum(len(each.job.prompt) for each in choices if each.job.row == 0)
+    said = sum(each.job.count - (each.job.finish == "stop") for each in choices if each.job.tokens)
+    return {"prompt_tokens": prompts, "completion_tokens": said, "total_tokens": prompts + said}
+
+
+class Events(StreamingResponse):
+    """A stream of server-sent events that calls `release` once it ends, however it ends."""
+
+    def __init__(self, events: AsyncIterator[bytes], release: Callable[[], None], seconds: float) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.release, self.seconds = release, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(TimeoutError):  # of a reader that does not read
+                async with _within(self.seconds):
+                    await super().__call__(scope, receive, send)
+        finally:
+            self.release()
+
+
+async def health(server: Server, request: Request) -> Response:
+    engine = server.engine
+    return JSONResponse({"status": "ok", "checkpoint": server.run.name, "running": engine.running,
+                         "waiting": len(engine.waiting)})  # fmt: skip
+
+
+async def metrics(server: Server, request: Request) -> Response:
+    return PlainTextResponse(page.prometheus(server.engine), media_type="text/plain; version=0.0.4")
+
+
+async def run(server: Server, request: Request) -> Response:
+    """What the page shows of the run: its name, settings with their bounds, and its curve while it trains."""
+    try:
+        about = await asyncio.to_thread(page.about, server.run)
+    except RecipeError as error:
+        raise ApiError(HTTPStatus.NOT_FOUND, str(error)) from error
+    return JSONResponse(about, headers={"Cache-Control": "no-store"})
+
+
+async def home(server: Server, request: Request) -> Response:
+    text, policy = page.home()
+    headers = {
+        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }  # fmt: skip
+    return Response(text, media_type="text/html; charset=utf-8", headers=headers)
