@@ -42,14 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
     optional("uvicorn", mend)
     with closing(listening(given.host, given.port)) as listener:
         from llm.run_folder.loaded_run import find, open_run
-        from llm.serving.api import Limits, Server, application
+        from llm.serving.answering import Limits
+        from llm.serving.api import Server, application
         from llm.serving.engine import Engine
         from llm.serving.server import Uvicorn, configured, follow
 
         folder, which = find(given.run)
         opened = open_run(str(folder.absolute() / ("newest" if given.follow else which)))
-        limits = Limits(given.body, 20.0, given.tokens, given.seconds, given.queue)
-        server = Server(Engine(opened, limits.queue), limits, key, given.cors)
+        limits = Limits(given.body, 20.0, given.tokens, given.seconds)
+        server = Server(Engine(opened, given.queue), limits, key, given.cors)
         app = application(server, (lambda: follow(server)) if given.follow else None)
         shown = f"[{given.host}]" if ":" in given.host else given.host
         print(f"http://{shown}:{listener.getsockname()[1]}/ serves {opened.name}; Ctrl-C ends it", flush=True)

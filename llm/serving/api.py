@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import re
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -25,22 +24,13 @@ from llm.base.errors import LLMError, RecipeError, reason, tell
 from llm.data.chat_template import template_of
 from llm.run_folder.loaded_run import LoadedRun
 from llm.serving import page
-from llm.serving.answers import Choice, Writer
-from llm.serving.engine import BusyError, Checkpoint, Engine, EngineError, Job
+from llm.serving.answering import Limits, body_of, reply
+from llm.serving.engine import Checkpoint, Engine, Job
 from llm.serving.requests import ApiError, Chat, Common, Completion, bad, parsed
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 PORT = re.compile(r":\d+$")
 OPEN = ("/", "/health")  # need no key; the page holds nothing of the run
-
-
-@dataclass(frozen=True)
-class Limits:
-    body: int = 1 << 20  # bytes
-    body_seconds: float = 20.0
-    tokens: int = 4096  # new ones of an answer
-    seconds: float = 600.0  # of an answer, which ends there as at its length
-    queue: int = 128  # texts that wait
 
 
 @dataclass
@@ -144,10 +134,10 @@ class Gate:
         return None
 
 
-def _error(error: ApiError, retry_after: int | None = None) -> JSONResponse:
+def _error(error: ApiError) -> JSONResponse:
     headers = {}
-    if error.http == HTTPStatus.SERVICE_UNAVAILABLE or retry_after:
-        headers["Retry-After"] = str(retry_after or 5)
+    if error.http == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = "5"
     if error.http in (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT):
         headers["Connection"] = "close"  # the rest of the body is not read
     if error.http == HTTPStatus.UNAUTHORIZED:
@@ -191,7 +181,7 @@ def _check_model(server: Server, name: str | None) -> None:
 
 
 async def completions(server: Server, request: Request) -> Response:
-    asked = parsed(Completion, await _body(server, request))
+    asked = parsed(Completion, await body_of(server.limits, request))
     _check_model(server, asked.model)
     checkpoint = server.engine.newest
     tokenizer = checkpoint.run.tokenizer
@@ -210,11 +200,11 @@ async def completions(server: Server, request: Request) -> Response:
     for job in jobs:
         job.echo = bool(asked.echo)
     echoes = [text for text in texts for _ in range(asked.n or 1)] if asked.echo else None
-    return await _answer(server, request, asked, jobs, echoes)
+    return await reply(server.engine, server.limits, request, asked, jobs, echoes)
 
 
 async def chat(server: Server, request: Request) -> Response:
-    asked = parsed(Chat, await _body(server, request))
+    asked = parsed(Chat, await body_of(server.limits, request))
     _check_model(server, asked.model)
     checkpoint = server.engine.newest
     run = checkpoint.run
@@ -230,7 +220,7 @@ async def chat(server: Server, request: Request) -> Response:
     wanted = asked.max_completion_tokens or asked.max_tokens or server.limits.tokens
     tokens = min(server.limits.tokens, wanted, max(1, run.model.shape.context - len(ids) + 1))
     jobs = _jobs(checkpoint, asked, [ids], tokens, template.ends, template.banned)
-    return await _answer(server, request, asked, jobs, None)
+    return await reply(server.engine, server.limits, request, asked, jobs, None)
 
 
 def _jobs(
@@ -248,162 +238,6 @@ def _jobs(
         for ids in prompts
         for row in range(asked.n or 1)
     ]
-
-
-async def _body(server: Server, request: Request) -> bytes:
-    """The body of a request. ApiError, 413 or 408, where it is too large or comes too slowly."""
-    limits, body = server.limits, bytearray()
-    too_large = ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {limits.body:,} bytes")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > limits.body:
-        raise too_large
-    try:
-        async with _within(limits.body_seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time") from None
-    return bytes(body)
-
-
-@asynccontextmanager
-async def _within(seconds: float) -> AsyncIterator[None]:
-    """TimeoutError where the block takes longer (asyncio.timeout, which Python 3.10 lacks)."""
-    task, late = asyncio.current_task(), False
-
-    def end() -> None:
-        nonlocal late
-        late = True
-        assert task is not None
-        task.cancel()
-
-    timer = asyncio.get_running_loop().call_later(seconds, end)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if late:
-            raise TimeoutError from None
-        raise
-    finally:
-        timer.cancel()
-
-
-async def _answer(
-    server: Server, request: Request, asked: Common, jobs: list[Job], echoes: list[str] | None
-) -> Response:
-    """Run the jobs and answer whole or as a stream. Whoever hangs up frees their places."""
-    run, is_chat = jobs[0].checkpoint.run, isinstance(asked, Chat)
-    writer = Writer(run.folder.name, run.name, run.tokenizer, is_chat, asked.likeliest is not None)  # type: ignore[attr-defined]
-    choices = [Choice(index, job, asked.stops) for index, job in enumerate(jobs)]
-    try:
-        server.engine.submit(jobs)
-    except BusyError as error:
-        full = ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), "rate_limit_exceeded")
-        return _error(full, server.engine.retry_after)
-
-    def release() -> None:
-        for job in jobs:
-            server.engine.cancel(job)
-
-    grown = _grown(server, choices, echoes)
-    if asked.stream:
-        wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return Events(_events(writer, grown, choices, wants_usage), release, server.limits.seconds + 10)
-    try:
-        work = asyncio.create_task(_drained(grown))
-        gone = asyncio.create_task(_disconnected(request))
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (work, gone):
-            if not task.done():
-                task.cancel()
-        if not work.done():
-            raise ClientDisconnect
-        work.result()
-    finally:
-        release()
-    return JSONResponse(writer.whole(choices, _usage(choices)))
-
-
-async def _grown(server: Server, choices: list[Choice], echoes: list[str] | None) -> AsyncIterator[tuple[Choice, Any]]:
-    """Pieces of the choices as they come, the last of each with its `finish` set. ApiError where the model fails."""
-    going = {choice.job: choice for choice in choices}
-    out, until = choices[0].job.out, time.monotonic() + server.limits.seconds
-    told: set[int] = set()
-    while going:
-        try:
-            job, item = await asyncio.wait_for(out.get(), max(0.0, until - time.monotonic()))
-        except (TimeoutError, asyncio.TimeoutError):
-            for choice in going.values():
-                server.engine.cancel(choice.job)
-                yield choice, choice.end("length")
-            return
-        if job not in going:
-            continue
-        choice = going[job]
-        if isinstance(item, EngineError):
-            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(item))
-        if echoes and choice.index not in told:
-            told.add(choice.index)
-            yield choice, choice.echo(echoes[choice.index])
-        piece = choice.feed(item) if item is not None else choice.end(job.finish)
-        if item is not None and choice.is_stopped:
-            server.engine.cancel(job)
-            choice.finish = "stop"
-        if choice.finish:
-            del going[job]
-        yield choice, piece
-
-
-async def _drained(pieces: AsyncIterator[Any]) -> None:
-    async for _ in pieces:
-        pass
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _events(
-    writer: Writer, grown: AsyncIterator[tuple[Choice, Any]], choices: list[Choice], wants_usage: bool
-) -> AsyncIterator[bytes]:
-    begun: set[int] = set()
-    try:
-        async for choice, piece in grown:
-            is_first = choice.index not in begun
-            begun.add(choice.index)
-            if piece.text or piece.tokens or choice.finish:
-                yield writer.event(choice, piece, choice.finish or None, is_first=is_first)
-    except ApiError as error:
-        yield writer.sent(error.as_json())
-        return
-    if wants_usage:
-        yield writer.usage_event(_usage(choices))
-    yield b"data: [DONE]\n\n"
-
-
-def _usage(choices: list[Choice]) -> dict[str, int]:
-    prompts = sum(len(each.job.prompt) for each in choices if each.job.row == 0)
-    said = sum(each.job.count - (each.job.finish == "stop") for each in choices if each.job.tokens)
-    return {"prompt_tokens": prompts, "completion_tokens": said, "total_tokens": prompts + said}
-
-
-class Events(StreamingResponse):
-    """A stream of server-sent events that calls `release` once it ends, however it ends."""
-
-    def __init__(self, events: AsyncIterator[bytes], release: Callable[[], None], seconds: float) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.release, self.seconds = release, seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with suppress(TimeoutError):  # of a reader that does not read
-                async with _within(self.seconds):
-                    await super().__call__(scope, receive, send)
-        finally:
-            self.release()
 
 
 async def health(server: Server, request: Request) -> Response:
