@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from llm.inference.fast_decode import SLOTS
 from llm.serving.answers import Choice, Writer
 from llm.serving.engine import BusyError, Engine, EngineError, Job
 from llm.serving.requests import ApiError, Chat, Common, bad
@@ -72,8 +73,8 @@ async def reply(
     run, is_chat = jobs[0].checkpoint.run, isinstance(asked, Chat)
     writer = Writer(run.folder.name, run.name, run.tokenizer, is_chat, asked.likeliest is not None)  # type: ignore[attr-defined]
     choices = [Choice(index, job, asked.stops) for index, job in enumerate(jobs)]
-    if len(jobs) > engine.queue:
-        raise bad(f"{len(jobs)} texts are more than the queue of {engine.queue} holds: ask for fewer at once")
+    if len(jobs) > (most := SLOTS + engine.queue):
+        raise bad(f"{len(jobs)} texts are more than the {most} that find room here: ask for fewer at once")
     try:
         engine.submit(jobs)
     except BusyError as error:

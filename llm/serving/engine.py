@@ -86,7 +86,7 @@ class Job:
     cancelled: bool = False
 
     def __post_init__(self) -> None:
-        self.text, self.count = list(self.prompt), 0
+        self.text, self.count, self.occurred = list(self.prompt), 0, set(self.prompt)
         self.generator: Generator = generator_of(self.seed, self.row)
         self.echoed: list[Token] = []  # of the prompt, once the first token is there
         self.began = time.perf_counter()
@@ -116,7 +116,7 @@ class Engine:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs, all or none. BusyError where they do not fit now."""
-        if len(self.waiting) + len(jobs) > self.queue:
+        if len(self.newest.jobs) + len(self.waiting) + len(jobs) > SLOTS + self.queue:
             raise BusyError(f"{len(self.waiting)} requests are waiting already: try again in {self.retry_after} s")
         for job in jobs:
             job.checkpoint.waiting += 1
@@ -194,6 +194,7 @@ class Engine:
                 job.finish = "stop"
             elif job.tokens:
                 job.text.append(token.id)
+                job.occurred.add(token.id)
                 job.out.put_nowait((job, token))
                 self.counts["generated_tokens"] += 1
             if job.count >= job.tokens and not job.finish:
@@ -240,7 +241,7 @@ def _chosen(jobs: dict[int, Job], logits: dict[int, Tensor]) -> dict[int, Token]
         if sampling.repetition_penalty != 1.0:
             seen = torch.zeros(given.shape, dtype=torch.bool, device=given.device)
             for index, row in enumerate(rows):
-                seen[index, jobs[row].text] = True
+                seen[index, list(jobs[row].occurred)] = True
         ids = choose(allowed, seen, sampling, [jobs[row].generator for row in rows]).tolist()
         for row, id, line in zip(rows, ids, given, strict=True):
             wanted = jobs[row].likeliest
