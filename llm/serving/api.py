@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import re
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -55,6 +56,8 @@ def application(server: Server, also: Callable[[], Any] | None = None) -> ASGIAp
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(work) for work in (server.engine.run(), *([also()] if also else []))]
+        for task in tasks:
+            task.add_done_callback(_ended)
         yield
         for task in tasks:
             task.cancel()
@@ -88,6 +91,12 @@ def application(server: Server, also: Callable[[], Any] | None = None) -> ASGIAp
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _ended(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        tell(f"the server is broken: {reason(error)}", sys.stderr)
+        signal.raise_signal(signal.SIGTERM)
 
 
 class Gate:

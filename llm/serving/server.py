@@ -90,9 +90,9 @@ async def follow(server: Server, seconds: float = 1.0) -> None:
     while True:
         await asyncio.sleep(seconds)
         there = checkpoint.folders(folder)
-        if not there or there[-1].name in (seen, server.run.checkpoint.folder.name) or not server.engine.can_swap():
+        if not there or there[0].name in (seen, server.run.checkpoint.folder.name) or not server.engine.can_swap():
             continue
-        seen = there[-1].name
+        seen = there[0].name
         try:
             newest = await asyncio.to_thread(open_run, str(folder.absolute() / "newest"))
         except (LLMError, OSError) as error:
