@@ -1,7 +1,6 @@
 """One request's way through the engine: its body in, its pieces out, whole or as a stream of events."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -109,12 +108,12 @@ async def _grown(
 ) -> AsyncIterator[tuple[Choice, Any]]:
     """Pieces of the choices as they come, the last of each with its `finish` set. ApiError where the model fails."""
     going = {choice.job: choice for choice in choices}
-    out, until = choices[0].job.out, time.monotonic() + limits.seconds
+    out: asyncio.Queue[Any] = choices[0].job.out
+    timer = asyncio.get_running_loop().call_later(limits.seconds, out.put_nowait, (None, None))
     told: set[int] = set()
     while going:
-        try:
-            job, item = await asyncio.wait_for(out.get(), max(0.0, until - time.monotonic()))
-        except (TimeoutError, asyncio.TimeoutError):
+        job, item = await out.get()
+        if job is None:  # the time is over
             for choice in going.values():
                 engine.cancel(choice.job)
                 yield choice, choice.end("length")
@@ -134,6 +133,7 @@ async def _grown(
         if choice.finish:
             del going[job]
         yield choice, piece
+    timer.cancel()
 
 
 async def _drained(pieces: AsyncIterator[Any]) -> None:
