@@ -17,8 +17,9 @@ from llm.inference.generation import continuations
 from llm.inference.sampling import Sampling
 from llm.run_folder.loaded_run import LoadedRun
 from llm.serving.answering import Limits
-from tests.forks import run, script
+from tests.forks import SENTENCES, run, script
 from tests.serving.conftest import Served, served
+from tests.test_evaluate import TASK, number
 
 PROMPT = "The river"
 
@@ -249,6 +250,27 @@ def test_what_the_page_asks_for(tiny_server: Served, tiny_run: LoadedRun) -> Non
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values["onetext_generated_tokens_total"]) > 0 and values["onetext_slots"] == "16"
     assert int(values['onetext_requests_total{code="200"}']) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_by_the_server_finds_what_evaluate_finds(tiny_server: Served, here: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="install the extra `eval`")
+    pytest.importorskip("tenacity", reason="install 'lm-eval[api]'")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+    (tmp_path / "own.yaml").write_text(TASK.format(file=tmp_path / "own.jsonl"))
+    folder = sorted((here / "runs/tiny/checkpoints").glob("step-*"))[-1]
+    found = simple_evaluate(
+        "local-completions",
+        model_args=f"model=tiny,base_url={tiny_server.url}/v1/completions,tokenizer={folder},max_length=64",
+        tasks=["own_text"], task_manager=TaskManager(include_path=str(tmp_path)), bootstrap_iters=0,
+    )  # fmt: skip
+    ours = run(script("module:llm.evaluate", "tiny/newest", "--text", str(tmp_path / "own.jsonl"), "--alone"), here)
+    perplexity = number(ours.out, "perplexity a word")
+    assert found["results"]["own_text"]["word_perplexity,none"] == pytest.approx(perplexity, rel=1e-4)
 
 
 def test_a_swapped_checkpoint_names_itself(tiny_run: LoadedRun, here: Path) -> None:
