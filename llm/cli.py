@@ -8,7 +8,9 @@ from typing import Any
 
 from llm.base.errors import run
 
-COMMANDS = ("plan", "inspect", "prepare", "sample", "chat", "evaluate", "export", "verify", "show", "runs", "report")
+COMMANDS = (
+    "plan", "inspect", "prepare", "sample", "chat", "serve", "evaluate", "export", "verify", "show", "runs", "report",
+)  # fmt: skip
 
 
 def train(arguments: list[str] | None = None, prog: str | None = None) -> None:

@@ -12,6 +12,7 @@ from llm.base.command import Parser
 from llm.base.errors import RecipeError, run
 from llm.inference import terminal
 from llm.inference.sampling import Sampling, flag
+from llm.inference.stop import Stop
 
 if TYPE_CHECKING:
     from llm.run_folder.loaded_run import LoadedRun
@@ -67,27 +68,6 @@ def text_in(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         cause = getattr(error, "strerror", None) or error
         raise RecipeError(f"--prompt-file = {path} cannot be read as text: {cause}") from None
-
-
-class Stop:
-    """Ends a text before the first of `texts`; what could begin one of them is held back."""
-
-    def __init__(self, texts: list[str]) -> None:
-        self.texts, self.held, self.over = texts, "", False
-
-    def feed(self, piece: str) -> str:
-        """What may be shown after this piece."""
-        if self.over:
-            return ""
-        self.held += piece
-        found = [at for at in (self.held.find(text) for text in self.texts) if at >= 0]
-        if found:
-            shown, self.held, self.over = self.held[: min(found)], "", True
-            return shown
-        ends = (text[:size] for text in self.texts for size in range(1, len(text)))
-        kept = max((len(end) for end in ends if self.held.endswith(end)), default=0)
-        shown, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
-        return shown
 
 
 def answer(

@@ -196,15 +196,13 @@ def test_memory_that_runs_short_halves_the_micro_batch_on_the_same_curve(tmp_pat
 
 
 def test_a_replayed_graph_says_what_reading_all_again_would(tmp_path: Path) -> None:
-    """Greedy tokens in fp32, rows of any lengths, the context filled twice, over several lengths of graphs."""
+    """Greedy tokens in fp32, rows of any lengths, the context filled twice."""
 
     def act() -> None:
         from llm.distributed.environment import use_deterministic_kernels
-        from llm.inference.fast_decode import GraphDecoder
         from llm.inference.generation import Sampling, generate
         from llm.model.transformer import Transformer
 
-        GraphDecoder.LEAST = 16
         for strict in (False, True):
             if strict:
                 use_deterministic_kernels()

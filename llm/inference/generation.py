@@ -1,21 +1,24 @@
 """Text generation: prefill, choose, step, repeat. Rows may differ in length; each keeps its own position."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from llm.base.hashing import mix
 from llm.data.chat_template import ChatTemplate
 from llm.data.tokenizer import Tokenizer
-from llm.inference.fast_decode import KNOWN, FastDecoder, GraphDecoder
 from llm.inference.sampling import Sampling
-from llm.model.transformer import Cache, Transformer
+from llm.inference.slots import Slots
+from llm.model.transformer import Transformer
 
 COLDEST = torch.finfo(torch.float32).tiny  # below it dividing by the temperature overflows: choose greedily
 
 
-def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Sample the next token of each row: (B,) from logits (B, V).
+def choose(
+    logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: Generator | Sequence[Generator]
+) -> Tensor:
+    """Sample the next token of each row: (B,) from logits (B, V), with one generator or with one for each row.
 
     `seen` (B, V, bool) marks tokens that occurred, for the repetition penalty.
     """
@@ -27,19 +30,37 @@ def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: t
         return logits.argmax(-1)
     # On the CPU, so that a seed gives the same text on any device; CUDA also lacks some deterministic kernels.
     device, logits = logits.device, logits.cpu()
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # the largest is 0 at any temperature
+    shares = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)  # finite at any temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k, dim=-1).values[:, -1:], -torch.inf)
+        shares = shares * (shares >= shares.topk(sampling.top_k, dim=-1).values[:, -1:])
+        shares = shares / shares.sum(-1, keepdim=True)
     if sampling.top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(-1)
-        late = probabilities.cumsum(-1) - probabilities > sampling.top_p  # the tokens before it already hold enough
-        logits = logits.masked_fill(late.gather(-1, index.argsort(-1)), -torch.inf)
+        shares = shares * (shares >= _least(shares, sampling.top_p))
     if sampling.min_p > 0:
-        probabilities = logits.softmax(-1)
-        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < least, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].to(device)
+        shares = shares * (shares >= sampling.min_p * shares.amax(-1, keepdim=True))
+    generators = [generator] * len(shares) if isinstance(generator, Generator) else generator
+    drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=each) for each in generators])[:, None]
+    sums = shares.cumsum(-1, dtype=torch.float64)
+    places = torch.minimum(drawn * sums[:, -1:], sums[:, -1:].nextafter(torch.zeros((), dtype=torch.float64)))
+    return torch.searchsorted(sums, places, right=True)[:, 0].to(device)
+
+
+def _least(shares: Tensor, top_p: float) -> Tensor:
+    """The smallest of the largest shares that hold `top_p` together: (B, 1)."""
+    for count in (256, shares.shape[-1]):  # a few hundred nearly always do
+        if count > shares.shape[-1]:
+            continue
+        ordered = shares.topk(count, dim=-1).values
+        sums = ordered.cumsum(-1)
+        if count == shares.shape[-1] or bool((sums[:, -1] > top_p).all()):
+            break
+    late = sums - ordered > top_p  # those before it already hold enough
+    return ordered.masked_fill(late, torch.inf).amin(-1, keepdim=True)
+
+
+def generator_of(seed: int, row: int = 0) -> Generator:
+    """The random numbers of one of several texts of a seed; the first has the seed itself."""
+    return Generator().manual_seed(mix(seed, row) >> 1 if row else seed)
 
 
 @torch.no_grad()
@@ -51,49 +72,52 @@ def generate(
     seed: int = 0,
     ends: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
+    *,
+    fixed: bool = True,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, up to `tokens` times; a row yields None from one of `ends` on.
 
     Stops once all rows have ended. A row that fills the context continues from its last half; of a longer prompt only
-    the last `context` tokens are read. Prompts must not be empty. `banned` tokens are never chosen.
+    the last `context` tokens are read. Prompts must not be empty. `banned` tokens are never chosen. A row's text does
+    not depend on the other prompts, to the bit unless `fixed` is false, which saves memory (see Slots).
     """
-    device = model.lm_head.weight.device
-    context = model.shape.context
+    if not tokens:
+        return
+    device, context = model.lm_head.weight.device, model.shape.context
     texts = [list(prompt[-context:]) for prompt in prompts]
     seen = _seen(texts, model.lm_head.weight) if sampling.repetition_penalty != 1.0 else None
     never = torch.tensor(banned, dtype=torch.int64, device=device)
-    generator = torch.Generator().manual_seed(seed)
-    # The length affects the kernels' rounding, so only multiples of 128 occur.
-    length = min(context, -(-(max(map(len, texts)) + tokens) // 128) * 128)
-    cache = Cache(model.shape, len(texts), length, device, model.lm_head.weight.dtype)
-    decoder = _decoder(model, cache) if tokens > 1 else None
-    done = [False] * len(texts)
-    logits = None
+    generators = [generator_of(seed, row) for row in range(len(texts))]
+    slots = Slots(model, len(texts), min(context, max(map(len, texts)) + tokens), fixed=fixed)
+    rows = list(range(len(texts)))  # that go on
+    said: dict[int, int] = {}  # their last tokens
     for _ in range(tokens):
-        if logits is None:
-            logits = prefill(model, cache, texts)
-            if decoder is not None:
-                decoder.begin([len(text) for text in texts])
+        logits = _advance(slots, texts, rows, said)
         if banned:
             logits = logits.index_fill(1, never, -torch.inf)
-        chosen = choose(logits, seen, sampling, generator)
+        chosen = choose(logits, None if seen is None else seen[rows], sampling, [generators[row] for row in rows])
         if seen is not None:
-            seen[torch.arange(len(seen), device=device), chosen] = True
-        ids = chosen.tolist()
-        done = [before or token in ends for before, token in zip(done, ids, strict=True)]
-        yield [None if over else token for over, token in zip(done, ids, strict=True)]
-        if all(done):
+            seen[torch.tensor(rows, device=device), chosen] = True
+        said = {row: token for row, token in zip(rows, chosen.tolist(), strict=True) if token not in ends}
+        yield [said.get(row) for row in range(len(texts))]
+        rows = list(said)
+        if not rows:
             return
-        for text, token in zip(texts, ids, strict=True):
-            text.append(token)
-        if max(map(len, texts)) > context:
-            texts = [text[-(context // 2) :] if len(text) > context else text for text in texts]
-            logits = None
-        elif decoder is not None:
-            logits = decoder.step(chosen)
-        else:
-            cache.at(torch.tensor([[len(text) - 1] for text in texts], device=device), max(map(len, texts)))
-            logits = model.logits(chosen[:, None], cache)[:, -1]
+
+
+def _advance(slots: Slots, texts: list[list[int]], rows: list[int], said: dict[int, int]) -> Tensor:
+    """Logits (B, V) of `rows` after the tokens `said`, which are appended to `texts`; at first after the texts."""
+    context = slots.model.shape.context
+    for row, token in said.items():
+        texts[row].append(token)
+    full = [row for row in rows if len(texts[row]) > context]
+    going = {row: said[row] for row in rows if said and row not in full}
+    found = dict(zip(going, slots.step(going), strict=True)) if going else {}
+    for row in rows:
+        if row not in found:
+            texts[row] = texts[row][-(context // 2) :] if row in full else texts[row]
+            found[row] = slots.join(row, texts[row])
+    return torch.stack([found[row] for row in rows])
 
 
 def _seen(texts: list[list[int]], head: Tensor) -> Tensor:
@@ -104,29 +128,6 @@ def _seen(texts: list[list[int]], head: Tensor) -> Tensor:
     return seen
 
 
-def _decoder(model: Transformer, cache: Cache) -> FastDecoder | GraphDecoder | None:
-    """The device's fast decoder; None for a caller's own model, and for a sharded one.
-
-    A sharded model's weights are gathered in its own forward pass only.
-    """
-    device, is_ours = cache.keys.device.type, all(type(module) in KNOWN for module in model.modules())
-    if hasattr(model, "unshard") or device not in ("cpu", "cuda") or not is_ours:  # fully_shard adds `unshard`
-        return None
-    return GraphDecoder(model, cache) if device == "cuda" else FastDecoder(model, cache)
-
-
-def prefill(model: Transformer, cache: Cache, texts: list[list[int]]) -> Tensor:
-    """Read `texts` into an empty cache; returns the logits (B, V) after the last token of each.
-
-    Shorter rows are padded at the end, where none of their queries looks.
-    """
-    width = max(map(len, texts))
-    device = cache.keys.device
-    padded = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-    cache.at(torch.arange(width, device=device).expand(len(texts), width), width)
-    return model.logits(padded, cache, last=torch.tensor([len(text) - 1 for text in texts], device=device))
-
-
 def continuations(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -135,9 +136,11 @@ def continuations(
     sampling: Sampling,
     seed: int = 0,
     template: ChatTemplate | None = None,
+    *,
+    fixed: bool = True,
 ) -> list[str]:
     """Generated text for each prompt. A `template` decides which tokens end an answer and which it never holds."""
     by = template or tokenizer
-    columns = list(generate(model, prompts, tokens, sampling, seed, by.ends, by.banned))
+    columns = list(generate(model, prompts, tokens, sampling, seed, by.ends, by.banned, fixed=fixed))
     rows = ([column[row] for column in columns] for row in range(len(prompts)))
     return [tokenizer.decode([token for token in row if token is not None]) for row in rows]

@@ -6,6 +6,7 @@ T tokens, D dim, H heads, K kv_heads, E head_dim, F ffn_dim, V vocab_size, L len
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,13 @@ class Cache:
         """Use `positions` (B, T) from here on, all below `used`; slots from `used` on are not read."""
         self.positions, self.used = positions, used
         self.mask = self.slots[:used] <= positions[:, None, :, None]  # (B, 1, T, L)
+
+    def row(self, row: int) -> "Cache":
+        """The cache of one row alone, in the same memory."""
+        one = copy(self)
+        one.keys, one.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
+        one.rows = self.rows[:1]
+        return one
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, K, T, E) of a layer and return all of the layer's that are in use, (B, K, L, E)."""

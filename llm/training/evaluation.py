@@ -189,4 +189,4 @@ class Evaluator:
         # Sharded blocks are gathered in the type they are multiplied in.
         with context.accelerator.autocast() if context.sharding.sharded else nullcontext():
             model, seed = self.state.model, context.recipe.seed
-            return continuations(model, tokenizer, prompts, SAMPLE_TOKENS, Sampling(), seed, template)
+            return continuations(model, tokenizer, prompts, SAMPLE_TOKENS, Sampling(), seed, template, fixed=False)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm.inference import fast_decode
-from llm.inference.generation import Sampling, choose, continuations, generate, prefill
+from llm.inference.fast_decode import FastDecoder
+from llm.inference.generation import Sampling, choose, continuations, generate
+from llm.inference.slots import prefill
 from llm.model.transformer import Cache, Family, Transformer
 from tests import tiny
 
@@ -60,27 +61,25 @@ def test_cached_logits_are_the_uncached_ones_for_rows_of_any_lengths(keys: dict[
 
 @shapes
 @pytest.mark.parametrize("family", [Family(), Family("llama", rope_theta=5e5, norm_eps=1e-5)], ids=["qwen3", "llama"])
-@pytest.mark.parametrize("large", [fast_decode.PACKED, 0], ids=["small", "large"])  # matrices
 @torch.no_grad()
 def test_decoding_says_the_uncached_logits_for_rows_of_any_lengths(
-    keys: dict[str, int], family: Family, large: int, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, int], family: Family
 ) -> None:
-    """With another layout of the weights and of the cache; equal lengths go without a mask."""
-    monkeypatch.setattr(fast_decode, "PACKED", large)
+    """With another layout of the weights."""
     model = tiny.stirred(Transformer(tiny.shape(**keys), tiny.VOCABULARY, family=family))
     for prompts in (PROMPTS, [[3, 1, 4], [5, 9, 2]], [[7]]):
         texts = [list(prompt) for prompt in prompts]
         cache = Cache(model.shape, len(texts), CONTEXT, torch.device("cpu"), torch.float32)
-        ahead = fast_decode.FastDecoder(model, cache)
+        ahead = FastDecoder(model)
         for _ in range(2):  # a cache may be filled anew
             texts = [list(prompt) for prompt in prompts]
             prefill(model, cache, texts)
-            ahead.begin([len(text) for text in texts])
             while max(map(len, texts)) < CONTEXT:
                 following = tiny.ids(len(texts), seed=len(texts[0]))
                 texts = [[*text, int(token)] for text, token in zip(texts, following, strict=True)]
                 alone = torch.stack([model.logits(torch.tensor([text]))[0, -1] for text in texts])
-                assert torch.allclose(ahead.step(following), alone, rtol=0, atol=1e-5)
+                places = [len(text) - 1 for text in texts]
+                assert torch.allclose(ahead.step(cache, following.tolist(), places), alone, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

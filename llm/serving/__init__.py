@@ -1,0 +1,1 @@
+"""The server: continuous batching, OpenAI's API over it, and a page to look at."""

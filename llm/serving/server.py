@@ -1,0 +1,103 @@
+"""uvicorn with what it lacks: connections that send nothing are closed, SIGTERM drains, and --follow."""
+
+import asyncio
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llm.base.errors import LLMError, reason, tell
+from llm.run_folder import checkpoint
+from llm.run_folder.loaded_run import open_run
+from llm.serving.api import Server
+
+REQUEST_SECONDS = 10.0  # for the head of a request
+MOST_CONNECTIONS = 1024
+
+
+class Protocol(H11Protocol):
+    """Closes connections that do not finish the head of a request in time, and those beyond MOST_CONNECTIONS."""
+
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.close()
+            return
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.late is not None:
+            self.late.cancel()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        """Start the clock where a head is awaited; stop it where a request is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.late is not None:
+                self.late.cancel()
+                self.late = None
+        elif self.late is None:
+            self.late = self.loop.call_later(REQUEST_SECONDS, self._close)
+
+    def _close(self) -> None:
+        self.late = None
+        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Uvicorn(uvicorn.Server):
+    """SIGTERM or Ctrl-C: new requests get 503, those in progress end, then the server does. A second one kills it."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.server, self.drain_seconds = server, drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.server.draining:
+            self.force_exit = self.should_exit = True
+            return
+        self.server.draining = True
+        self.until = time.monotonic() + self.drain_seconds
+        tell(f"stopping: {self.server.active} requests are in progress", sys.stderr)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.server.draining and (not self.server.active or time.monotonic() > self.until):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def configured(app: Any, drain_seconds: float) -> uvicorn.Config:
+    """uvicorn's settings. No access log: it would show what people ask for."""
+    return uvicorn.Config(
+        app, http=Protocol, ws="none", log_config=None, log_level="critical", access_log=False, server_header=False,
+        timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        h11_max_incomplete_event_size=1 << 14,
+    )  # fmt: skip
+
+
+async def follow(server: Server, seconds: float = 1.0) -> None:
+    """Serve the newest good checkpoint of the run, as soon as it is there. A damaged one is passed over, by name."""
+    folder, seen = server.run.folder, ""
+    while True:
+        await asyncio.sleep(seconds)
+        there = checkpoint.folders(folder)
+        if not there or there[0].name in (seen, server.run.checkpoint.folder.name) or not server.engine.can_swap():
+            continue
+        seen = there[0].name
+        try:
+            newest = await asyncio.to_thread(open_run, str(folder.absolute() / "newest"))
+        except (LLMError, OSError) as error:
+            tell(f"{seen} is not served: {reason(error)}", sys.stderr)
+            continue
+        if newest.name != server.run.name:
+            server.engine.swap(newest)
+            tell(f"now serving {newest.name}", sys.stderr)
