@@ -35,7 +35,8 @@ from llm.config.values import convert
 MAX_BYTES = 1 << 16  # of a recipe file: PyYAML needs a second for the worst one of this size
 NULLS = ("", "~", "null", "Null", "NULL")  # where unquoted
 SOURCES = "text.sources."
-FORMAT = 2  # in format 1, which did not say so in the file, train.skip counted steps from 0
+# In format 1, which did not say so in the file, train.skip counted steps from 0; before 3 attention crossed documents.
+FORMAT = 3
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,10 +45,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     RecipeError if the file or an override is wrong, RefusedError if a run's own recipe was changed.
     """
     given = _read(path)
-    if (form := given.pop("format", None) or str(FORMAT)) not in ("1", str(FORMAT)):
-        raise RecipeError(f"{path} has format = {form!r}: this version reads 1 and {FORMAT}; remove the key")
+    if (form := given.pop("format", None) or str(FORMAT)) not in map(str, range(1, FORMAT + 1)):
+        raise RecipeError(f"{path} has format = {form!r}: this version reads 1 to {FORMAT}; remove the key")
     if form == "1" and given.get("train.skip"):
         given["train.skip"] = counted_from_1(given["train.skip"])
+    if form in ("1", "2"):
+        given.setdefault("train.document_mask", "false")
     given.setdefault("run", path.stem)
     for override in overrides:
         _override(given, override)

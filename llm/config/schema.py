@@ -102,6 +102,7 @@ class Train:
     on: Literal["auto", "assistant", "all"] = setting(
         "tokens of a conversation that are learnt: those of the assistant, or all; auto: the assistant's", "auto"
     )
+    document_mask: bool = setting("attention stays within each document, instead of the whole window", True)
     tokens_per_step: int = setting("tokens", 8192, least=1, below=1e10)
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"

@@ -11,6 +11,7 @@ from llm.base.constants import IGNORED
 from llm.data.mixture import Order
 from llm.data.packing import WindowTable
 from llm.data.shards import Split
+from llm.data.shuffle import segments_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Batch:
     tokens: Tensor  # (B, T) of int64
     targets: Tensor  # (B, T) of int64: the token after each, or IGNORED
     windows: Tensor  # (B,) of int64: positions in the order
-    segments: Tensor | None = None  # (B, T) of int64: the conversation of each token; None: attention crosses documents
+    segments: Tensor | None = None  # (B, T) of int64: the document of each token; None: attention crosses documents
 
     def to(self, device: torch.device) -> "Batch":
         moved = (
@@ -103,10 +104,13 @@ class Tokens:
         return self.ids[start:stop]
 
 
-def eval_batches(side: Split | Tokens, context: int, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def eval_batches(
+    side: Split | Tokens, context: int, rows: int, rank: int = 0, world: int = 1, begin: int | None = None
+) -> Iterator[Batch]:
     """Batches of `rows` windows without overlap, in which every token but the first is a target once.
 
-    Every rank gets the same number of batches, filled up with IGNORED targets at the end.
+    Every rank gets the same number of batches, filled up with IGNORED targets at the end. Attention stays within
+    documents if `begin`, the token with which each begins, is given.
     """
     stride = rows * context
     rounds = -(-(side.tokens - 1) // (world * stride))
@@ -116,11 +120,9 @@ def eval_batches(side: Split | Tokens, context: int, rows: int, rank: int = 0, w
         size = max(1, -(-count // context)) * context
         inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
         inputs[:count], targets[:count] = tokens[:count], tokens[1:]
-        yield Batch(
-            torch.from_numpy(inputs.reshape(-1, context)),
-            torch.from_numpy(targets.reshape(-1, context)),
-            torch.zeros(size // context, dtype=torch.int64),
-        )
+        windows = inputs.reshape(-1, context)
+        places = np.zeros(len(windows), np.int64)
+        yield _batch(windows, targets.reshape(-1, context), segments_of(windows, begin), places)
 
 
 def packed_batches(table: WindowTable, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:

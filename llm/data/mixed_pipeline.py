@@ -81,7 +81,7 @@ def find_shards(recipe: Recipe) -> AnyShards | None:
         return None
     if not all(pipeline._survey_path(cache, Corpus(text), text).is_file() for text in texts):
         return None
-    surveys = [pipeline._surveyed(text, cache, Show(_quiet, False), verify=False)[1] for text in texts]
+    surveys = [pipeline.surveyed(text, cache, Show(_quiet, False), verify=False)[1] for text in texts]
     model = pipeline._tokenizer_folder(cache, recipe, _joint(surveys)) / "tokenizer.model"
     model = atomic_io.expanded(recipe.tokenizer.path) if recipe.tokenizer.path else model
     if not model.is_file():
@@ -107,7 +107,7 @@ def _trained(recipe: Recipe, say: Say, progress: bool, verify: bool) -> Tokenize
     cache, show = pipeline._cache(recipe.text.cache or "data"), Show(say, progress)
     found = []
     for text in _texts(recipe):
-        corpus, survey, drawn = pipeline._surveyed(text, cache, show, verify=verify)
+        corpus, survey, drawn = pipeline.surveyed(text, cache, show, verify=verify)
         pipeline._check(survey, text, None)
         found.append((corpus, survey, drawn))
 

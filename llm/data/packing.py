@@ -15,7 +15,7 @@ from llm.base.hashing import mix
 from llm.config.schema import Recipe
 from llm.data.chat_template import ANSWER, TURN
 from llm.data.shards import Shards, Split
-from llm.data.shuffle import WindowShuffle, permuted
+from llm.data.shuffle import Row, WindowShuffle, permuted
 
 OPEN = 64  # windows that a conversation may still be put into: the oldest is closed first
 
@@ -210,7 +210,13 @@ def order_of(recipe: Recipe, shards: Shards) -> WindowShuffle | PackedShuffle:
     """The order of the training windows."""
     if shards.is_chat:
         return PackedShuffle(recipe.seed, table_of(recipe, shards.train))
-    return WindowShuffle(recipe.seed, shards.train.tokens, recipe.model.context)
+    begin = begin_of(recipe, shards.train)
+    return WindowShuffle(recipe.seed, shards.train.tokens, recipe.model.context, begin)
+
+
+def begin_of(recipe: Recipe, side: Row) -> int | None:
+    """The token with which each document of a side begins; None if the recipe lets attention cross documents."""
+    return int(side.read(0, 1)[0]) if recipe.train.document_mask else None
 
 
 def tokens_per_epoch(recipe: Recipe, shards: Shards) -> int:

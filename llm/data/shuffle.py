@@ -34,6 +34,11 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return value.astype(np.int64)
 
 
+def segments_of(tokens: np.ndarray, begin: int | None) -> np.ndarray | None:
+    """The number, in its window, of the document that each of `tokens` (windows, context) belongs to."""
+    return None if begin is None else np.cumsum(tokens == begin, axis=1)
+
+
 class Row(Protocol):
     """Tokens end to end, as a Split has them."""
 
@@ -42,11 +47,15 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class WindowShuffle:
-    """The shuffled order of windows (`context` tokens and the one after) over a training side of `tokens` tokens."""
+    """The shuffled order of windows (`context` tokens and the one after) over a training side of `tokens` tokens.
+
+    Attention stays within documents if `begin`, the token with which each begins, is given.
+    """
 
     seed: int
     tokens: int
     context: int
+    begin: int | None = None
 
     @property
     def windows(self) -> int:
@@ -74,7 +83,7 @@ class WindowShuffle:
         return side.read(start, start + self.context + 1)
 
     def rows(self, side: Row, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Tokens and targets (positions, context) of int64; no segments, as attention crosses documents."""
+        """Tokens, targets and segments (positions, context) of int64; no segments if attention crosses documents."""
         starts = self.starts(positions).tolist()
         rows = np.stack([side.read(start, start + self.context + 1) for start in starts]).astype(np.int64)
-        return rows[:, :-1], rows[:, 1:], None
+        return rows[:, :-1], rows[:, 1:], segments_of(rows[:, :-1], self.begin)

@@ -184,9 +184,10 @@ def likelihoods(run: LoadedRun, sentences: list[str], rows: int = 8) -> list[flo
 @torch.no_grad()
 def _nats(run: LoadedRun, tokens: Split | Tokens, rows: int) -> float:
     nats, device = 0.0, run.model.lm_head.weight.device
-    for batch in eval_batches(tokens, run.recipe.model.context, rows):
+    begin = run.tokenizer.bos if run.recipe.train.document_mask else None
+    for batch in eval_batches(tokens, run.recipe.model.context, rows, begin=begin):
         batch = batch.to(device)
-        nats += run.model(batch.tokens, batch.targets).item()
+        nats += run.model(batch.tokens, batch.targets, segments=batch.segments).item()
     return nats
 
 

@@ -186,7 +186,7 @@ def _same_llama_conversations(theirs: Any, tokenizer: Tokenizer) -> str:
     for whole in (False, True):
         render = Jinja2ChatFormatter(source, end, begin, add_generation_prompt=not whole)
         for messages in conversations(tokenizer):
-            plain = [{**message, "content": message["content"].replace(SPACE, "x")} for message in messages]
+            plain: Any = [{**message, "content": message["content"].replace(SPACE, "x")} for message in messages]
             found = theirs.tokenize(render(messages=plain).prompt.encode(), add_bos=False, special=True)
             wanted = template.encode([plain])[0][0].tolist() if whole else template.prompt(plain)
             if found != wanted:

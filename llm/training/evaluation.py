@@ -12,7 +12,7 @@ from llm.base.errors import RefusedError, reason
 from llm.data.batches import eval_batches, packed_batches
 from llm.data.chat_template import template_of
 from llm.data.mixture import MixedShuffle
-from llm.data.packing import WindowTable, table_of
+from llm.data.packing import WindowTable, begin_of, table_of
 from llm.data.shards import Shards, Split
 from llm.distributed import process, sharding
 from llm.inference.generation import continuations
@@ -149,7 +149,8 @@ class Evaluator:
         total = torch.zeros(1, dtype=wide(device), device=device)
         rank, world = process.rank(), process.world()
         if table is None:
-            batches = eval_batches(held_out, context.recipe.model.context, micro_batch, rank, world)
+            begin = begin_of(context.recipe, held_out)
+            batches = eval_batches(held_out, context.recipe.model.context, micro_batch, rank, world, begin)
         else:
             batches = packed_batches(table, micro_batch, rank, world)
         for batch in batches:

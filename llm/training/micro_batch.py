@@ -135,7 +135,7 @@ class MicroBatches:
         """Loss of one micro-batch of this size, whose gradient is dropped."""
         context = self.context
         tokens = torch.zeros(size, context.recipe.model.context, dtype=torch.int64, device=context.device)
-        segments = tokens if context.shards.is_chat else None
+        segments = tokens if context.shards.is_chat or context.recipe.train.document_mask else None
         with nullcontext() if context.sharding.sharded else context.accelerator.no_sync(self.wrapped):
             with context.accelerator.autocast():
                 # Strides as in a real batch.
