@@ -201,7 +201,8 @@ class Corpus:
     def __init__(self, text: Text, most: int = MAX_DOCUMENT, own: Source | None = None) -> None:
         named: dict[Any, Source] = {}
         self.repeated: list[str] = []  # one line for each source that is named more than once, under any name
-        for source in [own] if own else sources_of(text):
+        self.left_out: list[tuple[str, str]] = []  # each file of a folder that is no text, and why
+        for source in [own] if own else sources_of(text, self.left_out):
             first = named.setdefault(source.key, source)
             if first is not source:
                 other = "twice" if first.name == source.name else f"as {first.name} too"
@@ -245,5 +246,23 @@ class Corpus:
         """Every document in order, its bytes exactly as in the text; `notes` counts cuts and omissions."""
         counted: Counter[str] = Counter() if notes is None else notes
         for source, rule in zip(self.sources, self._rules, strict=True):
-            for chunks in source.texts(counted):
-                yield from [b"".join(chunks)] if self.is_chat else cut_documents(chunks, rule, counted)
+            yield from self._documents_of(source, rule, counted)
+
+    def _documents_of(self, source: Source, rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
+        for chunks in source.texts(notes):
+            yield from [b"".join(chunks)] if source.is_chat else cut_documents(chunks, rule, notes)
+
+    def report(self) -> Iterator[tuple[str, int, int, str]]:
+        """Name, documents and bytes of each source, and what was left out of it or why it is refused."""
+        for source in self.sources:
+            notes: Counter[str] = Counter()
+            documents = size = 0
+            try:
+                rule = _rule_of(source, self._rule_name)
+                for document in self._documents_of(source, replace(rule, most=min(rule.most, self._most)), notes):
+                    documents, size = documents + 1, size + len(document)
+            except TextError as error:
+                yield source.name, documents, size, f"refused: {error}"
+            else:
+                yield source.name, documents, size, "; ".join(f"{what}: {count:,}" for what, count in notes.items())
+        yield from ((name, 0, 0, f"left out: it {reason}") for name, reason in self.left_out)

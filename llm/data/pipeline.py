@@ -100,6 +100,10 @@ def prepare(
     if corpus.repeated:
         more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
         say(f"text: {corpus.repeated[0]}{more}")
+    if corpus.left_out:
+        (name, reason), others = corpus.left_out[0], len(corpus.left_out) - 1
+        more = f" (and {others:,} more: `--list` of llm.prepare names them)" if others else ""
+        say(f"text: {name} is left out, as it {reason}{more}")
     _check(survey, recipe.text, own)
     if recipe.train.on == "assistant" and not survey.is_chat:
         names = ", ".join(recipe.text.files)
