@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+from llm.base.atomic_io import digest_of
 from llm.base.errors import RecipeError, TextError
 from llm.config.schema import Text
 from llm.data.sources import Source, sources_of
@@ -212,6 +213,11 @@ class Corpus:
         self._rule_name, self._most = text.documents, most
         # Differs whenever the documents could. The first number counts changes to the way documents are found.
         self.identity = [2, text.documents, text.field, most, [source.identity for source in self.sources]]
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What a run records of its files, to know later whether they are still those."""
+        return {"identity": digest_of(self.identity), "most": self._most}
 
     @cached_property
     def is_chat(self) -> bool:

@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -28,6 +29,7 @@ from llm.distributed.threads import cores
 FORMAT = 1
 FILE = 16 << 20  # bytes of text in a file, which are held in memory until it is written
 BLOCK = 1 << 20  # bytes of text encoded at once: little memory, yet the overhead per block does not matter
+SMALL = 128 << 20  # bytes of shards up to which every start checks their sha256, in a fraction of a second
 SIDES = ("train", "validation")
 PLACE = "shards.json"  # in a run's folder
 
@@ -92,12 +94,16 @@ class Shards:
         self.folder, self.manifest = folder, manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.also: Shards | None = None  # of evaluate.also, in the same tokens
+        self.seen: dict[str, Any] = {}  # the files that they were made of (Corpus.seen), as far as that is known
         self.is_chat = "template" in manifest  # its documents are conversations
         self.train, self.validation = (Split(folder, manifest["files"][side], manifest["dtype"]) for side in SIDES)
 
     @classmethod
-    def open(cls, folder: Path, verify: bool = False) -> "Shards":
-        """Map the files and check sizes and counts, with `verify` every byte. RefusedError names the faulty file."""
+    def open(cls, folder: Path, verify: bool | None = False) -> "Shards":
+        """Map the files and check sizes and counts, with `verify` every byte; None: if that is a matter of moments.
+
+        RefusedError names the faulty file.
+        """
         path = folder / "manifest.json"
         if not path.is_file():
             raise RefusedError(f"{folder} holds no finished shards: prepare the text again")
@@ -107,30 +113,47 @@ class Shards:
             raise RefusedError(f"{error}: {_mend(folder)}") from error
         if manifest["format"] != FORMAT:
             raise RefusedError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: {_mend(folder)}")
-        for file in itertools.chain(*manifest["files"].values()):
+        files = [*itertools.chain(*manifest["files"].values())]
+        if verify is None:
+            verify = sum(file["bytes"] for file in files) <= SMALL
+        for file in files:
             if verify and not _is_whole(folder, file):
                 raise RefusedError(f"{folder / file['name']} is missing or damaged (sha256): {_mend(folder)}")
         return cls(folder, manifest)
 
 
 def keep_place(shards: Shards, run: Path) -> None:
-    """Record in a run's folder where its shards lie and what they hold."""
+    """Record in a run's folder where its shards lie and what they hold, and those of evaluate.also."""
+    also = {"also": _place(shards.also)} if shards.also else {}
+    atomic_io.write_checksummed(run / PLACE, {**_place(shards), **also, **shards.manifest})
+
+
+def _place(shards: Shards) -> dict[str, Any]:
     place = {"folder": str(shards.folder), "absolute": str(shards.folder.resolve())}
-    atomic_io.write_checksummed(run / PLACE, {**place, **shards.manifest})
+    return {**place, "fingerprint": shards.fingerprint, "seen": shards.seen}
 
 
-def of_run(run: Path, verify: bool = False) -> Shards:
+def of_run(run: Path, verify: bool | None = False) -> Shards:
     """The shards of a run, from any working folder and after both were moved together. RefusedError if not found.
 
     A relative path starts at the project, the folder whose runs/ holds the run.
     """
     kept = atomic_io.read_checksummed(run / PLACE)
+    shards = _placed(run, kept, verify)
+    if "also" in kept:
+        with suppress(RefusedError):  # only evaluations while training read them
+            shards.also = _placed(run, kept["also"], verify)
+    return shards
+
+
+def _placed(run: Path, kept: dict[str, Any], verify: bool | None) -> Shards:
     tops = (run.absolute().parent.parent, run.resolve().parent.parent, Path())
     places = [*(top / kept["folder"] for top in tops), Path(kept.get("absolute", kept["folder"]))]
     found = next((place for place in places if (place / "manifest.json").is_file()), places[0])
     shards = Shards.open(found, verify)
     if shards.fingerprint != kept["fingerprint"]:
         raise RefusedError(f"{found} holds another text than {run.name} was trained on: {_mend(found)}")
+    shards.seen = kept.get("seen", {})
     return shards
 
 

@@ -1,0 +1,71 @@
+"""The data that a run was trained on: its own tokenizer and shards, by which it resumes without its text."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from llm.base import atomic_io
+from llm.base.errors import LLMError, RecipeError, RefusedError, TextError
+from llm.config.reading import load
+from llm.config.resolving import with_steps
+from llm.config.schema import Recipe
+from llm.data import hf_tokenizer, prompts
+from llm.data.packing import tokens_per_epoch
+from llm.data.pipeline import prepare_also
+from llm.data.progress import Say, Show
+from llm.data.shards import PLACE, Shards, of_run
+from llm.data.survey import has_changed
+from llm.data.tokenizer import Tokenizer
+from llm.distributed.process import say, warn
+from llm.interop import pretrained
+from llm.run_folder import checkpoint
+
+
+def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, Shards] | None:
+    """The complete recipe, tokenizer and shards of a run that has a checkpoint, without reading its text.
+
+    None where the run is new, its shards are not whole, or the recipe names another text or tokenizer.
+    """
+    try:
+        if not checkpoint.folders(run) or not (run / PLACE).is_file():
+            return None
+        recorded = load(run / "recipe.yaml")
+        if any(getattr(recipe.text, key) != getattr(recorded.text, key) for key in ("files", "field")):
+            return None
+        tokenizer, shards = hf_tokenizer.load(run / "tokenizer"), of_run(run, verify=None)
+    except (RefusedError, RecipeError) as error:
+        warn(f"{error}; the text is read instead")
+        return None
+    if tokenizer.fingerprint != shards.manifest["tokenizer"]:
+        return None
+    if recipe.tokenizer.path not in (None, recorded.tokenizer.path):
+        other = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path or ""))
+        if other.fingerprint != tokenizer.fingerprint:
+            return None
+    if recipe.model.from_:
+        folder = pretrained.folder_of(recipe.model.from_)
+        recipe = pretrained.shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
+    if recipe.evaluate.also != recorded.evaluate.also or bool(recipe.evaluate.also) != bool(shards.also):
+        shards.also = prepare_also(recipe, tokenizer, say) if recipe.evaluate.also else None
+    recipe = prompts.settled(recipe, tokenizer, shards)
+    return with_steps(recipe, tokens_per_epoch(recipe, shards)), tokenizer, shards
+
+
+def tell_change(recipe: Recipe, run: Path, shards: Shards, say: Say) -> None:
+    """Say whether the text is gone, or another than the run was trained on: it goes on with its own shards."""
+    on_disk = tuple(name for name in recipe.text.files if not name.startswith("hub:"))
+    newest = checkpoint.folders(run)[0].name
+    goes_on = f"{run.name} goes on with what it was trained on, in {shards.folder}"
+    if on_disk != recipe.text.files:  # what the others held is not known without asking the hub
+        say(f"text: not read; {goes_on}")
+        return
+    try:
+        changed = has_changed(
+            recipe.text, shards.seen, shards.manifest["text"], shards.folder.parent.parent, Show(say, True)
+        )
+    except LLMError as error:
+        if not isinstance(error, TextError | RecipeError):
+            raise
+        say(f"text: {error} ({goes_on})")
+        return
+    if changed:
+        say(f"text: changed since then; {goes_on}. To train on it as it is now: run=NAME from={run.name}/{newest}")
