@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     say("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
     say("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's, as text.cache=data")
     say("--verify", action="store_true", help="read the text again and check every byte of the shards")
+    say("--new-tokenizer", action="store_true", help="of a text that has grown: train its tokenizer and split it anew")
     say("--list", action="store_true", help="only read the text: documents, bytes and what is left out of each file")
     say("--wiki", type=Path, metavar="FILE", help="instead write FILE: Wikipedia's lead sections, from the wiki extra")
     say("--language", choices=LANGUAGES, default="en", help="language of --wiki (en)")
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         from llm.interop.pretrained import prepare_for
 
         recipe = load(options.recipe, options.overrides)
-        recipe, prepared = prepare_for(recipe, verify=options.verify)
+        recipe, prepared = prepare_for(recipe, verify=options.verify, anew=options.new_tokenizer)
         tokens = tokens_per_epoch(recipe, prepared.shards)
         print(hints.of_text(with_steps(recipe, tokens), tokens, prepared.tokenizer.vocab_size))
     else:

@@ -24,12 +24,13 @@ from typing import Any
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
 from llm.config.schema import Evaluate, Recipe
-from llm.data import packing
+from llm.data import growth, packing, shard_writer
 from llm.data import shards as sharding
 from llm.data.chat_template import template_of
 from llm.data.conversations import text_of
 from llm.data.documents import MAX_DOCUMENT, Corpus
 from llm.data.progress import Say, Show
+from llm.data.reuse import JOURNAL, KnownTokens, link
 from llm.data.shards import Shards
 from llm.data.sources import Source
 from llm.data.survey import SAMPLE, Survey, alone, check, cut_smaller, read_only, survey_of, survey_path, surveyed
@@ -54,16 +55,22 @@ def prepare(
     verify: bool = False,
     tokenizer: Tokenizer | None = None,
     own: Source | None = None,
+    anew: bool = False,
 ) -> Prepared:
     """The recipe's text as tokens, from the cache where possible; `say` receives lines on progress and findings.
 
     A given `tokenizer` or `own` source replaces what the recipe names. `verify` reads the text again even if its
-    files look unchanged, and checks every byte of the shards.
+    files look unchanged, and checks every byte of the shards. A text that has grown since it was prepared keeps its
+    tokenizer and the documents that it holds out, unless it is to be prepared `anew`.
     """
     cache = _cache(recipe.text.cache or "data")
     show = Show(say, progress)
 
-    corpus, survey, sample = surveyed(recipe.text, cache, show, verify=verify, own=own)
+    past = None if own or anew else growth.find(cache, recipe, tokenizer)
+    grown = past and growth.follow(past, recipe.text, cache, show, verify=verify)
+    corpus, survey, sample = (
+        (grown.corpus, grown.survey, []) if grown else surveyed(recipe.text, cache, show, verify=verify, own=own)
+    )
     if corpus.repeated:
         more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
         say(f"text: {corpus.repeated[0]}{more}")
@@ -84,15 +91,27 @@ def prepare(
         asked = f"text.validation = {recipe.text.validation:g} would leave too little to measure by"
         say(f"validation: {part:.1%} of the bytes, as {asked}")
 
+    given = tokenizer
     if tokenizer is None and recipe.tokenizer.path:
         tokenizer = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path))
+    made = None
     if tokenizer is None:
-        tokenizer = _trained(recipe, survey, cache, say, lambda: sample or survey_of(corpus, survey.share, show)[1])
+        folder = cache / "tokenizers" / grown.tokenizer if grown else _tokenizer_folder(cache, recipe, survey)
+        made = folder.name
+        tokenizer = _trained(recipe, survey, folder, say, lambda: sample or survey_of(corpus, survey.share, show)[1])
     lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
     say(f"tokenizer: {tokenizer.vocab_size:,} pieces{lossy}")
 
-    shards = _sharded(corpus, survey, tokenizer, cache, show, verify=verify)
+    old = growth.shards_of(past, cache, survey, tokenizer) if past and not verify else None
+    shards = _sharded(corpus, survey, tokenizer, cache, show, old, verify=verify)
     shards.seen = corpus.seen
+    if own is None:
+        growth.record(
+            cache,
+            recipe,
+            given,
+            growth.Past(corpus.identity, corpus.most, asdict(survey), shards.folder.name, made or ""),
+        )
     if recipe.evaluate.also:
         shards.also = prepare_also(recipe, tokenizer, say, progress, verify)
     train, validation = shards.train, shards.validation
@@ -128,6 +147,10 @@ def find_shards(recipe: Recipe) -> Shards | None:
     cache, tokenizer = atomic_io.expanded(recipe.text.cache or "data"), recipe.tokenizer
     if any(name.startswith("hub:") for name in recipe.text.files):
         return None
+    past = growth.find(cache, recipe, None)
+    if past and Corpus(recipe.text, past.most).identity == past.corpus:
+        found = cache / "shards" / past.shards
+        return Shards.open(found) if (found / "manifest.json").is_file() else None
     most = MAX_DOCUMENT
     while (path := survey_path(cache, Corpus(recipe.text, most), recipe.text)).is_file():
         survey = Survey(**atomic_io.read_checksummed(path))
@@ -184,10 +207,9 @@ def _sides(train: int, validation: int) -> str:
     return f"{train:,} train + {validation:,} validation"
 
 
-def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
+def _trained(recipe: Recipe, survey: Survey, folder: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
     """The recipe's tokenizer, trained on the training side of the text or read from the cache."""
     wanted = recipe.tokenizer
-    folder = _tokenizer_folder(cache, recipe, survey)
     model = folder / "tokenizer.model"
     with alone(folder, "this tokenizer", say):
         if not folder.is_dir():
@@ -205,32 +227,39 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
             raise RefusedError(f"{error}: remove {folder} and prepare the text again") from error
 
 
-def _sharded(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: Show, *, verify: bool) -> Shards:
-    """The shards of this text, split and tokenizer; writing continues where an earlier call was killed."""
+def _sharded(
+    corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: Show, old: Shards | None, *, verify: bool
+) -> Shards:
+    """The shards of this text, split and tokenizer; writing continues where an earlier call was killed.
+
+    Tokens of `old` shards are not encoded again.
+    """
     about, folder = _shards_folder(cache, survey, tokenizer)
     fingerprint = folder.name
     with alone(folder, "these token shards", show.say):
         if (folder / "manifest.json").is_file():
             if not read_only(folder):
                 atomic_io.sweep(folder)
-                if (folder / "journal.json").exists():  # a kill came between the manifest and its removal
-                    atomic_io.remove(folder / "journal.json")
+                if (folder / JOURNAL).exists():  # a kill came between the manifest and its removal
+                    atomic_io.remove(folder / JOURNAL)
             shards = Shards.open(folder, verify or None)
             show.say(f"shards: {folder.parent}/{fingerprint[:12]}... (made before)")
             return shards
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocab_size)
         about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocab_size}
+        about["segments"] = [segment["sha256"] for segment in survey.segments]
         by_words = tokenizer.by_words and not survey.is_chat
         processes = cores() if by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
-        written = sharding.write(
-            corpus.documents(),
-            folder,
-            tokenizer,
-            val_fraction=survey.share,
-            about=about,
-            processes=processes,
-            chat=survey.is_chat,
-        )
+        kept = growth.common(old, survey)
+        if old and not (folder / JOURNAL).is_file():
+            link(old, folder, kept)
+        files = shard_writer.finished(folder)
+        known = KnownTokens(old) if old else None
+        place, before = growth.begin(survey, shard_writer.counts(files), kept)
+        written = shard_writer.write(
+            corpus.documents(place=place), folder, tokenizer, val_fraction=survey.share, about=about,
+            processes=processes, chat=survey.is_chat, files=files, before=before, known=known,
+        )  # fmt: skip
         for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
             pass
         shards = Shards.open(folder)

@@ -8,22 +8,23 @@ import heapq
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import TextError
 from llm.config.schema import Text
-from llm.data.documents import MAX_DOCUMENT, PAGE, Corpus, fraction
+from llm.data.documents import MAX_DOCUMENT, PAGE, Corpus, Place, fraction
 from llm.data.progress import Say, Show
 from llm.data.sources import Source
 
 SAMPLE = 16 << 20  # bytes of text at most to train a tokenizer on: more changes few pieces and costs memory
 MEASURABLE = 1 << 10  # least bytes of the validation side: some 300 tokens, which give its loss to 0.15 nats
 LEAST = 256  # least bytes of the validation side of a very small text
+SEGMENT = 32 << 20  # bytes of documents that are surveyed together
 LEAST_PIECE = 512  # bytes below which no document is cut in order to hold a part of it out
 
 
@@ -38,6 +39,8 @@ class Survey:
     text_bytes: list[int]
     notes: dict[str, int]  # counts of cuts and omissions
     is_chat: bool = False  # its documents are conversations
+    segments: list[dict[str, Any]] = field(default_factory=list)  # see Reading
+    rules: dict[str, str] = field(default_factory=dict)  # see Corpus.rules
 
     @property
     def enough(self) -> float:
@@ -92,6 +95,7 @@ def surveyed(
     with alone(path, "this text", show.say):
         if path.is_file() and not verify:
             survey = Survey(**atomic_io.read_checksummed(path))
+            corpus.known_rules = survey.rules
         else:
             survey, sample = survey_of(corpus, text.validation, show)
             if not read_only(path):
@@ -128,28 +132,90 @@ def survey_of(corpus: Corpus, asked: float, show: Show) -> tuple[Survey, list[by
 
 def _read(corpus: Corpus, val_fraction: float, show: Show) -> tuple[Survey, list[bytes], dict[float, int]]:
     """Survey and sample of the text at this split, and the bytes of text at each of the lowest MEASURABLE fractions."""
-    digest, notes = hashlib.sha256(), Counter[str]()
-    documents, text_bytes = [0, 0], [0, 0]
     sample: list[tuple[float, int, bytes]] = []
     sampled = 0
     sizes: Counter[float] = Counter()
-    for number, document in enumerate(show.over(corpus.documents(notes), "reading", corpus.bytes_expected(), len)):
-        digest.update(len(document).to_bytes(8, "big"))
-        digest.update(document)
-        place = fraction(document)
-        side = int(place < val_fraction)
-        documents[side] += 1
-        text_bytes[side] += len(document)
-        sizes[place] += len(document)
-        if len(sizes) > 2 * MEASURABLE:
-            sizes = Counter(dict(sorted(sizes.items())[:MEASURABLE]))
+    least = 1.0  # fractions beyond it are not among the lowest
+    reading = Reading(corpus, val_fraction)
+    for number, (document, place, side) in enumerate(show.over(reading, "reading", corpus.bytes_expected(), _size)):
+        if place < least:
+            sizes[place] += len(document)
+            if len(sizes) > 2 * MEASURABLE:
+                sizes = Counter(dict(sorted(sizes.items())[:MEASURABLE]))
+                least = max(sizes)
         if side == 0 and (sampled + len(document) <= SAMPLE or place < -sample[0][0]):
             heapq.heappush(sample, (-place, number, document))
             sampled += len(document)
             while sampled > SAMPLE:
                 sampled -= len(heapq.heappop(sample)[2])
-    survey = Survey(digest.hexdigest(), corpus.rule, val_fraction, documents, text_bytes, dict(notes), corpus.is_chat)
-    return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])], sizes
+    return reading.survey(), [document for _, _, document in sorted(sample, key=lambda each: each[1])], sizes
+
+
+def _size(read: tuple[bytes, float, int]) -> int:
+    return len(read[0])
+
+
+class Reading:
+    """Reads a text, in segments that need not be read again when it grows or a preparation is killed.
+
+    A segment ends where reading can begin, behind SEGMENT bytes. The digest of a text is that of its documents, or, of
+    a text of several segments, that of their digests.
+    """
+
+    def __init__(self, corpus: Corpus, val_fraction: float, known: Sequence[dict[str, Any]] = ()) -> None:
+        """`known` are the segments that are as they were."""
+        self.corpus, self.val_fraction, self.segments = corpus, val_fraction, list(known)
+        self._place = Place(*known[-1]["end"]) if known else Place()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._digest, self._notes = hashlib.sha256(), Counter[str]()
+        self._documents, self._bytes = [0, 0], [0, 0]
+
+    def __iter__(self) -> Iterator[tuple[bytes, float, int]]:
+        """Each document with its fraction and its side."""
+        source = self._place.source
+        for document in self.corpus.documents(self._notes, self._place, watch=True):
+            if self._place.source != source:
+                source = self._place.source
+                self._end([source, 0], hashlib.sha256().hexdigest())
+            self._digest.update(len(document).to_bytes(8, "big"))
+            self._digest.update(document)
+            place = fraction(document)
+            side = int(place < self.val_fraction)
+            self._documents[side] += 1
+            self._bytes[side] += len(document)
+            yield document, place, side
+            if self._place.offset > 0:
+                self._end([source, self._place.offset])
+
+    def _end(self, end: list[int], text: str | None = None) -> None:
+        """End a segment here if it is long enough."""
+        if sum(self._bytes) >= SEGMENT:
+            text = text or self._place.digest()
+            sizes = {"documents": self._documents, "text_bytes": self._bytes, "notes": dict(self._notes)}
+            self.segments.append({"end": end, "text": text, "sha256": self._digest.hexdigest(), **sizes})
+            notes = self._notes
+            self._begin()
+            notes.clear()
+            self._notes = notes  # which the reading of documents goes on to count in
+
+    def survey(self) -> Survey:
+        """The survey of what was read."""
+        digests = [segment["sha256"] for segment in self.segments] + [self._digest.hexdigest()]
+        notes = Counter(self._notes)
+        for segment in self.segments:
+            notes += Counter(segment["notes"])
+        sides = [
+            [sum(each) for each in zip(last, *(segment[name] for segment in self.segments), strict=True)]
+            for name, last in (("documents", self._documents), ("text_bytes", self._bytes))
+        ]
+        sha256 = digests[0] if len(digests) == 1 else atomic_io.digest_of(digests)
+        corpus = self.corpus
+        return Survey(
+            sha256, corpus.rule, self.val_fraction, sides[0], sides[1], dict(notes),
+            is_chat=corpus.is_chat, segments=self.segments, rules=corpus.rules,
+        )  # fmt: skip
 
 
 def check(survey: Survey, text: Text, own: Source | None) -> None:
@@ -177,8 +243,8 @@ def has_changed(text: Text, seen: dict[str, Any], sha256: str, cache: Path, show
     It is read only if its files are not those of that time. TextError if it is not there or cannot be read.
     """
     corpus = Corpus(text, seen.get("most", MAX_DOCUMENT))
-    if corpus.seen == seen:
-        return False
+    if corpus.seen == seen or (not seen and (corpus.bytes_expected() or SEGMENT) >= SEGMENT):
+        return False  # large texts had another digest in earlier versions, which recorded nothing of their files
     path = survey_path(cache, corpus, text)
     if path.is_file():
         return bool(Survey(**atomic_io.read_checksummed(path)).sha256 != sha256)
