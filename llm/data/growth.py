@@ -56,9 +56,12 @@ def _path(cache: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> Path:
 
 
 def find(cache: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> Past | None:
-    """How this text was last prepared with the recipe's tokenizer, or the given one."""
+    """How this text was last prepared with the recipe's tokenizer, or the given one. RefusedError if that is damaged."""
     path = _path(cache, recipe, tokenizer)
-    return Past(**atomic_io.read_checksummed(path, MOST_BYTES)) if path.is_file() else None
+    try:
+        return Past(**atomic_io.read_checksummed(path, MOST_BYTES)) if path.is_file() else None
+    except (RefusedError, TypeError) as error:
+        raise RefusedError(f"{path} is damaged ({error}): remove it, and the text is prepared anew") from error
 
 
 def record(cache: Path, recipe: Recipe, tokenizer: Tokenizer | None, past: Past) -> None:

@@ -71,6 +71,44 @@ def prepare(
     corpus, survey, sample = (
         (grown.corpus, grown.survey, []) if grown else surveyed(recipe.text, cache, show, verify=verify, own=own)
     )
+    _say_text(corpus, survey, recipe, say, own)
+    given = tokenizer
+    if tokenizer is None and recipe.tokenizer.path:
+        tokenizer = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path))
+    made = None
+    if tokenizer is None:
+        folder = cache / "tokenizers" / grown.tokenizer if grown else _tokenizer_folder(cache, recipe, survey)
+        made = folder.name
+        tokenizer = _trained(recipe, survey, folder, say, lambda: sample or survey_of(corpus, survey.share, show)[1])
+    lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
+    say(f"tokenizer: {tokenizer.vocab_size:,} pieces{lossy}")
+
+    old = growth.shards_of(past, cache, survey, tokenizer) if past and not verify else None
+    shards = _sharded(corpus, survey, tokenizer, cache, show, old, verify=verify)
+    shards.seen = corpus.seen
+    if own is None:
+        now = growth.Past(corpus.identity, corpus.most, asdict(survey), shards.folder.name, made or "")
+        growth.record(cache, recipe, given, now)
+    if recipe.evaluate.also:
+        shards.also = prepare_also(recipe, tokenizer, say, progress, verify)
+    train, validation = shards.train, shards.validation
+    tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
+    if shards.is_chat:
+        _say_windows(recipe, shards, say)
+        return Prepared(tokenizer, shards)
+    say(f"tokens: {_sides(train.tokens, validation.tokens)}, {text_bytes / tokens:.2f} bytes a token")
+    if train.tokens <= recipe.model.context:
+        mend = f", or at most model.context={train.tokens - 1}" if train.tokens > 2 else ""  # 2 is the least context
+        names = ", ".join(recipe.text.files)
+        raise TextError(
+            f"{names}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
+            f"{recipe.model.context + 1:,}: use more text{mend}"
+        )
+    return Prepared(tokenizer, shards)
+
+
+def _say_text(corpus: Corpus, survey: Survey, recipe: Recipe, say: Say, own: Source | None) -> None:
+    """Say what the text holds and what is left out. TextError or RecipeError where it holds too little, or no chat."""
     if corpus.repeated:
         more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
         say(f"text: {corpus.repeated[0]}{more}")
@@ -90,44 +128,6 @@ def prepare(
         part = survey.text_bytes[1] / sum(survey.text_bytes)
         asked = f"text.validation = {recipe.text.validation:g} would leave too little to measure by"
         say(f"validation: {part:.1%} of the bytes, as {asked}")
-
-    given = tokenizer
-    if tokenizer is None and recipe.tokenizer.path:
-        tokenizer = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path))
-    made = None
-    if tokenizer is None:
-        folder = cache / "tokenizers" / grown.tokenizer if grown else _tokenizer_folder(cache, recipe, survey)
-        made = folder.name
-        tokenizer = _trained(recipe, survey, folder, say, lambda: sample or survey_of(corpus, survey.share, show)[1])
-    lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
-    say(f"tokenizer: {tokenizer.vocab_size:,} pieces{lossy}")
-
-    old = growth.shards_of(past, cache, survey, tokenizer) if past and not verify else None
-    shards = _sharded(corpus, survey, tokenizer, cache, show, old, verify=verify)
-    shards.seen = corpus.seen
-    if own is None:
-        growth.record(
-            cache,
-            recipe,
-            given,
-            growth.Past(corpus.identity, corpus.most, asdict(survey), shards.folder.name, made or ""),
-        )
-    if recipe.evaluate.also:
-        shards.also = prepare_also(recipe, tokenizer, say, progress, verify)
-    train, validation = shards.train, shards.validation
-    tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
-    if shards.is_chat:
-        _say_windows(recipe, shards, say)
-        return Prepared(tokenizer, shards)
-    say(f"tokens: {_sides(train.tokens, validation.tokens)}, {text_bytes / tokens:.2f} bytes a token")
-    if train.tokens <= recipe.model.context:
-        mend = f", or at most model.context={train.tokens - 1}" if train.tokens > 2 else ""  # 2 is the least context
-        names = ", ".join(recipe.text.files)
-        raise TextError(
-            f"{names}: {train.tokens:,} training tokens are fewer than one window of model.context + 1 = "
-            f"{recipe.model.context + 1:,}: use more text{mend}"
-        )
-    return Prepared(tokenizer, shards)
 
 
 def prepare_also(

@@ -264,7 +264,10 @@ SENTENCE = "Été à l’ombre — naïve “quotes” and café: the price is 5
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (SENTENCE.encode("utf-16")[:400] + b"\x00\xd8a\x00" + SENTENCE.encode("utf-16")[400:], f"{SENTENCE[:199]}a{SENTENCE[199:]}"),
+        (
+            SENTENCE.encode("utf-16")[:400] + b"\x00\xd8a\x00" + SENTENCE.encode("utf-16")[400:],
+            f"{SENTENCE[:199]}a{SENTENCE[199:]}",
+        ),
         (SENTENCE.encode("utf-16-le"), SENTENCE),
         (SENTENCE.encode("utf-16-be"), SENTENCE),
         (SENTENCE.encode("utf-32"), SENTENCE),

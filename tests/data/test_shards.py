@@ -43,7 +43,9 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(folder: Path, tokenizer: Tokenizer, documents: list[bytes] = TEXT, processes: int = 0) -> Shards:
     done = list(
-        shard_writer.write(documents, folder, tokenizer, val_fraction=SHARE, about={"fingerprint": "f"}, processes=processes)
+        shard_writer.write(
+            documents, folder, tokenizer, val_fraction=SHARE, about={"fingerprint": "f"}, processes=processes
+        )
     )
     assert sum(done) == sum(map(len, documents))
     return Shards.open(folder, verify=True)
@@ -76,7 +78,9 @@ def test_the_files_are_the_same_whatever_the_number_of_processes(tmp_path: Path,
 
 def test_a_lost_process_is_one_line_and_the_same_call_goes_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tmp_path / "whole", tokenizer)
-    writing = shard_writer.write(TEXT, tmp_path / "s", tokenizer, val_fraction=SHARE, about={"fingerprint": "f"}, processes=2)
+    writing = shard_writer.write(
+        TEXT, tmp_path / "s", tokenizer, val_fraction=SHARE, about={"fingerprint": "f"}, processes=2
+    )
     done = itertools.islice(writing, 12)
     assert sum(done) and len(children(os.getpid())) == 2
     root = os.fsencode(Path(shards.__file__).parents[2])  # the package that is running, not another that is installed
