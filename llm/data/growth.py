@@ -56,7 +56,7 @@ def _path(cache: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> Path:
 
 
 def find(cache: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> Past | None:
-    """How this text was last prepared with the recipe's tokenizer, or the given one. RefusedError if that is damaged."""
+    """How this text was last prepared with the recipe's or the given tokenizer. RefusedError if that is damaged."""
     path = _path(cache, recipe, tokenizer)
     try:
         return Past(**atomic_io.read_checksummed(path, MOST_BYTES)) if path.is_file() else None
