@@ -2,9 +2,9 @@
 
 import argparse
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from llm.base.errors import run
 
@@ -32,23 +32,28 @@ def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
         print(dump(recipe), end="")
         return
 
+    from llm.data import hf_tokenizer
     from llm.data.prompts import example, quoted
-    from llm.distributed.process import say
+    from llm.data.shards import of_run
+    from llm.distributed.process import rank, say
     from llm.interop.pretrained import ready
     from llm.training.session import train as train_run
 
-    made: list[Any] = []
-
-    def prepare(recipe: Any) -> Any:
-        made[:] = ready(recipe, say)
-        return tuple(made)
-
-    folder = train_run(recipe, prepare)
-    if made[-1].is_chat:
+    folder = train_run(recipe, partial(ready, say=say), runs=_runs_of(given.recipe, recipe.run))
+    if rank() != 0:
+        return
+    shards = of_run(folder)
+    if shards.is_chat:
         say(f"the run lies in {folder}; talk to it with:\n  python -m llm.chat {recipe.run}")
         return
-    prompt = quoted(example(*made))
+    prompt = quoted(example(load_recipe(folder / "recipe.yaml"), hf_tokenizer.load(folder / "tokenizer"), shards))
     say(f"the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt {prompt}")
+
+
+def _runs_of(recipe: Path, run: str) -> Path:
+    """The folder of runs: that of the run whose own recipe.yaml is named, from anywhere, otherwise runs/ here."""
+    folder = recipe.parent
+    return folder.parent if folder.name == run and (folder / "identity.json").is_file() else Path("runs")
 
 
 def main() -> None:

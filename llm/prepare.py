@@ -4,8 +4,9 @@ from pathlib import Path
 
 from llm.base import atomic_io
 from llm.base.command import Parser
-from llm.base.errors import RecipeError, run
+from llm.base.errors import RecipeError, TextError, run
 from llm.config.reading import load
+from llm.config.schema import Text
 from llm.data.sources import wiki_documents
 
 MARKER = "<|endoftext|>"  # the line between documents in the file that --wiki writes
@@ -21,6 +22,21 @@ def write_wiki(path: Path, language: str, *, force: bool) -> None:
     print("licence: CC BY-SA 4.0, the work of Wikipedia's authors: name them where you pass the text on")
 
 
+def list_text(text: Text) -> None:
+    """Print a line for each file of the text. TextError, at the end, if some are refused."""
+    from llm.data.documents import Corpus
+
+    files = documents = size = refused = 0
+    print(f"{'documents':>12}{'bytes':>16}  file")
+    for name, count, text_bytes, note in Corpus(text).report():
+        print(f"{count:12,}{text_bytes:16,}  {name}{f' ({note})' if note else ''}", flush=True)
+        files, documents, size = files + 1, documents + count, size + text_bytes
+        refused += note.startswith("refused")
+    print(f"{documents:12,}{size:16,}  {files:,} files")
+    if refused:
+        raise TextError(f"{refused:,} of {files:,} files are refused: mend them as their lines say")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     about = "Make a recipe's text ready for training: split it, train its tokenizer, write its token shards."
@@ -29,12 +45,16 @@ def main(arguments: list[str] | None = None) -> None:
     say("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
     say("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's, as text.cache=data")
     say("--verify", action="store_true", help="read the text again and check every byte of the shards")
+    say("--new-tokenizer", action="store_true", help="of a text that has grown: train its tokenizer and split it anew")
+    say("--list", action="store_true", help="only read the text: documents, bytes and what is left out of each file")
     say("--wiki", type=Path, metavar="FILE", help="instead write FILE: Wikipedia's lead sections, from the wiki extra")
     say("--language", choices=LANGUAGES, default="en", help="language of --wiki (en)")
     say("--force", action="store_true", help="let --wiki replace FILE")
     options = parser.parse_args(arguments)
     if options.wiki:
         write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
+    elif options.recipe and options.list:
+        list_text(load(options.recipe, options.overrides).text)
     elif options.recipe:
         from llm.config.resolving import with_steps
         from llm.data.mixture import tokens_per_epoch
@@ -42,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         from llm.interop.pretrained import prepare_for
 
         recipe = load(options.recipe, options.overrides)
-        recipe, prepared = prepare_for(recipe, verify=options.verify)
+        recipe, prepared = prepare_for(recipe, verify=options.verify, anew=options.new_tokenizer)
         tokens = tokens_per_epoch(recipe, prepared.shards)
         print(hints.of_text(with_steps(recipe, tokens), tokens, prepared.tokenizer.vocab_size))
     else:

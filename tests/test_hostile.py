@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import re
 import signal
 import tempfile
@@ -42,8 +43,18 @@ RULES = st.sampled_from(
     ["auto", "lines", "blocks", "headings", "blank-lines", "files", "marker <|endoftext|>", "marker a"]
 )
 NAMES = st.sampled_from(
-    ["text.txt", "text.txt", "text.txt", "text.jsonl", "TEXT.NDJSON", "text.txt.gz", "packed.txt.gz"]
+    [
+        *["text.txt"] * 4,
+        "text.jsonl",
+        "TEXT.NDJSON",
+        "text.txt.gz",
+        "packed.txt.gz",
+        "packed.md.xz",
+        "text.json",
+        "text.csv",
+    ]
 )
+PACK = {".gz": gzip.compress, ".xz": lzma.compress}
 
 
 def texts_of(side: Split, tokenizer: Tokenizer) -> list[bytes]:
@@ -77,7 +88,8 @@ def one_text(data: bytes, name: str, rule: str) -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         text = folder / name
-        text.write_bytes(gzip.compress(data) if name == "packed.txt.gz" else data)
+        whole = PACK[text.suffix](data) if name.startswith("packed") else data
+        text.write_bytes(whole)
         (folder / "recipe.yaml").write_text(
             f"text: {{files: [{text}], cache: {folder / 'cache'}, documents: {json.dumps(rule)}, validation: 0.2}}\n"
             "tokenizer: {vocabulary: 290}\n"
@@ -100,7 +112,7 @@ def one_text(data: bytes, name: str, rule: str) -> None:
         cut = re.search(r"cut at ([\d,]+) bytes", shards.manifest["rule"])  # so that some can be held out
         corpus = Corpus(recipe.text, int(cut[1].replace(",", ""))) if cut else Corpus(recipe.text)
         assert Counter(found) == Counter(corpus.documents())
-        assert text.read_bytes() == (gzip.compress(data) if name == "packed.txt.gz" else data) or "gz" in name
+        assert text.read_bytes() == whole
 
 
 @settings(deadline=None, max_examples=60, print_blob=True)

@@ -112,22 +112,16 @@ def test_another_machine_half_is_taken(trained: Path) -> None:
     assert ended.status == 0, ended.err
 
 
-def test_another_text_under_the_same_name_is_refused(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
-    assert run(train(recipe, stop_after=3), tmp_path).status == 75
-    write_text(tmp_path / "text.txt", documents=61)
-    refused(run(train(recipe), tmp_path), 4, "tiny", "another tokenizer")
-
-
 def test_another_text_is_named_before_what_follows_from_it(tmp_path: Path) -> None:
     """Under a length in epochs and decay by it the steps and the decay differ too, and the trained tokenizer."""
     keys = {"train.steps": None, "train.epochs": 1.5, "train.weight_decay": "auto", "model.dropout": "auto"}
     recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **keys)
     assert run(train(recipe, stop_after=3), tmp_path).status == 75
-    write_text(tmp_path / "text.txt", documents=75)
-    refused(run(train(recipe), tmp_path), 4, "run tiny was trained with another text, and so with another tokenizer")
+    other = f"text.files={write_text(tmp_path / 'other.txt', documents=75)}"
+    said = "run tiny was trained with another text, and so with another tokenizer"
+    refused(run(train(recipe, other), tmp_path), 4, said)
     own = (tmp_path / "runs/tiny/tokenizer/tokenizer.model").rename(tmp_path / "own.model")
-    refused(run(train(recipe, f"tokenizer.path={own}"), tmp_path), 4, "run tiny was trained with another text (")
+    refused(run(train(recipe, other, f"tokenizer.path={own}"), tmp_path), 4, "run tiny was trained with another text (")
 
 
 def test_the_key_that_was_changed_is_named_before_what_follows_from_it(tmp_path: Path, text: Path) -> None:

@@ -40,10 +40,10 @@ def setting(description: str, default: Any = MISSING, *, least: float | None = N
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    files: tuple[str, ...] = setting("paths, globs or named texts such as wiki-leads")
+    files: tuple[str, ...] = setting("files, folders, globs or named texts such as wiki-leads")
     documents: str = setting("auto, headings, blank-lines, blocks, lines, files, or: marker LINE", "auto")
     validation: float = setting("fraction of the documents held out", 0.05, least=0, below=1)
-    field: str = setting("field of a .jsonl line that holds the text", "text")
+    field: str = setting("field of a row, or column of a table, that holds the text", "text")
     cache: str | None = setting("folder for prepared text; data/ by default", None)
     sources: "tuple[TextSource, ...]" = setting("several texts instead of text.files, by name, each with a weight", ())
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+from llm.base.atomic_io import digest_of
 from llm.base.errors import RecipeError, TextError
 from llm.config.schema import Text
 from llm.data.sources import Source, sources_of
@@ -147,22 +148,72 @@ def _count(pattern: re.Pattern[bytes], text: bytes) -> int:
     return sum(1 for _ in pattern.finditer(text))
 
 
-def cut_documents(chunks: Iterable[bytes], rule: Rule, notes: Counter[str]) -> Iterator[bytes]:
-    """The documents of a text that comes in `chunks`; they do not depend on where the chunks end."""
-    source = iter(chunks)
+class Place:
+    """How far the documents of a corpus were read: the number of the source, and the bytes of its text before the next.
+
+    `offset` is -1 within a source of rows, where reading cannot begin.
+    """
+
+    def __init__(self, source: int = 0, offset: int = 0) -> None:
+        self.source, self.offset = source, offset
+        self._held: list[bytes] = []  # text of this source from `_begin` on
+        self._begin = offset
+
+    def watched(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The same chunks, kept for `digest` until then; where they begin within a text, without the byte before."""
+        self._held, self._begin = [], self.offset
+
+        def kept(before: int) -> Iterator[bytes]:
+            for chunk in chunks:
+                self._held.append(chunk[before:])
+                before = 0
+                yield chunk
+
+        return kept(int(self.offset > 0))
+
+    def digest(self) -> str:
+        """SHA-256 of the text of this source up to here, since the last call or the beginning."""
+        text = b"".join(self._held)
+        size = self.offset - self._begin
+        self._held, self._begin = [text[size:]], self.offset
+        return hashlib.sha256(text[:size]).hexdigest()
+
+
+def from_byte(chunks: Iterable[bytes], offset: int) -> Iterator[bytes]:
+    """The chunks without the first `offset` bytes."""
+    for chunk in chunks:
+        if offset < len(chunk):
+            yield chunk[offset:] if offset else chunk
+        offset = max(0, offset - len(chunk))
+
+
+def cut_documents(
+    chunks: Iterable[bytes], rule: Rule, notes: Counter[str], place: Place | None = None
+) -> Iterator[bytes]:
+    """The documents of a text that comes in `chunks`; they do not depend on where the chunks end.
+
+    `place` says where the chunks begin, and is moved behind each document.
+    """
+    source, place = iter(chunks), place or Place()
     text, begin, more = b"\n", 1, True  # the byte before `begin` is kept: it tells whether a line begins there
+    base = place.offset - 1  # where `text` begins
+    if place.offset:
+        text = next(source, b"")
+        source, text = chain([text[1:]], source), text[:1]
     while True:
         while more and len(text) - begin < 2 * rule.most + MARGIN:
             chunk = next(source, None)
             more = chunk is not None
+            base += begin - 1
             text, begin = text[begin - 1 :] + (chunk or b""), 1
         if begin == len(text):
             return
         end, following, is_too_long = rule.cut(text, begin)
         document, begin = text[begin:end], following
+        place.offset = base + begin
         if is_too_long and rule.most == MAX_DOCUMENT:
             notes["documents cut at 1 MiB"] += 1
-        if document.decode().isspace():
+        if not b"!" <= document[:1] <= b"~" and document.decode().isspace():
             notes["documents of only whitespace left out"] += 1
         elif document:
             yield document
@@ -175,19 +226,26 @@ def is_validation(document: bytes, val_fraction: float) -> bool:
 
 def fraction(document: bytes) -> float:
     """A number in [0, 1) from a hash of the document."""
-    return int.from_bytes(hashlib.blake2b(document).digest()[:8], "big") / 2**64
+    return key_of(document) / 2**64
+
+
+def key_of(document: bytes) -> int:
+    """64 bits of a hash of the document, by which it is split and known again."""
+    return int.from_bytes(hashlib.blake2b(document).digest()[:8], "big")
 
 
 _ROW, _CONVERSATION = Rule("one document a row"), Rule("one conversation a row")
 
 
-def _rule_of(source: Source, name: str) -> Rule:
-    """How to find documents in this source, whatever the others hold."""
+def _rule_of(source: Source, name: str, known: str | None = None) -> Rule:
+    """How to find documents in this source, whatever the others hold; of a text that grew, by the rule `known`."""
     if source.is_chat:
         return _CONVERSATION
     if not source.is_plain:
         return _ROW
     chunks = iter(next(source.texts(Counter())))
+    if known in ("headings", "blocks") or (known and known.startswith(("marker ", "blank-lines"))):
+        name = known if known.startswith("marker ") else known.partition(" ")[0]
     return rule_for(name, next(chunks, b""), chunks)
 
 
@@ -198,19 +256,28 @@ class Corpus:
     for names that lead nowhere.
     """
 
-    def __init__(self, text: Text, most: int = MAX_DOCUMENT, own: Source | None = None) -> None:
+    def __init__(
+        self, text: Text, most: int = MAX_DOCUMENT, own: Source | None = None, rules: dict[str, str] | None = None
+    ) -> None:
         named: dict[Any, Source] = {}
         self.repeated: list[str] = []  # one line for each source that is named more than once, under any name
-        for source in [own] if own else sources_of(text):
+        self.left_out: list[tuple[str, str]] = []  # each file of a folder that is no text, and why
+        for source in [own] if own else sources_of(text, self.left_out):
             first = named.setdefault(source.key, source)
             if first is not source:
                 other = "twice" if first.name == source.name else f"as {first.name} too"
                 self.repeated.append(f"{source.name} is named {other}: it is read once")
         self.sources = list(named.values())
         rule_for(text.documents, b"")  # refuses an unknown name now; the rules themselves are found when needed
-        self._rule_name, self._most = text.documents, most
+        self._rule_name, self.most = text.documents, most
+        self.known_rules = rules or {}  # by source: the rules of a text that was read before stay
         # Differs whenever the documents could. The first number counts changes to the way documents are found.
         self.identity = [2, text.documents, text.field, most, [source.identity for source in self.sources]]
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What a run records of its files, to know later whether they are still those."""
+        return {"identity": digest_of(self.identity), "most": self.most}
 
     @cached_property
     def is_chat(self) -> bool:
@@ -223,27 +290,71 @@ class Corpus:
 
     @cached_property
     def _rules(self) -> list[Rule]:
-        rules = [_rule_of(source, self._rule_name) for source in self.sources]
+        rules = [_rule_of(source, self._rule_name, self.known_rules.get(source.name)) for source in self.sources]
         if self.is_chat:  # which are never cut
             return rules
-        return [replace(rule, most=min(rule.most, self._most)) for rule in rules]
+        return [replace(rule, most=min(rule.most, self.most)) for rule in rules]
 
     @property
     def rule(self) -> str:
         """How documents are found, for people."""
         names = Counter(rule.name for rule in self._rules)
         of = (f" ({files:,} file{'s' * (files > 1)})" if len(names) > 1 else "" for files in names.values())
-        cut = f", cut at {self._most:,} bytes" if self._most < MAX_DOCUMENT else ""
+        cut = f", cut at {self.most:,} bytes" if self.most < MAX_DOCUMENT else ""
         return ", ".join(map("".join, zip(names, of, strict=True))) + cut
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """The names of the rules that `auto` found, by source."""
+        if self._rule_name != "auto":
+            return {}
+        return {source.name: rule.name for source, rule in zip(self.sources, self._rules, strict=True)}
 
     def bytes_expected(self) -> int | None:
         """The size of the text, where it is known without reading."""
         sizes = [source.size for source in self.sources]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
-    def documents(self, notes: Counter[str] | None = None) -> Iterator[bytes]:
-        """Every document in order, its bytes exactly as in the text; `notes` counts cuts and omissions."""
+    def documents(
+        self, notes: Counter[str] | None = None, place: Place | None = None, watch: bool = False
+    ) -> Iterator[bytes]:
+        """Every document in order, its bytes exactly as in the text; `notes` counts cuts and omissions.
+
+        They begin at `place`, which is moved behind each document, and has a digest of the text with `watch`.
+        """
         counted: Counter[str] = Counter() if notes is None else notes
-        for source, rule in zip(self.sources, self._rules, strict=True):
-            for chunks in source.texts(counted):
-                yield from [b"".join(chunks)] if self.is_chat else cut_documents(chunks, rule, counted)
+        here = place or Place()
+        for number, (source, rule) in enumerate(zip(self.sources, self._rules, strict=True)):
+            if number >= here.source:
+                if number > here.source:
+                    here.source, here.offset = number, 0
+                yield from self._documents_of(source, rule, counted, here, watch)
+
+    def _documents_of(
+        self, source: Source, rule: Rule, notes: Counter[str], place: Place, watch: bool = False
+    ) -> Iterator[bytes]:
+        for chunks in source.texts(notes):
+            if not source.is_plain:
+                for document in [b"".join(chunks)] if source.is_chat else cut_documents(chunks, rule, notes):
+                    place.offset = -1
+                    yield document
+                continue
+            chunks = from_byte(chunks, max(0, place.offset - 1))
+            yield from cut_documents(place.watched(chunks) if watch else chunks, rule, notes, place)
+
+    def report(self) -> Iterator[tuple[str, int, int, str]]:
+        """Name, documents and bytes of each source, and what was left out of it or why it is refused."""
+        for source in self.sources:
+            notes: Counter[str] = Counter()
+            documents = size = 0
+            try:
+                rule = _rule_of(source, self._rule_name)
+                for document in self._documents_of(
+                    source, replace(rule, most=min(rule.most, self.most)), notes, Place()
+                ):
+                    documents, size = documents + 1, size + len(document)
+            except TextError as error:
+                yield source.name, documents, size, f"refused: {error}"
+            else:
+                yield source.name, documents, size, "; ".join(f"{what}: {count:,}" for what, count in notes.items())
+        yield from ((name, 0, 0, f"left out: it {reason}") for name, reason in self.left_out)

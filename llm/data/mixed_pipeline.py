@@ -5,17 +5,18 @@ the smallest hashes of all their training sides. So other weights leave tokenize
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError
 from llm.config.schema import Evaluate, Recipe, Text, TextSource
-from llm.data import pipeline
+from llm.data import growth, pipeline
 from llm.data.conversations import text_of
 from llm.data.documents import Corpus, fraction
-from llm.data.pipeline import Survey
 from llm.data.progress import Say, Show
 from llm.data.shards import AnyShards, MixedShards, Shards
 from llm.data.sources import Source
+from llm.data.survey import SAMPLE, Survey, check, read_only, survey_of, surveyed
 from llm.data.tokenizer import Tokenizer
 
 
@@ -34,20 +35,21 @@ def prepare(
     verify: bool = False,
     tokenizer: Tokenizer | None = None,
     own: Source | None = None,
+    anew: bool = False,
 ) -> Prepared:
     """As pipeline.prepare, of a text or of several sources."""
     if not recipe.text.sources:
-        text = pipeline.prepare(recipe, say, progress, verify, tokenizer, own)
+        text = pipeline.prepare(recipe, say, progress, verify, tokenizer, own, anew)
         return Prepared(text.tokenizer, text.shards)
     if tokenizer is None and recipe.tokenizer.path is None:
-        tokenizer = _trained(recipe, say, progress, verify)
+        tokenizer = (None if anew else _made_before(recipe)) or _trained(recipe, say, progress, verify)
     found: dict[str, Shards] = {}
     for source in recipe.text.sources:
 
         def say_of(line: str, name: str = source.name) -> None:
             say(f"{name}: {line}")
 
-        prepared = pipeline.prepare(alone(recipe, source), say_of, progress, verify, tokenizer)
+        prepared = pipeline.prepare(alone(recipe, source), say_of, progress, verify, tokenizer, anew=anew)
         tokenizer, found[source.name] = prepared.tokenizer, prepared.shards
     assert tokenizer is not None, "a recipe has a source"
     shards = MixedShards(found)
@@ -55,9 +57,7 @@ def prepare(
         mend = "remove it, or name .jsonl rows of messages"
         raise RecipeError(f"train.on = assistant, but no source holds conversations: {mend}")
     if recipe.evaluate.also:
-        plain = replace(recipe.text, files=recipe.evaluate.also, sources=())
-        other = replace(_of_text(recipe, plain), train=replace(recipe.train, on="auto"))
-        shards.also = pipeline.prepare(other, say, progress, verify, tokenizer).shards
+        shards.also = pipeline.prepare_also(recipe, tokenizer, say, progress, verify)
     return Prepared(tokenizer, shards)
 
 
@@ -65,67 +65,82 @@ def alone(recipe: Recipe, source: TextSource) -> Recipe:
     """The recipe of one source. Of conversations the answers are learnt unless train.on = all, of a text everything."""
     on = recipe.train.on if recipe.train.on == "all" else "auto"
     text = replace(source.text, cache=recipe.text.cache)
-    return replace(_of_text(recipe, text), train=replace(recipe.train, on=on))
+    return replace(recipe, text=text, evaluate=Evaluate(), train=replace(recipe.train, on=on))
 
 
-def _of_text(recipe: Recipe, text: Text) -> Recipe:
-    return replace(recipe, text=text, evaluate=Evaluate())
+def texts(recipe: Recipe) -> dict[str, Text]:
+    """The recipe's texts by the names of their sources; a text without sources has none."""
+    return {each.name: alone(recipe, each).text for each in recipe.text.sources} or {"": recipe.text}
 
 
 def find_shards(recipe: Recipe) -> AnyShards | None:
     """As pipeline.find_shards, of a text or of several sources."""
     if not recipe.text.sources:
         return pipeline.find_shards(recipe)
-    cache, texts = atomic_io.expanded(recipe.text.cache or "data"), _texts(recipe)
-    if any(name.startswith("hub:") for name in recipe.text.names):
+    cache = atomic_io.expanded(recipe.text.cache or "data")
+    path = recipe.tokenizer.path
+    tokenizer = Tokenizer.load(atomic_io.expanded(path)) if path else _made_before(recipe)
+    if tokenizer is None or any(name.startswith("hub:") for name in recipe.text.names):
         return None
-    if not all(pipeline._survey_path(cache, Corpus(text), text).is_file() for text in texts):
-        return None
-    surveys = [pipeline.surveyed(text, cache, Show(_quiet, False), verify=False)[1] for text in texts]
-    model = pipeline._tokenizer_folder(cache, recipe, _joint(surveys)) / "tokenizer.model"
-    model = atomic_io.expanded(recipe.tokenizer.path) if recipe.tokenizer.path else model
-    if not model.is_file():
-        return None
-    tokenizer = Tokenizer.load(model)
-    folders = [pipeline._shards_folder(cache, survey, tokenizer)[1] for survey in surveys]
-    if not all((folder / "manifest.json").is_file() for folder in folders):
-        return None
-    names = [source.name for source in recipe.text.sources]
-    return MixedShards({name: Shards.open(folder) for name, folder in zip(names, folders, strict=True)})
+    found = {}
+    for source in recipe.text.sources:
+        one = alone(recipe, source)
+        past = growth.find(cache, one, None if path else tokenizer)
+        if past is None or Corpus(one.text, past.most).identity != past.corpus:
+            return None
+        folder = cache / "shards" / past.shards
+        if not (folder / "manifest.json").is_file():
+            return None
+        found[source.name] = Shards.open(folder)
+    return MixedShards(found)
 
 
-def _quiet(line: str) -> None:
-    pass
+def _record(cache: Path, recipe: Recipe) -> Path:
+    """Where the cache remembers which tokenizer the texts of these names got, so that it stays when they grow."""
+    wanted = recipe.tokenizer
+    names = [growth.names_of(text) for text in texts(recipe).values()]
+    return cache / "texts" / f"{atomic_io.digest_of(['sources', names, wanted.vocabulary, wanted.terms])}.json"
 
 
-def _texts(recipe: Recipe) -> list[Text]:
-    return [alone(recipe, source).text for source in recipe.text.sources]
+def _made_before(recipe: Recipe) -> Tokenizer | None:
+    cache = atomic_io.expanded(recipe.text.cache or "data")
+    record = _record(cache, recipe)
+    if not record.is_file():
+        return None
+    folder = cache / "tokenizers" / str(atomic_io.read_checksummed(record)["tokenizer"])
+    return pipeline.kept_tokenizer(folder) if folder.is_dir() else None
 
 
 def _trained(recipe: Recipe, say: Say, progress: bool, verify: bool) -> Tokenizer:
     """One tokenizer of all sources, trained or from the cache."""
-    cache, show = pipeline._cache(recipe.text.cache or "data"), Show(say, progress)
+    cache, show = pipeline.cache_of(recipe.text.cache or "data"), Show(say, progress)
     found = []
-    for text in _texts(recipe):
-        corpus, survey, drawn = pipeline.surveyed(text, cache, show, verify=verify)
-        pipeline._check(survey, text, None)
+    for text in texts(recipe).values():
+        corpus, survey, drawn = surveyed(text, cache, show, verify=verify)
+        check(survey, text, None)
         found.append((corpus, survey, drawn))
 
     def sample() -> list[bytes]:
         drawn = [
             (fraction(document), text_of(document) if survey.is_chat else document)
             for corpus, survey, drawn in found
-            for document in drawn or pipeline._survey(corpus, survey.share, show)[1]
+            for document in drawn or survey_of(corpus, survey.share, show)[1]
         ]
         kept, size = [], 0
         for _, document in sorted(drawn, key=lambda each: each[0]):
             size += len(document)
-            if size > pipeline.SAMPLE:
+            if size > SAMPLE:
                 break
             kept.append(document)
         return kept
 
-    return pipeline._trained(recipe, _joint([survey for _, survey, _ in found]), cache, say, sample)
+    joint = _joint([survey for _, survey, _ in found])
+    folder = pipeline.tokenizer_folder(cache, recipe, joint)
+    tokenizer = pipeline.trained(recipe, joint, folder, say, sample)
+    record = _record(cache, recipe)
+    if not read_only(record):
+        atomic_io.write_checksummed(record, {"tokenizer": folder.name})
+    return tokenizer
 
 
 def _joint(surveys: list[Survey]) -> Survey:

@@ -15,37 +15,28 @@ The road of the data, and the module of each stage:
 once to encode it, and not at all if its files still have the size, times and inode of the last survey.
 """
 
-import hashlib
-import heapq
-import math
-import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
-from llm.config.schema import Evaluate, Recipe, Text
-from llm.data import packing
+from llm.config.schema import Evaluate, Recipe
+from llm.data import growth, packing, shard_writer
 from llm.data import shards as sharding
 from llm.data.chat_template import template_of
 from llm.data.conversations import text_of
-from llm.data.documents import MAX_DOCUMENT, PAGE, Corpus, fraction
+from llm.data.documents import MAX_DOCUMENT, Corpus
 from llm.data.progress import Say, Show
+from llm.data.reuse import JOURNAL, KnownTokens, link
 from llm.data.shards import Shards
 from llm.data.sources import Source
+from llm.data.survey import SAMPLE, Survey, alone, check, cut_smaller, read_only, survey_of, survey_path, surveyed
 from llm.data.tokenizer import MANIFEST, SETTINGS, Tokenizer
 from llm.distributed.threads import cores
 
-SAMPLE = 16 << 20  # bytes of text at most to train a tokenizer on: more changes few pieces and costs memory
-SMALL = 128 << 20  # bytes of shards up to which every start checks their sha256, in a fraction of a second
-MEASURABLE = 1 << 10  # least bytes of the validation side: some 300 tokens, which give its loss to 0.15 nats
-LEAST = 256  # least bytes of the validation side of a very small text
-LEAST_PIECE = 512  # bytes below which no document is cut in order to hold a part of it out
 LARGE = 16 << 20  # bytes of text from which it pays to start processes that encode it
 
 
@@ -57,29 +48,6 @@ class Prepared:
     shards: Shards
 
 
-@dataclass(frozen=True)
-class Survey:
-    """The result of reading a text once: its digest, and the documents and bytes of both sides. Stored as JSON."""
-
-    sha256: str
-    rule: str
-    share: float  # fraction held out: text.validation, or more where that leaves too little to measure by
-    documents: list[int]  # train, validation
-    text_bytes: list[int]
-    notes: dict[str, int]  # counts of cuts and omissions
-    is_chat: bool = False  # its documents are conversations
-
-    @property
-    def enough(self) -> float:
-        """Bytes that the validation side needs: MEASURABLE, or a twentieth of a smaller text, but at least LEAST."""
-        return min(MEASURABLE, max(LEAST, sum(self.text_bytes) / 20))
-
-    @property
-    def is_split(self) -> bool:
-        """True if both sides are usable, or no validation side is asked for."""
-        return self.documents[0] > 0 and (not self.share or self.text_bytes[1] >= self.enough)
-
-
 def prepare(
     recipe: Recipe,
     say: Say = print,
@@ -87,44 +55,42 @@ def prepare(
     verify: bool = False,
     tokenizer: Tokenizer | None = None,
     own: Source | None = None,
+    anew: bool = False,
 ) -> Prepared:
     """The recipe's text as tokens, from the cache where possible; `say` receives lines on progress and findings.
 
     A given `tokenizer` or `own` source replaces what the recipe names. `verify` reads the text again even if its
-    files look unchanged, and checks every byte of the shards.
+    files look unchanged, and checks every byte of the shards. A text that has grown since it was prepared keeps its
+    tokenizer and the documents that it holds out, unless it is to be prepared `anew`.
     """
-    cache = _cache(recipe.text.cache or "data")
+    cache = cache_of(recipe.text.cache or "data")
     show = Show(say, progress)
 
-    corpus, survey, sample = surveyed(recipe.text, cache, show, verify=verify, own=own)
-    if corpus.repeated:
-        more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
-        say(f"text: {corpus.repeated[0]}{more}")
-    _check(survey, recipe.text, own)
-    if recipe.train.on == "assistant" and not survey.is_chat:
-        names = ", ".join(recipe.text.files)
-        mend = "remove it, or name .jsonl rows of messages"
-        raise RecipeError(f"train.on = assistant, but {names} holds no conversations: {mend}")
-    left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
-    say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
-    say(f"bytes: {_sides(*survey.text_bytes)}")
-    if survey.share != recipe.text.validation:
-        part = survey.text_bytes[1] / sum(survey.text_bytes)
-        asked = f"text.validation = {recipe.text.validation:g} would leave too little to measure by"
-        say(f"validation: {part:.1%} of the bytes, as {asked}")
-
+    past = None if own or anew else growth.find(cache, recipe, tokenizer)
+    grown = past and growth.follow(past, recipe.text, cache, show, verify=verify)
+    corpus, survey, sample = (
+        (grown.corpus, grown.survey, []) if grown else surveyed(recipe.text, cache, show, verify=verify, own=own)
+    )
+    _say_text(corpus, survey, recipe, say, own)
+    given = tokenizer
     if tokenizer is None and recipe.tokenizer.path:
         tokenizer = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path))
+    made = None
     if tokenizer is None:
-        tokenizer = _trained(recipe, survey, cache, say, lambda: sample or _survey(corpus, survey.share, show)[1])
+        folder = cache / "tokenizers" / grown.tokenizer if grown else tokenizer_folder(cache, recipe, survey)
+        made = folder.name
+        tokenizer = trained(recipe, survey, folder, say, lambda: sample or survey_of(corpus, survey.share, show)[1])
     lossy = "" if tokenizer.lossless else "; it does not give every text back byte for byte"
     say(f"tokenizer: {tokenizer.vocab_size:,} pieces{lossy}")
 
-    shards = _sharded(corpus, survey, tokenizer, cache, show, verify=verify)
+    old = growth.shards_of(past, cache, survey, tokenizer) if past and not verify else None
+    shards = _sharded(corpus, survey, tokenizer, cache, show, old, verify=verify)
+    shards.seen = corpus.seen
+    if own is None:
+        now = growth.Past(corpus.identity, corpus.most, asdict(survey), shards.folder.name, made or "")
+        growth.record(cache, recipe, given, now)
     if recipe.evaluate.also:
-        plain = replace(recipe.text, files=recipe.evaluate.also)
-        other = replace(recipe, text=plain, evaluate=Evaluate(), train=replace(recipe.train, on="auto"))
-        shards.also = prepare(other, say, progress, verify, tokenizer).shards
+        shards.also = prepare_also(recipe, tokenizer, say, progress, verify)
     train, validation = shards.train, shards.validation
     tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
     if shards.is_chat:
@@ -141,6 +107,38 @@ def prepare(
     return Prepared(tokenizer, shards)
 
 
+def _say_text(corpus: Corpus, survey: Survey, recipe: Recipe, say: Say, own: Source | None) -> None:
+    """Say what the text holds and what is left out. TextError or RecipeError where it holds too little, or no chat."""
+    if corpus.repeated:
+        more = f" (and {len(corpus.repeated) - 1:,} more)" if len(corpus.repeated) > 1 else ""
+        say(f"text: {corpus.repeated[0]}{more}")
+    if corpus.left_out:
+        (name, reason), others = corpus.left_out[0], len(corpus.left_out) - 1
+        more = f" (and {others:,} more: `--list` of llm.prepare names them)" if others else ""
+        say(f"text: {name} is left out, as it {reason}{more}")
+    check(survey, recipe.text, own)
+    if recipe.train.on == "assistant" and not survey.is_chat:
+        names = ", ".join(recipe.text.files)
+        mend = "remove it, or name .jsonl rows of messages"
+        raise RecipeError(f"train.on = assistant, but {names} holds no conversations: {mend}")
+    left_out = "".join(f"; {what}: {count:,}" for what, count in sorted(survey.notes.items()))
+    say(f"text: {_sides(*survey.documents)} documents; rule: {survey.rule}{left_out}")
+    say(f"bytes: {_sides(*survey.text_bytes)}")
+    if survey.share != recipe.text.validation:
+        part = survey.text_bytes[1] / sum(survey.text_bytes)
+        asked = f"text.validation = {recipe.text.validation:g} would leave too little to measure by"
+        say(f"validation: {part:.1%} of the bytes, as {asked}")
+
+
+def prepare_also(
+    recipe: Recipe, tokenizer: Tokenizer, say: Say = print, progress: bool = True, verify: bool = False
+) -> Shards:
+    """The texts of evaluate.also in the tokens of the run."""
+    plain = replace(recipe.text, files=recipe.evaluate.also, sources=())
+    other = replace(recipe, text=plain, evaluate=Evaluate(), train=replace(recipe.train, on="auto"))
+    return prepare(other, say, progress, verify, tokenizer).shards
+
+
 def find_shards(recipe: Recipe) -> Shards | None:
     """The recipe's shards if they were made before from its files as they are now; nothing is read, trained or written.
 
@@ -149,28 +147,28 @@ def find_shards(recipe: Recipe) -> Shards | None:
     cache, tokenizer = atomic_io.expanded(recipe.text.cache or "data"), recipe.tokenizer
     if any(name.startswith("hub:") for name in recipe.text.files):
         return None
+    past = growth.find(cache, recipe, None)
+    if past and Corpus(recipe.text, past.most).identity == past.corpus:
+        found = cache / "shards" / past.shards
+        return Shards.open(found) if (found / "manifest.json").is_file() else None
     most = MAX_DOCUMENT
-    while (path := _survey_path(cache, Corpus(recipe.text, most), recipe.text)).is_file():
+    while (path := survey_path(cache, Corpus(recipe.text, most), recipe.text)).is_file():
         survey = Survey(**atomic_io.read_checksummed(path))
         if tokenizer.path:
             model = atomic_io.expanded(tokenizer.path)
-        elif not (model := _tokenizer_folder(cache, recipe, survey) / "tokenizer.model").is_file():
+        elif not (model := tokenizer_folder(cache, recipe, survey) / "tokenizer.model").is_file():
             return None
         _, found = _shards_folder(cache, survey, Tokenizer.load(model))
         if (found / "manifest.json").is_file():
             return Shards.open(found)
-        smaller = _smaller(survey)
-        if most <= smaller:
+        less = cut_smaller(survey)
+        if most <= less:
             return None
-        most = smaller
+        most = less
     return None
 
 
-def _survey_path(cache: Path, corpus: Corpus, text: Text) -> Path:
-    return cache / "surveys" / f"{atomic_io.digest_of([corpus.identity, text.validation])}.json"
-
-
-def _tokenizer_folder(cache: Path, recipe: Recipe, survey: Survey) -> Path:
+def tokenizer_folder(cache: Path, recipe: Recipe, survey: Survey) -> Path:
     wanted = recipe.tokenizer
     key = atomic_io.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, wanted.vocabulary, wanted.terms])
     return cache / "tokenizers" / key
@@ -182,11 +180,6 @@ def _shards_folder(cache: Path, survey: Survey, tokenizer: Tokenizer) -> tuple[d
     if survey.is_chat:
         about["template"] = template_of(tokenizer).fingerprint
     return about, cache / "shards" / atomic_io.digest_of([sharding.FORMAT, about])
-
-
-def _smaller(survey: Survey) -> int:
-    """Bytes at which documents are cut where they are too few or too large to hold some out."""
-    return max(LEAST_PIECE, min(PAGE, sum(survey.text_bytes) // 10))
 
 
 def _say_windows(recipe: Recipe, shards: Shards, say: Say) -> None:
@@ -201,7 +194,7 @@ def _say_windows(recipe: Recipe, shards: Shards, say: Say) -> None:
     say(f"windows: {len(table.windows):,} of {table.context:,} tokens, {table.fill:.0%} full{cut}")
 
 
-def _cache(name: str) -> Path:
+def cache_of(name: str) -> Path:
     cache = atomic_io.expanded(name)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -214,124 +207,10 @@ def _sides(train: int, validation: int) -> str:
     return f"{train:,} train + {validation:,} validation"
 
 
-@contextmanager
-def _alone(path: Path, what: str, say: Say) -> Iterator[None]:
-    """Hold the lock of a cache entry; a process that has to wait for another says so. A read-only cache needs none."""
-    lock = path.parent.parent / "locks" / f"{path.parent.name}-{path.stem}.lock"
-    if _read_only(lock.parent):
-        yield
-        return
-    with ExitStack() as held:
-        if not held.enter_context(atomic_io.lock(lock)):
-            say(f"another process prepares {what}: waiting for it")
-            held.enter_context(atomic_io.lock(lock, wait=True))
-        atomic_io.sweep(path.parent, of=path.name)
-        yield
-
-
-def _read_only(path: Path) -> bool:
-    """True if `path`, which need not exist yet, cannot be written to."""
-    return not os.access(next(each for each in (path, *path.absolute().parents) if each.exists()), os.W_OK)
-
-
-def surveyed(
-    text: Text, cache: Path, show: Show, *, verify: bool, most: int = MAX_DOCUMENT, own: Source | None = None
-) -> tuple[Corpus, Survey, list[bytes]]:
-    """Corpus and survey of the text, from the cache (with an empty sample) or read, with a sample for the tokenizer.
-
-    If documents of at most `most` bytes are too few or too large to hold some out, they are cut smaller.
-    """
-    corpus = Corpus(text, most, own)
-    path = _survey_path(cache, corpus, text)
-    sample: list[bytes] = []
-    with _alone(path, "this text", show.say):
-        if path.is_file() and not verify:
-            survey = Survey(**atomic_io.read_checksummed(path))
-        else:
-            survey, sample = _survey(corpus, text.validation, show)
-            if not _read_only(path):
-                atomic_io.write_checksummed(path, asdict(survey))
-    whole = sum(survey.text_bytes)
-    fits = survey.is_split and (survey.share == text.validation or survey.text_bytes[1] * 4 <= whole)
-    if not fits and most == MAX_DOCUMENT and not survey.is_chat:
-        most = _smaller(survey)
-        pieces = surveyed(text, cache, show, verify=verify, most=most, own=own)
-        if pieces[1].is_split:
-            found = f"documents ({sum(survey.documents):,} by the rule {survey.rule})"
-            show.say(f"validation: {found} are too few or too large to hold some out: cut at {most:,} bytes")
-            return pieces
-    return corpus, survey, sample
-
-
-def _survey(corpus: Corpus, asked: float, show: Show) -> tuple[Survey, list[bytes]]:
-    """Read the text and hold out the fraction `asked`, or the smallest one that leaves enough to measure by.
-
-    Also returns a sample of the training documents: those with the smallest hashes, at most SAMPLE bytes.
-    """
-    survey, sample, sizes = _read(corpus, asked, show)
-    if not asked or survey.text_bytes[1] >= survey.enough:
-        return survey, sample
-    held = 0
-    for place, size in sorted(sizes.items()):
-        held += size
-        if held >= survey.enough:
-            if held <= max(0.5, asked) * sum(survey.text_bytes):  # else the validation side would be the larger one
-                return _read(corpus, math.nextafter(place, 1), show)[:2]
-            break
-    return survey, sample
-
-
-def _read(corpus: Corpus, val_fraction: float, show: Show) -> tuple[Survey, list[bytes], dict[float, int]]:
-    """Survey and sample of the text at this split, and the bytes of text at each of the lowest MEASURABLE fractions."""
-    digest, notes = hashlib.sha256(), Counter[str]()
-    documents, text_bytes = [0, 0], [0, 0]
-    sample: list[tuple[float, int, bytes]] = []
-    sampled = 0
-    sizes: Counter[float] = Counter()
-    for number, document in enumerate(show.over(corpus.documents(notes), "reading", corpus.bytes_expected(), len)):
-        digest.update(len(document).to_bytes(8, "big"))
-        digest.update(document)
-        place = fraction(document)
-        side = int(place < val_fraction)
-        documents[side] += 1
-        text_bytes[side] += len(document)
-        sizes[place] += len(document)
-        if len(sizes) > 2 * MEASURABLE:
-            sizes = Counter(dict(sorted(sizes.items())[:MEASURABLE]))
-        if side == 0 and (sampled + len(document) <= SAMPLE or place < -sample[0][0]):
-            heapq.heappush(sample, (-place, number, document))
-            sampled += len(document)
-            while sampled > SAMPLE:
-                sampled -= len(heapq.heappop(sample)[2])
-    survey = Survey(digest.hexdigest(), corpus.rule, val_fraction, documents, text_bytes, dict(notes), corpus.is_chat)
-    return survey, [document for _, _, document in sorted(sample, key=lambda each: each[1])], sizes
-
-
-def _check(survey: Survey, text: Text, own: Source | None) -> None:
-    """TextError if the text or one of its sides holds too little. A fraction that the message advises was tried."""
-    names, (train, validation) = ", ".join(text.files), survey.documents
-    if train + validation == 0:
-        raise TextError(f"{names}: there is nothing but whitespace: put your text there")
-    if survey.is_split:
-        return
-    usual = Text.validation if text.validation > Text.validation else 0.0
-    less, _ = _survey(Corpus(text, own=own), usual, Show(lambda line: None, False))
-    if train + validation == 1:
-        fault = "one document cannot be on both sides"
-    elif not train:
-        fault = f"text.validation = {text.validation:g} holds all {validation} documents out"
-    else:
-        fault = f"{train + validation} documents are too small or too much alike to hold enough of them out"
-    mend = f"text.validation={usual if less.is_split else 0:g}"
-    raise TextError(f"{names}: {fault}: use more text, or {mend}")
-
-
-def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
+def trained(recipe: Recipe, survey: Survey, folder: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
     """The recipe's tokenizer, trained on the training side of the text or read from the cache."""
     wanted = recipe.tokenizer
-    folder = _tokenizer_folder(cache, recipe, survey)
-    model = folder / "tokenizer.model"
-    with _alone(folder, "this tokenizer", say):
+    with alone(folder, "this tokenizer", say):
         if not folder.is_dir():
             documents = [text_of(each) for each in sample()] if survey.is_chat else sample()
             sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
@@ -340,40 +219,51 @@ def _trained(recipe: Recipe, survey: Survey, cache: Path, say: Say, sample: Call
             tokenizer = Tokenizer.train(documents, vocab_size=wanted.vocabulary, terms=wanted.terms)
             with atomic_io.draft_folder(folder) as draft:
                 tokenizer.save(draft, **asdict(wanted), text=survey.sha256, sampled_bytes=sampled)
-        try:
-            atomic_io.read_checksummed(folder / MANIFEST)
-            return Tokenizer.load(model)
-        except (RefusedError, RecipeError) as error:
-            raise RefusedError(f"{error}: remove {folder} and prepare the text again") from error
+        return kept_tokenizer(folder)
 
 
-def _sharded(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: Show, *, verify: bool) -> Shards:
-    """The shards of this text, split and tokenizer; writing continues where an earlier call was killed."""
+def kept_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder of the cache. RefusedError if it is damaged."""
+    try:
+        atomic_io.read_checksummed(folder / MANIFEST)
+        return Tokenizer.load(folder / "tokenizer.model")
+    except (RefusedError, RecipeError) as error:
+        raise RefusedError(f"{error}: remove {folder} and prepare the text again") from error
+
+
+def _sharded(
+    corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: Show, old: Shards | None, *, verify: bool
+) -> Shards:
+    """The shards of this text, split and tokenizer; writing continues where an earlier call was killed.
+
+    Tokens of `old` shards are not encoded again.
+    """
     about, folder = _shards_folder(cache, survey, tokenizer)
     fingerprint = folder.name
-    with _alone(folder, "these token shards", show.say):
+    with alone(folder, "these token shards", show.say):
         if (folder / "manifest.json").is_file():
-            if not _read_only(folder):
+            if not read_only(folder):
                 atomic_io.sweep(folder)
-                if (folder / "journal.json").exists():  # a kill came between the manifest and its removal
-                    atomic_io.remove(folder / "journal.json")
-            small = sum(path.stat().st_size for path in folder.glob("*.arrow")) <= SMALL
-            shards = Shards.open(folder, verify or small)
+                if (folder / JOURNAL).exists():  # a kill came between the manifest and its removal
+                    atomic_io.remove(folder / JOURNAL)
+            shards = Shards.open(folder, verify or None)
             show.say(f"shards: {folder.parent}/{fingerprint[:12]}... (made before)")
             return shards
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocab_size)
         about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocab_size}
+        about["segments"] = [segment["sha256"] for segment in survey.segments]
         by_words = tokenizer.by_words and not survey.is_chat
         processes = cores() if by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
-        written = sharding.write(
-            corpus.documents(),
-            folder,
-            tokenizer,
-            val_fraction=survey.share,
-            about=about,
-            processes=processes,
-            chat=survey.is_chat,
-        )
+        kept = growth.common(old, survey)
+        if old and not (folder / JOURNAL).is_file():
+            link(old, folder, kept)
+        files = shard_writer.finished(folder)
+        known = KnownTokens(old) if old else None
+        place, before = growth.begin(survey, shard_writer.counts(files), kept)
+        written = shard_writer.write(
+            corpus.documents(place=place), folder, tokenizer, val_fraction=survey.share, about=about,
+            processes=processes, chat=survey.is_chat, files=files, before=before, known=known,
+        )  # fmt: skip
         for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
             pass
         shards = Shards.open(folder)

@@ -1,4 +1,4 @@
-"""The sources that `text.files` may name: files, .jsonl rows, packaged texts and data sets of the hub.
+"""The sources that `text.files` may name: files, folders of them, packaged texts and data sets of the hub.
 
 A source yields texts, each as an iterable of chunks of bytes, and leaves cutting them into documents to the corpus:
 a plain file is one text, and each row of the other kinds is one, be it a text or a conversation.
@@ -26,9 +26,9 @@ from typing import Any
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, TextError
 from llm.config.schema import Text
-from llm.data import conversations, text_files
+from llm.data import conversations, folders, text_files
+from llm.data.rows import NoTextField, rows_of
 
-LONGEST_ROW = 64 << 20  # bytes of a .jsonl line, which is read whole
 WIKI = {"wiki-leads": "en-us", "wiki-leads-fr": "fr-fr", "wiki-leads-es": "es-es"}
 CHITCHAT = "chitchat"
 PACKAGES = {  # by named text: the package that holds it, and the extra that installs that
@@ -65,14 +65,18 @@ class Source:
     @property
     def size(self) -> int | None:
         """Bytes of text, where they are known without reading it."""
-        return self.path.stat().st_size if self.path and not text_files.is_gzip(self.path) else None
+        if self.path is None or text_files.suffix_of(self.path) == ".parquet" or text_files.packed_as(self.path):
+            return None
+        return self.path.stat().st_size
 
 
-def sources_of(text: Text) -> Iterator[Source]:
+def sources_of(text: Text, left_out: list[tuple[str, str]] | None = None) -> Iterator[Source]:
     """Everything that `text.files` names, in order, files perhaps repeatedly.
 
-    TextError or RecipeError for names that lead nowhere.
+    `left_out` gets each file of a folder that is no text, and why. TextError or RecipeError for names that lead
+    nowhere.
     """
+    no_text: list[tuple[str, str]] = [] if left_out is None else left_out
     for name in text.files:
         if name.startswith("hub:"):
             yield _hub(name, text.field)
@@ -81,7 +85,23 @@ def sources_of(text: Text) -> Iterator[Source]:
         elif name == CHITCHAT:
             yield _chitchat()
         else:
-            yield from (_file(path, text.field) for path in _paths(name))
+            yield from _files(name, text.field, no_text)
+
+
+def _files(name: str, field: str, left_out: list[tuple[str, str]]) -> Iterator[Source]:
+    """The files that one entry of `text.files` names; those of a folder that are no text go to `left_out`."""
+    folder = atomic_io.expanded(name)
+    if not os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
+        yield from (_file(path, field) for path in _paths(name))
+        return
+    for path in folders.files_of(folder, left_out):
+        source = _file(path, field)
+        try:
+            source.head()  # a table or an array of something else
+        except NoTextField as error:
+            left_out.append((str(path), str(error).removeprefix(f"{path} ").partition(":")[0]))
+        else:
+            yield source
 
 
 def _paths(name: str) -> list[Path]:
@@ -97,8 +117,6 @@ def _paths(name: str) -> list[Path]:
         if not found:
             raise TextError(f"text.files: no file matches {name}: put your text there, or name it another way")
         return found
-    if path.is_dir():
-        raise TextError(f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.txt")
     if not exists:
         known = "" if path.suffix else f" (and no named text: {', '.join(PACKAGES)})"
         raise TextError(
@@ -112,6 +130,7 @@ def _paths(name: str) -> list[Path]:
 
 
 def _file(path: Path, field: str) -> Source:
+    folders.refuse_name(path)
     if reason := text_files.UNSUPPORTED.get(text_files.suffix_of(path)):
         raise TextError(f"{path} {reason}")
     identity = text_files.identity(path, path.stat())
@@ -120,7 +139,7 @@ def _file(path: Path, field: str) -> Source:
         yield text_files.read_chunks(path, identity, notes)
 
     def values(notes: Counter[str]) -> Iterator[tuple[str, Any]]:
-        return _json_rows(path, _lines(path, text_files.read_chunks(path, identity, notes)))
+        return rows_of(path, identity, field, notes)
 
     def rows(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
         return _documents_of(values(notes), field)
@@ -156,25 +175,6 @@ def _texts_of(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[tuple[byt
         if b"\0" in data:
             raise TextError(f"{place} holds a NUL character: it is no plain text, or must be cleaned")
         yield (data,)
-
-
-def _json_rows(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if line and not line.isspace():
-            try:
-                yield f"{path} line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TextError(f"{path} line {number} is not JSON ({error}): each line must be an object") from error
-
-
-def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-        if len(rest) > LONGEST_ROW:
-            raise TextError(f"{path} has a line of more than {LONGEST_ROW >> 20} MiB: make its documents shorter")
-    yield rest
 
 
 def own_source(name: str, documents: Callable[[], Iterable[str | bytes]]) -> Source:

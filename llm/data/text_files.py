@@ -1,55 +1,62 @@
-"""Read a text file as checked UTF-8 chunks, and say how to convert a file that is not UTF-8.
+"""Read a text file, packed or not, as checked UTF-8 chunks, and say how to convert one that is not UTF-8.
 
 Files are read in chunks so that a text of any size, with lines of any length, needs little memory.
 """
 
 import codecs
 import gzip
+import lzma
 import os
 import re
 import shlex
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm.base.errors import TextError
 
 CHUNK = 1 << 20  # bytes read at once; the rule `auto` looks for headings and blank lines in the first chunk
-ROWS = (".jsonl", ".ndjson")  # one JSON object per line; files with any other suffix are plain text
-COMPRESSED = "is compressed in a format that is not supported: unpack it first, or compress it with gzip"
-TABLE = "is a table, not text: write its rows as .jsonl, one object per line with the text in the field `text`"
+JSON_LINES = (".jsonl", ".ndjson")  # one JSON object per line
+ROWS = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")  # files with any other suffix are plain text
+COMPRESSED = "is compressed in a format that is not supported: unpack it first, or compress it with gzip, zstd or xz"
+TABLE = "is a table in a format that is not supported: write it as .csv, .parquet or .jsonl"
 DOCUMENT = "is no plain text: save its text as UTF-8 in a .txt file"
 UNSUPPORTED = {
-    ".json": "is one JSON value, not text: write its documents as .jsonl, one object per line (or rename it if it is)",
-    **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow", ".xls", ".xlsx", ".ods"), TABLE),
-    **dict.fromkeys((".zst", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br", ".rar"), COMPRESSED),
+    **dict.fromkeys((".arrow", ".xls", ".xlsx", ".ods"), TABLE),
+    **dict.fromkeys((".bz2", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br", ".rar"), COMPRESSED),
     **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi"), DOCUMENT),
 }
-GZIP = b"\x1f\x8b"
+PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".xz": b"\xfd7zXZ\0"}  # and how each begins
+UTF16, UTF32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+UNPACK = {".gz": "gzip -dc", ".zst": "zstd -dc", ".xz": "xz -dc"}
 MAGIC = {  # first bytes of these formats under any file name
-    b"\xfd7zXZ\0": COMPRESSED, b"\x28\xb5\x2f\xfd": COMPRESSED, b"BZh": COMPRESSED, b"PK\x03\x04": COMPRESSED,
-    b"7z\xbc\xaf": COMPRESSED, b"PAR1": TABLE, b"%PDF-": DOCUMENT, b"\xd0\xcf\x11\xe0": DOCUMENT}  # fmt: skip
+    b"BZh": COMPRESSED, b"PK\x03\x04": COMPRESSED, b"7z\xbc\xaf": COMPRESSED,
+    b"PAR1": "is a Parquet table: give its name the suffix .parquet", b"%PDF-": DOCUMENT,
+    b"\xd0\xcf\x11\xe0": DOCUMENT}  # fmt: skip
 
 
 def suffix_of(path: Path) -> str:
-    """The file's suffix in lower case; that of the compressed file where the name ends in .gz."""
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    """The file's suffix in lower case; that of the compressed file where the name ends in .gz, .zst or .xz."""
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
 def holds_rows(path: Path) -> bool:
-    """True if the file's name says that each line is a JSON object."""
+    """True if the file's name says that it holds rows: JSON, a table, or one JSON object per line."""
     return suffix_of(path) in ROWS
 
 
-def is_gzip(path: Path) -> bool:
-    """True if the name ends in .gz or the file begins with the bytes of gzip, which no UTF-8 text does."""
+def packed_as(path: Path) -> str | None:
+    """.gz, .zst or .xz if the name ends so or the file begins as such a file does, which no UTF-8 text does."""
     try:
         with path.open("rb") as file:
-            return path.suffix.lower() == ".gz" or file.read(2) == GZIP
+            head = file.read(8)
     except PermissionError as error:
         raise TextError(f"{path} may not be read: give yourself the right to") from error
+    if (suffix := path.suffix.lower()) in PACKED:
+        return suffix
+    return next((kind for kind, magic in PACKED.items() if head.startswith(magic)), None)
 
 
 def identity(path: Path, stat: os.stat_result) -> list[Any]:
@@ -58,27 +65,110 @@ def identity(path: Path, stat: os.stat_result) -> list[Any]:
 
 
 def read_chunks(path: Path, expected: Any, notes: Counter[str]) -> Iterator[bytes]:
-    """The file's bytes, decompressed and checked: UTF-8 without NUL. A byte order mark is left out.
+    """The file's text, unpacked and checked: UTF-8 without NUL. A byte order mark is left out, UTF-16 with one is read.
 
     TextError if the file is damaged, is not text, or no longer has the `expected` identity.
     """
-    check = _Utf8Check(path)
+    check: _Utf8Check | _Utf16Reader | None = None
+    for chunk in unpacked(path, expected):
+        if check is None:
+            utf16 = chunk.startswith(UTF16) and not chunk.startswith(UTF32)
+            check = _Utf16Reader(path) if utf16 else _Utf8Check(path)
+            notes["UTF-16 files read"] += int(utf16)
+            notes["byte order marks left out"] += int(chunk.startswith(codecs.BOM_UTF8))
+            notes += Counter()  # without zeros
+        yield check.feed(chunk)
+    if check is not None and (last := check.feed(b"")):
+        yield last
+
+
+def unpacked(path: Path, expected: Any) -> Iterator[bytes]:
+    """The file's bytes, unpacked if it is compressed. TextError if it is damaged or changes while it is read."""
+    kind = packed_as(path)
     try:
-        with gzip.open(path, "rb") if is_gzip(path) else path.open("rb") as file:
+        with path.open("rb") as file:
+            read = _READERS[kind](file)
             while True:
-                chunk = file.read(CHUNK)
+                chunk = read()
                 if identity(path, os.fstat(file.fileno())) != expected:
                     raise TextError(f"{path} changed while it was read: run the same command again")
-                is_first = check.offset == 0
-                check.feed(chunk)
                 if not chunk:
                     return
-                if is_first and chunk.startswith(codecs.BOM_UTF8):
-                    notes["byte order marks left out"] += 1
-                    chunk = chunk[len(codecs.BOM_UTF8) :]
                 yield chunk
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TextError(f"{path} is damaged ({error}): compress it again with gzip") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise TextError(f"{path} is damaged ({error}): compress it again") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise TextError(f"{path} is damaged ({error}): compress it again") from error  # Arrow's error of zstd
+
+
+def _gzip(file: IO[bytes]) -> Callable[[], bytes]:
+    stream = gzip.GzipFile(fileobj=file)
+    return lambda: stream.read(CHUNK)
+
+
+def _zstd(file: IO[bytes]) -> Callable[[], bytes]:
+    import pyarrow
+
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
+    return lambda: bytes(stream.read(CHUNK))
+
+
+def _xz(file: IO[bytes]) -> Callable[[], bytes]:
+    """Unlike lzma.open, which takes a damaged second member for the end of the file."""
+
+    def parts() -> Iterator[bytes]:
+        decoder, data = lzma.LZMADecompressor(), file.read(CHUNK)
+        while True:
+            yield decoder.decompress(data, CHUNK)
+            data = decoder.unused_data.lstrip(b"\0") if decoder.eof else b""  # members may be padded
+            while not data and (decoder.eof or decoder.needs_input) and (more := file.read(CHUNK)):
+                data = more.lstrip(b"\0") if decoder.eof else more
+            if decoder.eof and not data:
+                return
+            if decoder.eof:
+                decoder = lzma.LZMADecompressor()
+            elif decoder.needs_input and not data:
+                raise EOFError("it ends within a member")
+
+    found = parts()
+
+    def read() -> bytes:
+        chunk = b""
+        while len(chunk) < CHUNK and (part := next(found, None)) is not None:
+            chunk += part
+        return chunk
+
+    return read
+
+
+_READERS: dict[str | None, Callable[[IO[bytes]], Callable[[], bytes]]] = {
+    None: lambda file: lambda: file.read(CHUNK), ".gz": _gzip, ".zst": _zstd, ".xz": _xz}  # fmt: skip
+
+
+class _Utf16Reader:
+    """Turns a file's chunks, in order, from UTF-16 with a byte order mark into UTF-8; an empty chunk ends the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0
+        self._decoder = codecs.getincrementaldecoder("utf-16")()
+
+    def feed(self, chunk: bytes) -> bytes:
+        pending = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            command = _command(self.path, "iconv -c -f utf-16 -t utf-8")
+            raise TextError(
+                f"{self.path} is damaged UTF-16 at byte {self.offset - pending + error.start}; leave the damaged bytes "
+                f"out: `{command}`"
+            ) from error
+        self.offset += len(chunk)
+        if "\0" in text:
+            command = _command(self.path, "iconv -f utf-16 -t utf-8 | tr -d '\\000'")
+            raise TextError(f"{self.path} is UTF-16 and has a NUL: leave its NULs out: `{command}`")
+        return text.encode()
 
 
 class _Utf8Check:
@@ -90,7 +180,7 @@ class _Utf8Check:
         self._has_utf8 = False  # earlier chunks hold valid UTF-8 beyond ASCII
         self._last = b""
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes) -> bytes:
         pending = len(self._decoder.getstate()[0])  # bytes of a character that the last chunk began
         self._last = chunk or self._last  # a fault found at the end of the file lies in its last chunk
         try:
@@ -100,7 +190,9 @@ class _Utf8Check:
             raise TextError(f"{self.path} is not UTF-8 at byte {at} (0x{byte:02x}): {self._mend()}") from error
         if (at := chunk.find(b"\0")) >= 0:
             raise TextError(f"{self.path} has a NUL at byte {self.offset + at}: {self._mend()}")
+        is_first = self.offset == 0
         self.offset += len(chunk)
+        return chunk.removeprefix(codecs.BOM_UTF8) if is_first else chunk
 
     def _mend(self) -> str:
         return conversion(self.path, self._last, first=self.offset == 0, has_utf8=self._has_utf8)
@@ -114,17 +206,22 @@ def conversion(path: Path, chunk: bytes, *, first: bool, has_utf8: bool) -> str:
     if first and (known := [said for magic, said in MAGIC.items() if chunk.startswith(magic)]):
         return f"it {known[0]}"
     found, command = _diagnosis(path, chunk, first=first, has_utf8=has_utf8)
-    name, new = shlex.quote(path.name), shlex.quote(f"utf-8-{path.name.removesuffix('.gz')}")
-    line = f"gzip -dc {name} | {command} > {new}" if is_gzip(path) else f"{command} < {name} > {new}"
-    return f"{found}: `{line}`"
+    return f"{found}: `{_command(path, command)}`"
+
+
+def _command(path: Path, convert: str) -> str:
+    """The shell command that runs a file through `convert`, from stdin to stdout, into another one beside it."""
+    kind = packed_as(path)
+    plain = path.name[: -len(kind)] if kind and path.suffix.lower() == kind else path.name
+    name, new = shlex.quote(path.name), shlex.quote(f"utf-8-{plain}")
+    first, pipe, rest = convert.partition(" | ")
+    return f"{UNPACK[kind]} {name} | {convert} > {new}" if kind else f"{first} < {name}{pipe}{rest} > {new}"
 
 
 def _diagnosis(path: Path, chunk: bytes, *, first: bool, has_utf8: bool) -> tuple[str, str]:
     """What is wrong with the chunk, and a shell command that converts its file from stdin to stdout."""
-    if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+    if first and chunk.startswith(UTF32):
         return "it is UTF-32", "iconv -f utf-32 -t utf-8"
-    if first and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "it is UTF-16", "iconv -f utf-16 -t utf-8"
     even, odd = chunk[::2].count(0), chunk[1::2].count(0)
     if max(even, odd) * 8 >= len(chunk) > 8 and min(even, odd) * 10 <= max(even, odd):  # Latin letters in UTF-16
         return "it looks like UTF-16", f"iconv -f utf-16{'be' if even > odd else 'le'} -t utf-8"
@@ -137,6 +234,11 @@ def _diagnosis(path: Path, chunk: bytes, *, first: bool, has_utf8: bool) -> tupl
     if _looks_western(chunk):
         return "it looks like cp1252 (Western Windows)", "iconv -f cp1252 -t utf-8"
     return f"find out its ENCODING, for instance by `file -i {shlex.quote(path.name)}`", "iconv -f ENCODING -t utf-8"
+
+
+def is_binary(head: bytes) -> bool:
+    """True if the start of a file holds bytes that are in no text of any encoding."""
+    return any(byte < 32 and byte not in b"\t\n\r\f\x1b\b\x1a" for byte in head)
 
 
 def _looks_western(chunk: bytes) -> bool:

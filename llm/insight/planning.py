@@ -18,7 +18,7 @@ from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
 from llm.config.resolving import cpu_micro_batch, with_steps
 from llm.config.schema import MIN_VOCAB_SIZE, Recipe, Text
 from llm.data.sources import sources_of
-from llm.data.text_files import is_gzip
+from llm.data.text_files import packed_as
 from llm.insight.cards import GIB, Device
 from llm.model import cost
 from llm.run_folder.metrics import readable
@@ -197,7 +197,7 @@ def _size(name: str) -> float:
         paths = [source.path for source in sources_of(Text(files=(name,)))]
     except TextError:
         return 0
-    return sum(path.stat().st_size * (GZIPPED if is_gzip(path) else 1) for path in paths if path)
+    return sum(path.stat().st_size * (GZIPPED if packed_as(path) else 1) for path in paths if path)
 
 
 def bytes_per_token(vocab_size: int) -> float:

@@ -16,10 +16,10 @@ import numpy as np
 
 from llm.base.errors import TextError
 from llm.config.schema import Model, Text
-from llm.data import pipeline
 from llm.data.conversations import text_of
 from llm.data.documents import Corpus, fraction
 from llm.data.progress import Show
+from llm.data.survey import surveyed
 from llm.data.tokenizer import Tokenizer
 from llm.insight import baselines, near_duplicates
 from llm.insight.near_duplicates import Alike
@@ -85,7 +85,7 @@ def survey(text: Text, show: Show) -> Survey:
     TextError for a text that is not there or is nothing but white space.
     """
     with tempfile.TemporaryDirectory() as cache:
-        corpus, split, sample = pipeline.surveyed(text, Path(cache), show, verify=True)
+        corpus, split, sample = surveyed(text, Path(cache), show, verify=True)
     if not sum(split.documents):
         raise TextError(f"{', '.join(text.files)}: there is nothing but whitespace: put your text there")
     counts = Counts(split.share)

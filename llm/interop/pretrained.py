@@ -77,7 +77,7 @@ def shaped(recipe: Recipe) -> Recipe:
 
 
 def prepare_for(
-    recipe: Recipe, say: Say = print, verify: bool = False, own: Source | None = None
+    recipe: Recipe, say: Say = print, verify: bool = False, own: Source | None = None, anew: bool = False
 ) -> tuple[Recipe, Prepared]:
     """Prepare the recipe's text, or `own` documents; model.from, if given, provides the shape and the tokenizer."""
     tokenizer = None
@@ -85,7 +85,7 @@ def prepare_for(
         folder = folder_of(recipe.model.from_)
         recipe = shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
         tokenizer = tokenizer_of(folder, read_config(folder))
-    return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own)
+    return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own, anew=anew)
 
 
 def ready(

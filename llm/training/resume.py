@@ -3,6 +3,8 @@
 import math
 import secrets
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ import torch
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
 from llm.config.schema import flat, science
+from llm.data.reuse import difference
+from llm.data.shards import of_run
 from llm.distributed import process
 from llm.interop import pretrained
 from llm.interop.hf_files import model_files, tokenizer_files
@@ -146,8 +150,16 @@ class Checkpoints:
         refuse_parts(source, self.context.parts)
         refuse_shape(source, self.context.recipe)
         self._load(source)
+        self._tell_growth(name, folder.parent.parent)
         kept = {"digest": source.digest, "science": source.manifest["science"], "data": source.manifest["data"]}
         self.parent = {"from": name, **kept}
+
+    def _tell_growth(self, name: str, run: Path) -> None:
+        """Say what the text holds that the run did not read, as far as its shards are there."""
+        ours = self.context.shards
+        with suppress(RefusedError):
+            if (found := difference(ours, of_run(run))) is not None and found != (0, 0):
+                process.say(f"text: {found[0]:,} documents are new since {name}, {found[1]:,} are gone")
 
     def _identify(self, found: Checkpoint | None) -> str:
         """The identity of the run that goes on from `found`, or a new one.

@@ -24,6 +24,7 @@ from llm.interop.pretrained import ready
 from llm.model import cost
 from llm.run_folder import checkpoint
 from llm.run_folder.record import readable
+from llm.training import own_data
 from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
 from llm.training.trainer import Trainer
@@ -53,7 +54,7 @@ def train(
 def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts) -> Path:
     die_with_parent()
     accelerator, coordinator, settings = start_group(recipe, run)
-    recipe, tokenizer, shards = coordinator.first(partial(prepare, recipe))
+    recipe, tokenizer, shards = _data(recipe, prepare, run, coordinator, parts)
     with coordinator.error_barrier():
         found = {"the text's": shards.fingerprint[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
         data = {f"{name} fingerprint": value for name, value in found.items()}
@@ -65,6 +66,21 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
         _run(context, until)
     coordinator.leave()
     return run
+
+
+def _data(
+    recipe: Recipe, prepare: Prepare, run: Path, coordinator: Coordinator, parts: Parts
+) -> tuple[Recipe, Tokenizer, AnyShards]:
+    """What `prepare` gives, or what the run has on every machine, so that it resumes without its text."""
+    found = coordinator.first(lambda: None if parts.documents else own_data.find(recipe, run))
+    if coordinator.largest(int(found is None), patient=True):
+        prepared: tuple[Recipe, Tokenizer, AnyShards] = coordinator.first(partial(prepare, recipe))
+        return prepared
+    with coordinator.error_barrier(patient=True):
+        if process.rank() == 0:
+            own_data.tell_change(recipe, run, found[2], process.say)
+    assert found is not None
+    return found
 
 
 @contextmanager

@@ -26,7 +26,8 @@ import numpy as np
 from llm.config.reading import load
 from llm.data.documents import Corpus
 from llm.data.pipeline import LARGE
-from llm.data.shards import Shards, write
+from llm.data.shard_writer import write
+from llm.data.shards import Shards
 from llm.data.sources import wiki_documents
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.threads import cores

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from llm.base.errors import LLMError, RecipeError, TextError
 from llm.config.schema import Text
 from llm.data import documents as documents_module
-from llm.data import sources, text_files
+from llm.data import rows, sources, text_files
 from llm.data.documents import Corpus, cut_documents, is_validation, rule_for
 from llm.data.sources import wiki_documents
 
@@ -264,7 +264,10 @@ SENTENCE = "Été à l’ombre — naïve “quotes” and café: the price is 5
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (SENTENCE.encode("utf-16"), SENTENCE),
+        (
+            SENTENCE.encode("utf-16")[:400] + b"\x00\xd8a\x00" + SENTENCE.encode("utf-16")[400:],
+            f"{SENTENCE[:199]}a{SENTENCE[199:]}",
+        ),
         (SENTENCE.encode("utf-16-le"), SENTENCE),
         (SENTENCE.encode("utf-16-be"), SENTENCE),
         (SENTENCE.encode("utf-32"), SENTENCE),
@@ -276,7 +279,7 @@ SENTENCE = "Été à l’ombre — naïve “quotes” and café: the price is 5
         (SENTENCE.encode() + b"a\0b\n", SENTENCE + "ab\n"),
     ],
     ids=[
-        "utf-16",
+        "damaged utf-16",
         "utf-16le",
         "utf-16be",
         "utf-32",
@@ -365,14 +368,15 @@ def bad(make: Callable[[Path], object], *words: str, name: str = "bad.txt", kind
 BAD = {
     "missing": bad(lambda path: None, "is not there", "python -m llm.prepare --wiki"),
     "missing without suffix": bad(lambda path: None, "no named text", "wiki-leads-fr", name="wiki-lead"),
-    "folder": bad(lambda path: path.mkdir(), "is a folder", "/*.txt"),
+    "folder": bad(lambda path: path.mkdir(), "is a folder without any text"),
     "empty": bad(lambda path: path.touch(), "is empty"),
     "too long a name": bad(lambda path: None, "cannot be reached", name="a" * 300 + ".txt"),
     "no match": bad(lambda path: None, "no file matches", name="*.text"),
     "not UTF-8": bad(lambda path: path.write_bytes(b"ab\n\xff"), "not UTF-8 at byte 3 (0xff)", "iconv"),
     "not UTF-8 later": bad(lambda path: path.write_bytes(b"a" * 1_048_575 + b"\xe6\xbc-"), "at byte 1048575 (0xe6)"),
     "unfinished character": bad(lambda path: path.write_bytes("aé".encode()[:-1]), "not UTF-8 at byte 1 (0xc3)"),
-    "UTF-16": bad(lambda path: path.write_text("ab", encoding="utf-16"), "not UTF-8 at byte 0 (0xff)"),
+    "UTF-16 with a NUL": bad(lambda path: path.write_text("a\0b", encoding="utf-16"), "has a NUL", "iconv -f utf-16"),
+    "UTF-16 cut": bad(lambda path: path.write_bytes("ab".encode("utf-16")[:-1]), "damaged UTF-16 at byte 4"),
     "NUL": bad(lambda path: path.write_bytes(b"ab\0c"), "NUL at byte 2"),
     "damaged gz": bad(lambda path: path.write_bytes(gzip.compress(b"a" * 999)[:-9]), "is damaged", name="a.txt.gz"),
     "no gz": bad(lambda path: path.write_bytes(b"plain"), "is damaged", name="a.txt.gz"),
@@ -383,12 +387,10 @@ BAD = {
     "no object": bad(lambda path: path.write_text('["text"]'), "line 1 has no text", name="a.jsonl"),
     "half a pair": bad(lambda path: path.write_text('{"text": "\\ud800"}'), "line 1", "surrogate", name="a.jsonl"),
     "Cyrillic": bad(lambda path: path.write_text("Привет всем " * 9, encoding="cp1251"), "its ENCODING", "file -i bad.txt"),
-    "JSON": bad(lambda path: path.write_text('[{"text": "a"}]'), "one JSON value", ".jsonl", name="a.JSON"),
-    "packed JSON": bad(lambda path: path.write_bytes(gzip.compress(b"[]")), "one JSON value", name="a.json.gz"),
-    "table": bad(lambda path: path.write_text("text\na"), "is a table", ".jsonl", name="a.csv"),
-    "Parquet": bad(lambda path: path.write_bytes(b"PAR1\0\0\xff"), "is a table", name="a.txt"),
-    "zstandard": bad(lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd"), "unpack it first", name="a.jsonl.zst"),
-    "xz under another name": bad(lambda path: path.write_bytes(lzma.compress(b"a" * 99)), "unpack it first"),
+    "JSON": bad(lambda path: path.write_text('{"text": "a"}'), "is not a JSON array", ".jsonl", name="a.JSON"),
+    "Parquet": bad(lambda path: path.write_bytes(b"PAR1\0\0\xff"), "Parquet table", name="a.txt"),
+    "zstandard": bad(lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd"), "is damaged", name="a.jsonl.zst"),
+    "cut xz": bad(lambda path: path.write_bytes(lzma.compress(b"a" * 99)[:-9]), "is damaged"),
     "bzip2 under another name": bad(lambda path: path.write_bytes(bz2.compress(b"a" * 99)), "unpack it first"),
     "Word": bad(lambda path: path.write_bytes(b"PK"), "no plain text", name="a.docx"),
     "NUL in JSON": bad(lambda path: path.write_text('{"text": "\\u0000"}'), "line 1", "NUL", name="a.jsonl"),
@@ -414,7 +416,7 @@ def test_an_unknown_rule_is_refused_at_once(tmp_path: Path, documents: str) -> N
 
 def test_a_line_of_jsonl_must_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * (3 << 20)}))
-    monkeypatch.setattr(sources, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(rows, "LONGEST_ROW", 1 << 20)
     with pytest.raises(TextError, match="line of more than 1 MiB"):
         read(tmp_path / "a.jsonl")
 

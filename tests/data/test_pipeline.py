@@ -19,10 +19,10 @@ from llm.base import atomic_io
 from llm.base.errors import DiskError, LLMError, RecipeError, RefusedError, TextError
 from llm.config.reading import load
 from llm.config.schema import Recipe
-from llm.data import pipeline as preparation
-from llm.data import text_files
-from llm.data.pipeline import MEASURABLE, Prepared, prepare
+from llm.data import survey, text_files
+from llm.data.pipeline import Prepared, prepare
 from llm.data.progress import Show
+from llm.data.survey import MEASURABLE
 from llm.data.tokenizer import Tokenizer
 from llm.prepare import main
 from tests.data.test_documents import needs_wiki
@@ -184,7 +184,7 @@ def test_a_tokenizer_of_others_is_used_and_told_to_lose_text(tmp_path: Path) -> 
 
 def test_a_large_text_is_sampled_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text_file(tmp_path)
-    monkeypatch.setattr(preparation, "SAMPLE", 30_000)
+    monkeypatch.setattr(survey, "SAMPLE", 30_000)
     prepared, said = told(tmp_path)
     assert "on a sample of 0.0 MB of 0.1 MB of text" in said and prepared.tokenizer.vocab_size == 320
     shutil.rmtree(tmp_path / "data" / "tokenizers")

@@ -18,7 +18,7 @@ import pytest
 
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RefusedError
-from llm.data import shards
+from llm.data import shard_writer, shards
 from llm.data.documents import is_validation
 from llm.data.shards import Shards, Split
 from llm.data.sources import wiki_documents
@@ -37,13 +37,15 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "FILE", 60_000)
-    monkeypatch.setattr(shards, "BLOCK", 9_000)
+    monkeypatch.setattr(shard_writer, "FILE", 60_000)
+    monkeypatch.setattr(shard_writer, "BLOCK", 9_000)
 
 
 def write(folder: Path, tokenizer: Tokenizer, documents: list[bytes] = TEXT, processes: int = 0) -> Shards:
     done = list(
-        shards.write(documents, folder, tokenizer, val_fraction=SHARE, about={"fingerprint": "f"}, processes=processes)
+        shard_writer.write(
+            documents, folder, tokenizer, val_fraction=SHARE, about={"fingerprint": "f"}, processes=processes
+        )
     )
     assert sum(done) == sum(map(len, documents))
     return Shards.open(folder, verify=True)
@@ -76,7 +78,9 @@ def test_the_files_are_the_same_whatever_the_number_of_processes(tmp_path: Path,
 
 def test_a_lost_process_is_one_line_and_the_same_call_goes_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tmp_path / "whole", tokenizer)
-    writing = shards.write(TEXT, tmp_path / "s", tokenizer, val_fraction=SHARE, about={"fingerprint": "f"}, processes=2)
+    writing = shard_writer.write(
+        TEXT, tmp_path / "s", tokenizer, val_fraction=SHARE, about={"fingerprint": "f"}, processes=2
+    )
     done = itertools.islice(writing, 12)
     assert sum(done) and len(children(os.getpid())) == 2
     root = os.fsencode(Path(shards.__file__).parents[2])  # the package that is running, not another that is installed
@@ -152,14 +156,14 @@ def test_the_packaged_text_is_split_once_and_comes_back(tmp_path: Path) -> None:
 CHILD = """if True:
     import json, sys, time
     from pathlib import Path
-    from llm.data import shards
+    from llm.data import shard_writer
     from llm.data.tokenizer import Tokenizer
     folder = Path(sys.argv[1])
-    shards.FILE, shards.BLOCK = 60_000, 9_000
+    shard_writer.FILE, shard_writer.BLOCK = 60_000, 9_000
     documents = [text.encode() for text in json.loads((folder / "text.json").read_text("utf-8"))]
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     about, processes = {"fingerprint": "f"}, int(sys.argv[2])
-    for _ in shards.write(documents, folder / "shards", tokenizer, val_fraction=0.2, about=about, processes=processes):
+    for _ in shard_writer.write(documents, folder / "shards", tokenizer, val_fraction=0.2, about=about, processes=processes):
         time.sleep(0.03)
 """
 
