@@ -16,7 +16,7 @@ import numpy as np
 from llm.base import atomic_io
 
 if TYPE_CHECKING:
-    from llm.data.shards import Shards, Split
+    from llm.data.shards import AnyShards, Shards, Split
 
 JOURNAL = "journal.json"
 
