@@ -455,7 +455,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_steps_that_it_skipped(here
     for folder in checkpoint.folders(here / "runs/old"):
         science = atomic_io.read_checksummed(folder / checkpoint.MANIFEST)["science"]
         sealed(folder, science=science | {"train.skip": ["3-4"]})
-    text = path.read_text().rpartition("# sha256")[0].replace("format: 2\n", "").replace("- 4-5", "- 3-4")
+    text = path.read_text().rpartition("# sha256")[0].replace("format: 3\n", "").replace("- 4-5", "- 3-4")
     path.write_text(with_checksum(text))
     of_an_earlier_version(here / "runs/old")
     shutil.rmtree(checkpoint.folder_of(here / "runs/old", 12))

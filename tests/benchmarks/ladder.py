@@ -54,7 +54,7 @@ def compare(name: str, text: str, hours: float) -> None:
 def timed(recipe: Recipe, files: tuple[str, ...], hours: float) -> Recipe:
     evaluate, checkpoint = replace(recipe.evaluate, **QUIET), replace(recipe.checkpoint, **QUIET)
     changes: dict[str, Any] = {"steps": 0, "tokens": 0, "hours": hours}
-    return replace(recipe, text=replace(recipe.text, files=files), train=replace(recipe.train, **changes), evaluate=evaluate, checkpoint=checkpoint)  # fmt: skip
+    return replace(recipe, run="timed", text=replace(recipe.text, files=files), train=replace(recipe.train, **changes), evaluate=evaluate, checkpoint=checkpoint)  # fmt: skip
 
 
 def main() -> None:

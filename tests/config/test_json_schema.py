@@ -75,7 +75,7 @@ def with_key(key: str, written: str) -> str:
         *(("evaluate.prompts", each) for each in ("auto", "[no, 1_000, '']", "My self Har")),
         *(("tokenizer.vocabulary", each) for each in ("4096", "32k")),
         *(("run", each) for each in ("2024", "1e3", "no", "small")),
-        *(("format", each) for each in ("1", "2", "'2'")),
+        *(("format", each) for each in ("1", "2", "3", "'2'")),
         *(("machine", each) for each in ("~", "{}")),
         ("text", "{sources: {a: {files: [a], weight: 90%}, b-1: {files: b, epochs: 2, documents: lines, field: t}}}"),
     ],

@@ -99,6 +99,7 @@ SCIENCE = {
     "train.epochs": "3",
     "train.hours": "8h",
     "train.on": "all",
+    "train.document_mask": "no",
     "train.tokens_per_step": "16384",
     "train.optimizer": "adamw",
     "train.learning_rate": "1e-3",
@@ -702,7 +703,7 @@ def test_a_name_that_stands_for_a_checkpoint_is_no_run_s_name(tmp_path: Path, na
     said = refused(tmp_path, SMALLEST, f"run={name}")
     assert f"run={said.rpartition('run=')[2]}" == f"run=my-{name}"
     assert read(tmp_path, SMALLEST, f"run=my-{name}").run == f"my-{name}"
-    kept_before = with_checksum(dump(read(tmp_path)).replace("format: 2\n", "").replace("run: small", f"run: {name}"))
+    kept_before = with_checksum(dump(read(tmp_path)).replace("format: 3\n", "").replace("run: small", f"run: {name}"))
     assert read(tmp_path, kept_before).run == name, "an earlier version trained it"
 
 
@@ -715,7 +716,7 @@ def test_skip_counts_steps_from_1_but_in_what_runs_kept_before(tmp_path: Path) -
     assert one(tmp_path, "train.skip", with_checksum(with_skip)) == ["1", "5-6"]
     again = with_checksum(dump(read(tmp_path, with_checksum(with_skip))))
     assert one(tmp_path, "train.skip", again) == ["1", "5-6"], "translated once"
-    assert "this version reads 1 and 2" in refused(tmp_path, SMALLEST + "format: 3\n")
+    assert "this version reads 1 to 3" in refused(tmp_path, SMALLEST + "format: 4\n")
     edited = with_checksum(with_skip).replace("steps: 100", "steps: 101")
     with pytest.raises(RefusedError, match=r"delete that line and write `format: 1` there"):
         read(tmp_path, edited)
