@@ -15,16 +15,19 @@ from llm.run_folder.loaded_run import open_run
 from llm.serving.api import Server
 
 REQUEST_SECONDS = 10.0  # for the head of a request
+READ_SECONDS = 60.0  # in which a client must read some of what waits for it
 MOST_CONNECTIONS = 1024
 
 
 class Protocol(H11Protocol):
-    """Closes connections that do not finish the head of a request in time, and those beyond MOST_CONNECTIONS."""
+    """Closes connections that do not finish the head of a request in time, do not read, or exceed MOST_CONNECTIONS."""
 
     late: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` once the system takes no more
         if len(self.connections) > MOST_CONNECTIONS:
             transport.close()
             return
@@ -37,7 +40,30 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self.late is not None:
             self.late.cancel()
+        self._reads()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._reads()
+        self.unread = self.loop.call_later(READ_SECONDS, self._abandon, self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reads()
+
+    def _reads(self) -> None:
+        if self.unread is not None:
+            self.unread.cancel()
+            self.unread = None
+
+    def _abandon(self, before: int) -> None:
+        """Drop the connection where nothing was read since. To close it would wait for the reader for ever."""
+        left = self.transport.get_write_buffer_size()
+        if left >= before:
+            self.transport.abort()
+        else:
+            self.unread = self.loop.call_later(READ_SECONDS, self._abandon, left)
 
     def _expect(self) -> None:
         """Start the clock where a head is awaited; stop it where a request is being answered."""
@@ -89,14 +115,14 @@ async def follow(server: Server, seconds: float = 1.0) -> None:
     folder, seen = server.run.folder, ""
     while True:
         await asyncio.sleep(seconds)
-        there = checkpoint.folders(folder)
-        if not there or there[0].name in (seen, server.run.checkpoint.folder.name) or not server.engine.can_swap():
-            continue
-        seen = there[0].name
         try:
+            there = checkpoint.folders(folder)
+            if not there or there[0].name in (seen, server.run.checkpoint.folder.name) or not server.engine.can_swap():
+                continue
+            seen = there[0].name
             newest = await asyncio.to_thread(open_run, str(folder.absolute() / "newest"))
-        except (LLMError, OSError) as error:
-            tell(f"{seen} is not served: {reason(error)}", sys.stderr)
+        except (LLMError, OSError, RuntimeError, MemoryError) as error:  # such as memory that ran out
+            tell(f"{seen or folder} is not served: {reason(error)}", sys.stderr)
             continue
         if newest.name != server.run.name:
             server.engine.swap(newest)
