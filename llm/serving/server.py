@@ -16,11 +16,15 @@ from llm.serving.api import Server
 
 REQUEST_SECONDS = 10.0  # for the head of a request
 READ_SECONDS = 60.0  # in which a client must read some of what waits for it
-MOST_CONNECTIONS = 1024
+MOST_CONNECTIONS = 512  # below the 1,024 open files that systems commonly allow a process
+BACKLOG = 256  # connections that are taken in at once
 
 
 class Protocol(H11Protocol):
-    """Closes connections that do not finish the head of a request in time, do not read, or exceed MOST_CONNECTIONS."""
+    """Closes connections that do not finish the head of a request in time, or do not read.
+
+    Beyond MOST_CONNECTIONS the oldest that awaits a request makes room, so that idle ones keep nobody out.
+    """
 
     late: asyncio.TimerHandle | None = None
     unread: asyncio.TimerHandle | None = None
@@ -28,10 +32,12 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # `pause_writing` once the system takes no more
+        self.since = self.loop.time()
         if len(self.connections) > MOST_CONNECTIONS:
-            transport.close()
-            return
-        self._expect()
+            others: list[Any] = list(self.connections)
+            min((each for each in others if each.is_idle), key=lambda each: each.since).transport.close()
+        if not transport.is_closing():
+            self._expect()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -74,9 +80,14 @@ class Protocol(H11Protocol):
         elif self.late is None:
             self.late = self.loop.call_later(REQUEST_SECONDS, self._close)
 
+    @property
+    def is_idle(self) -> bool:
+        """True where no request is being answered."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+
     def _close(self) -> None:
         self.late = None
-        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+        if self.is_idle:
             self.transport.close()
 
 
@@ -106,7 +117,7 @@ def configured(app: Any, drain_seconds: float) -> uvicorn.Config:
     return uvicorn.Config(
         app, http=Protocol, ws="none", log_config=None, log_level="critical", access_log=False, server_header=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(drain_seconds)),
-        h11_max_incomplete_event_size=1 << 14,
+        h11_max_incomplete_event_size=1 << 14, backlog=BACKLOG,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,17 @@ def test_who_sends_nothing_or_slowly_is_closed(server: Served) -> None:
     assert time.monotonic() - began < 60
 
 
+def test_idle_connections_keep_nobody_out(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.serving.server, "MOST_CONNECTIONS", 10)
+    monkeypatch.setattr(llm.serving.server, "REQUEST_SECONDS", 60.0)
+    with ExitStack() as idle:
+        for _ in range(60):
+            idle.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        for _ in range(3):
+            assert httpx.get(f"{server.url}/health").status_code == 200
+        assert len(server.uvicorn.server_state.connections) <= 12
+
+
 def test_half_closed_connections_are_answered_or_closed(server: Served) -> None:
     for data in (b"", b"GET / HT", post(b'{"prompt": "a", "max_tokens": 100}'), post(b'{"prompt"', length=300)):
         answer = sent(server.port, data, half_close=True)
@@ -291,6 +302,9 @@ def many(folder: Path, requests: int, *, bare: bool = False) -> None:
             kinds = [lambda: socket.create_connection(("127.0.0.1", port), timeout=20).close()]
 
         def state() -> tuple[int, float]:
+            """Open files and MB, once what was sent before is done with."""
+            assert sent(port, post(b'{"prompt": "The river", "max_tokens": 2}')).startswith(b"HTTP/1.1 200 ")
+            time.sleep(0.2)
             memory = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
             return len(list(Path(f"/proc/{process.pid}/fd").iterdir())), int(memory) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -299,8 +313,6 @@ def many(folder: Path, requests: int, *, bare: bool = False) -> None:
         files, memory = state()
         for number in range(requests):
             kinds[number % len(kinds)]()
-        assert sent(port, post(b'{"prompt": "The river", "max_tokens": 2}')).startswith(b"HTTP/1.1 200 ")
-        time.sleep(0.2)
         files_after, memory_after = state()
         assert files_after <= files + 2
         assert memory_after < memory + 12, (memory, memory_after)  # MB
