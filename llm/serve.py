@@ -58,15 +58,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def key_of(path: Path | None) -> str | None:
-    """The API key, or None. RecipeError where the file cannot be read or holds none."""
+    """The API key, or None. RecipeError where there is a file or a variable that holds none."""
     if path is None:
-        return os.environ.get(KEY) or None
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--key-file = {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        where, key = KEY, os.environ.get(KEY, "")
+        if not key:
+            return None
+    else:
+        where = f"--key-file = {path}"
+        try:
+            key = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    key = key.strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise RecipeError(f"--key-file = {path} must hold a key of printable ASCII characters")
+        raise RecipeError(f"{where} must hold a key of printable ASCII characters")
     return key
 
 

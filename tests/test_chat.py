@@ -212,6 +212,9 @@ def test_evaluate_scores_the_answers_as_training_did(talk: Path) -> None:
     assert ended.status == 0, ended.err
     lines = map(json.loads, (talk / "runs/talk/metrics.jsonl").read_text().splitlines())
     last = [line for line in lines if "val_loss" in line][-1]
-    assert f"loss                  {last['val_loss']:.4f} nats a token\nbits per byte         {last['bits_per_byte']:.4f}" in ended.out
+    assert (
+        f"loss                  {last['val_loss']:.4f} nats a token\nbits per byte         {last['bits_per_byte']:.4f}"
+        in ended.out
+    )
     both = run(script("module:llm.evaluate", "talk", "--text", "chat.jsonl"), talk)
     assert both.status == 2 and "holds conversations" in both.err

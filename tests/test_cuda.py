@@ -88,7 +88,9 @@ def test_layouts_and_ways_of_computing_are_one_curve(tmp_path: Path, text: Path)
     plain = losses(tmp_path / "plain")
     assert digest(tmp_path / "recompute") == digest(tmp_path / "plain")
     for name in ways:
-        assert losses(tmp_path / name) == pytest.approx(plain, rel=3e-2 if name == "fp32" else LOW_PRECISION_TOLERANCE), name
+        assert losses(tmp_path / name) == pytest.approx(
+            plain, rel=3e-2 if name == "fp32" else LOW_PRECISION_TOLERANCE
+        ), name
 
 
 def test_fp16_overflows_are_answered_by_its_scale_which_is_part_of_the_state(tmp_path: Path, text: Path) -> None:

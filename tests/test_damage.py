@@ -78,9 +78,15 @@ def places(folder: Path) -> dict[str, tuple[list[Path], Callable[[Path], None]]]
         "the cache's tokenizer": (list(cache.glob("tokenizers/*/*.model")), prepared),
         "the tokenizer's manifest": (list(cache.glob("tokenizers/*/manifest.json")), prepared),
         "survey": (list(cache.glob("surveys/*.json")), prepared),
-        "machine.json": ([folder / "runs/tiny/machine.json"], lambda path: dict(atomic_io.read_checksummed(path)) and None),
+        "machine.json": (
+            [folder / "runs/tiny/machine.json"],
+            lambda path: dict(atomic_io.read_checksummed(path)) and None,
+        ),
         "identity.json": ([folder / "runs/tiny/identity.json"], lambda path: checkpoint.identity(path.parent) and None),
-        "shards.json": ([folder / "runs/tiny/shards.json"], lambda path: dict(atomic_io.read_checksummed(path)) and None),
+        "shards.json": (
+            [folder / "runs/tiny/shards.json"],
+            lambda path: dict(atomic_io.read_checksummed(path)) and None,
+        ),
     }
 
 

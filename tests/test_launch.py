@@ -165,7 +165,9 @@ def test_step_12_and_step_000012_are_one_checkpoint(trained: Path) -> None:
     assert again.status == 0 and "nothing to do" in again.out, again.err
     manifest = trained / "runs/same/checkpoints/step-000014/checkpoint.json"
     kept = {name: value for name, value in atomic_io.read_checksummed(manifest).items() if name != "sha256"}
-    atomic_io.write_checksummed(manifest, kept | {"science": kept["science"] | {"from": "tiny/step-12"}})  # as it was once kept
+    atomic_io.write_checksummed(
+        manifest, kept | {"science": kept["science"] | {"from": "tiny/step-12"}}
+    )  # as it was once kept
     again = started("step-000012")
     assert again.status == 0 and "nothing to do" in again.out, again.err
 

@@ -77,6 +77,8 @@ def test_one_line_of_accelerates_ends_in_our_error_alone(tmp_path: Path) -> None
     ended = launch(tmp_path, *quiet, **{"train.stepz": 3})
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == "error: train.stepz: did you mean train.steps?\n"
+
+
 ENVIRONMENTS = {
     "RANK=1": "RANK = 1",
     "RANK=0": "without WORLD_SIZE",

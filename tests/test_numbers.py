@@ -86,7 +86,9 @@ def test_the_texts_of_any_bad_step_can_be_named(tmp_path: Path, text: Path) -> N
     recipe, tokenizer, shards = ready(load(write_recipe(tmp_path, text)), lambda line: None)
     order = WindowShuffle(recipe.seed, shards.train.tokens, recipe.model.context)
     loader = BatchLoader(shards.train, order, recipe.windows_per_step, 1)
-    context = SimpleNamespace(recipe=recipe, tokenizer=tokenizer, shards=shards, order=order, loader=lambda size: loader)
+    context = SimpleNamespace(
+        recipe=recipe, tokenizer=tokenizer, shards=shards, order=order, loader=lambda size: loader
+    )
     monitor = SimpleNamespace(context=context)
     steps = range(1, order.windows // recipe.windows_per_step + 2)
     texts = [Monitor._texts(monitor, step) for step in steps]  # type: ignore[arg-type]

@@ -218,7 +218,7 @@ def _overlapping(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarra
 def _compiled(source: str) -> Any:
     """The template in transformers' settings of jinja2. RecipeError without jinja2, RefusedError for a faulty one."""
     try:
-        import jinja2
+        import jinja2.ext
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise RecipeError("a chat template is rendered with the package jinja2: pip install -e '.[export]'") from None

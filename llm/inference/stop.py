@@ -16,7 +16,8 @@ class Stop:
         if found:
             shown, self.held, self.over = self.held[: min(found)], "", True
             return shown
-        ends = (text[:size] for text in self.texts for size in range(1, len(text)))
+        longest = len(self.held)
+        ends = (text[:size] for text in self.texts for size in range(1, min(len(text) - 1, longest) + 1))
         kept = max((len(end) for end in ends if self.held.endswith(end)), default=0)
         shown, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
         return shown

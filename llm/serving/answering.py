@@ -88,17 +88,16 @@ async def reply(
     if asked.stream:
         wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return Events(_events(writer, grown, choices, wants_usage), release, limits.seconds + 10)
+    work = asyncio.create_task(_drained(grown))
+    gone = asyncio.create_task(_disconnected(request))
     try:
-        work = asyncio.create_task(_drained(grown))
-        gone = asyncio.create_task(_disconnected(request))
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (work, gone):
-            if not task.done():
-                task.cancel()
         if not work.done():
             raise ClientDisconnect
         work.result()
     finally:
+        work.cancel()
+        gone.cancel()
         release()
     return JSONResponse(writer.whole(choices, _usage(choices)))
 
@@ -111,29 +110,31 @@ async def _grown(
     out: asyncio.Queue[Any] = choices[0].job.out
     timer = asyncio.get_running_loop().call_later(limits.seconds, out.put_nowait, (None, None))
     told: set[int] = set()
-    while going:
-        job, item = await out.get()
-        if job is None:  # the time is over
-            for choice in going.values():
-                engine.cancel(choice.job)
-                yield choice, choice.end("length")
-            return
-        if job not in going:
-            continue
-        choice = going[job]
-        if isinstance(item, EngineError):
-            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(item))
-        if echoes and choice.index not in told:
-            told.add(choice.index)
-            yield choice, choice.echo(echoes[choice.index])
-        piece = choice.feed(item) if item is not None else choice.end(job.finish)
-        if item is not None and choice.is_stopped:
-            engine.cancel(job)
-            choice.finish = "stop"
-        if choice.finish:
-            del going[job]
-        yield choice, piece
-    timer.cancel()
+    try:
+        while going:
+            job, item = await out.get()
+            if job is None:  # the time is over
+                for choice in going.values():
+                    engine.cancel(choice.job)
+                    yield choice, choice.end("length")
+                return
+            if job not in going:
+                continue
+            choice = going[job]
+            if isinstance(item, EngineError):
+                raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(item))
+            if echoes and choice.index not in told:
+                told.add(choice.index)
+                yield choice, choice.echo(echoes[choice.index])
+            piece = choice.feed(item) if item is not None else choice.end(job.finish)
+            if item is not None and choice.is_stopped:
+                engine.cancel(job)
+                choice.finish = "stop"
+            if choice.finish:
+                del going[job]
+            yield choice, piece
+    finally:
+        timer.cancel()
 
 
 async def _drained(pieces: AsyncIterator[Any]) -> None:
@@ -166,7 +167,7 @@ async def _events(
 
 def _usage(choices: list[Choice]) -> dict[str, int]:
     prompts = sum(len(each.job.prompt) for each in choices if each.job.row == 0)
-    said = sum(each.job.count - (each.job.finish == "stop") for each in choices if each.job.tokens)
+    said = sum(each.said for each in choices)
     return {"prompt_tokens": prompts, "completion_tokens": said, "total_tokens": prompts + said}
 
 

@@ -36,7 +36,7 @@ class Choice:
         self._tokenizer = job.checkpoint.run.tokenizer
         self._stream, self._stop = TextStream(self._tokenizer), Stop(stops)
         self._pending: list[tuple[int, Token]] = []
-        self._fed = self._shown = 0
+        self._fed = self._shown = self.said = 0
         self.text, self.tokens = "", []  # type: tuple[str, list[tuple[int, Token]]]
 
     def echo(self, prompt: str) -> Piece:
@@ -49,6 +49,7 @@ class Choice:
         return self._grown(prompt, found)
 
     def feed(self, token: Token) -> Piece:
+        self.said += 1
         text = self._stream.feed(token.id)
         self._pending.append((self._fed, token))
         self._fed += len(text)
@@ -124,7 +125,8 @@ class Writer:
 
     @staticmethod
     def sent(event: dict[str, Any]) -> bytes:
-        return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+        # In ASCII: readers of lines may take U+2028 and its like for the end of one.
+        return f"data: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
 
     def logprobs(self, tokens: list[tuple[int, Token]]) -> dict[str, Any] | None:
         if not self.has_logprobs:

@@ -32,6 +32,7 @@ from llm.serving.requests import ApiError, Chat, Common, Completion, bad, parsed
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 PORT = re.compile(r":\d+$")
 OPEN = ("/", "/health")  # need no key; the page holds nothing of the run
+MOST_HEAD = 1 << 14  # bytes of the path and headers
 
 
 @dataclass
@@ -127,7 +128,11 @@ class Gate:
 
     def _refusal(self, request: Request) -> ApiError | None:
         server, path, headers = self.server, request.url.path, request.headers
-        host = headers.get("host", "")
+        size = len(request.scope["raw_path"]) + len(request.scope["query_string"])
+        if size + sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEAD:
+            too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            return ApiError(too_large, f"path and headers are larger than {MOST_HEAD:,} bytes")
+        host = headers.get("host", "").lower()
         if server.key is None and PORT.sub("", host) not in LOCAL:
             return ApiError(HTTPStatus.FORBIDDEN, "only for this machine")  # a page elsewhere that says it is ours
         origin = headers.get("origin")
@@ -159,7 +164,9 @@ async def _told(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         return _error(error)
     if isinstance(error, HTTPException):
-        return _error(ApiError(HTTPStatus(error.status_code), f"{request.method} {request.url.path}: {error.detail}"))
+        told = _error(ApiError(HTTPStatus(error.status_code), f"{request.method} {request.url.path}: {error.detail}"))
+        told.headers.update(error.headers or {})  # such as Allow
+        return told
     if isinstance(error, ClientDisconnect):
         return Response(status_code=HTTPStatus.BAD_REQUEST)
     tell(f"a request failed: {reason(error)}", sys.stderr)

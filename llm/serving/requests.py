@@ -19,7 +19,10 @@ DEFAULTS = {each.name: each.default for each in fields(Sampling)}
 BOUNDS = {each.name: (each.metadata["least"], each.metadata["most"]) for each in fields(Sampling)}
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# Lists end at their first fault: a body of a million faults is refused as fast as one of a single fault.
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
+Prompts = Annotated[list[Ids], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
 Chosen = TypeVar("Chosen", bound="Common")
 
 
@@ -56,7 +59,7 @@ class Common(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     n: Annotated[int, Field(ge=1, le=SLOTS)] | None = None
     temperature: Annotated[float, Field(ge=BOUNDS["temperature"][0], le=BOUNDS["temperature"][1])] | None = None
@@ -70,7 +73,7 @@ class Common(BaseModel):
     # Accepted where they ask for nothing.
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     # They change no answer.
     user: Any = None
     metadata: Any = None
@@ -92,7 +95,7 @@ class Common(BaseModel):
 
 
 class Completion(Common):
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: str | Ids | Texts | Prompts
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     best_of: int | None = None
@@ -128,15 +131,22 @@ class Part(BaseModel):
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
 
 
 class Chat(Common):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     response_format: TextFormat | None = None
+
+    @model_validator(mode="after")
+    def agrees(self) -> "Chat":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs = true")
+        return self
 
     @property
     def likeliest(self) -> int | None:
@@ -162,7 +172,9 @@ def parsed(kind: type[Chosen], body: bytes) -> Chosen:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        # Of a field that takes several types, the fault within the right one before those of the others.
+        first = next((each for each in found if not each["type"].endswith("_type")), found[0])
         if first["type"] == "json_invalid":
             raise bad(f"the body is not JSON in UTF-8: {first['msg'].removeprefix('Invalid JSON: ')}") from None
         names = [str(each) for each in first["loc"] if str(each) in kind.model_fields] or [str(first["loc"][0])] \

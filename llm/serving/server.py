@@ -15,20 +15,29 @@ from llm.run_folder.loaded_run import open_run
 from llm.serving.api import Server
 
 REQUEST_SECONDS = 10.0  # for the head of a request
-MOST_CONNECTIONS = 1024
+READ_SECONDS = 60.0  # in which a client must read some of what waits for it
+MOST_CONNECTIONS = 512  # below the 1,024 open files that systems commonly allow a process
+BACKLOG = 256  # connections that are taken in at once
 
 
 class Protocol(H11Protocol):
-    """Closes connections that do not finish the head of a request in time, and those beyond MOST_CONNECTIONS."""
+    """Closes connections that do not finish the head of a request in time, or do not read.
+
+    Beyond MOST_CONNECTIONS the oldest that awaits a request makes room, so that idle ones keep nobody out.
+    """
 
     late: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` once the system takes no more
+        self.since = self.loop.time()
         if len(self.connections) > MOST_CONNECTIONS:
-            transport.close()
-            return
-        self._expect()
+            others: list[Any] = list(self.connections)
+            min((each for each in others if each.is_idle), key=lambda each: each.since).transport.close()
+        if not transport.is_closing():
+            self._expect()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -37,7 +46,30 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self.late is not None:
             self.late.cancel()
+        self._reads()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._reads()
+        self.unread = self.loop.call_later(READ_SECONDS, self._abandon, self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reads()
+
+    def _reads(self) -> None:
+        if self.unread is not None:
+            self.unread.cancel()
+            self.unread = None
+
+    def _abandon(self, before: int) -> None:
+        """Drop the connection where nothing was read since. To close it would wait for the reader for ever."""
+        left = self.transport.get_write_buffer_size()
+        if left >= before:
+            self.transport.abort()
+        else:
+            self.unread = self.loop.call_later(READ_SECONDS, self._abandon, left)
 
     def _expect(self) -> None:
         """Start the clock where a head is awaited; stop it where a request is being answered."""
@@ -48,9 +80,14 @@ class Protocol(H11Protocol):
         elif self.late is None:
             self.late = self.loop.call_later(REQUEST_SECONDS, self._close)
 
+    @property
+    def is_idle(self) -> bool:
+        """True where no request is being answered."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+
     def _close(self) -> None:
         self.late = None
-        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+        if self.is_idle:
             self.transport.close()
 
 
@@ -80,7 +117,7 @@ def configured(app: Any, drain_seconds: float) -> uvicorn.Config:
     return uvicorn.Config(
         app, http=Protocol, ws="none", log_config=None, log_level="critical", access_log=False, server_header=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(drain_seconds)),
-        h11_max_incomplete_event_size=1 << 14,
+        h11_max_incomplete_event_size=1 << 14, backlog=BACKLOG,
     )  # fmt: skip
 
 
@@ -89,14 +126,14 @@ async def follow(server: Server, seconds: float = 1.0) -> None:
     folder, seen = server.run.folder, ""
     while True:
         await asyncio.sleep(seconds)
-        there = checkpoint.folders(folder)
-        if not there or there[0].name in (seen, server.run.checkpoint.folder.name) or not server.engine.can_swap():
-            continue
-        seen = there[0].name
         try:
+            there = checkpoint.folders(folder)
+            if not there or there[0].name in (seen, server.run.checkpoint.folder.name) or not server.engine.can_swap():
+                continue
+            seen = there[0].name
             newest = await asyncio.to_thread(open_run, str(folder.absolute() / "newest"))
-        except (LLMError, OSError) as error:
-            tell(f"{seen} is not served: {reason(error)}", sys.stderr)
+        except (LLMError, OSError, RuntimeError, MemoryError) as error:  # such as memory that ran out
+            tell(f"{seen or folder} is not served: {reason(error)}", sys.stderr)
             continue
         if newest.name != server.run.name:
             server.engine.swap(newest)

@@ -66,7 +66,9 @@ def main() -> None:
                 said += part
         assert os.waitpid(process, 0)[1] == 0, said.decode(errors="replace")
         seconds = json.loads((Path(name) / "seconds.json").read_text())
-    print(f"{STEPS} steps: {1e3 * seconds['update'] / STEPS:.0f} ms each, {said.count('╭'.encode())} drawings of the panel")
+    print(
+        f"{STEPS} steps: {1e3 * seconds['update'] / STEPS:.0f} ms each, {said.count('╭'.encode())} drawings of the panel"
+    )
     for name in ("log", "record"):
         print(f"{name:8} {1e3 * seconds[name] / STEPS:7.3f} ms a step, {seconds[name] / seconds['update']:.3%} of it")
 

@@ -99,10 +99,26 @@ def test_a_value_that_load_takes_is_taken(tmp_path: Path, key: str, written: str
         *(("train.optimizer", each) for each in ("sgd", "no", "[muon]")),
         *(("machine.precision", each) for each in ("fp8", "16")),
         *(("evaluate.prompts", each) for each in ("[[a]]", "{a: 1}")),
-        *((key, "1") for key in ("dim", "sead", "model.dims", "model.vocabulary", "train.optimiser", "from_", "model.from_")),
+        *(
+            (key, "1")
+            for key in ("dim", "sead", "model.dims", "model.vocabulary", "train.optimiser", "from_", "model.from_")
+        ),
         *(("format", each) for each in ("3", "0")),
         *(("model", each) for each in ("4", "[dim]")),
-        *(("text", f"{{sources: {each}}}") for each in ("{}", "4", "{a: [a]}", "{a: {files: [a]}}", "{a: {weight: 1}}", "{a.b: {files: a, weight: 1}}", "{a: {files: a, weight: 0}}", "{a: {files: a, weight: 1, cache: b}}", "{a: {files: a, weight: 1, wait: 2}}")),
+        *(
+            ("text", f"{{sources: {each}}}")
+            for each in (
+                "{}",
+                "4",
+                "{a: [a]}",
+                "{a: {files: [a]}}",
+                "{a: {weight: 1}}",
+                "{a.b: {files: a, weight: 1}}",
+                "{a: {files: a, weight: 0}}",
+                "{a: {files: a, weight: 1, cache: b}}",
+                "{a: {files: a, weight: 1, wait: 2}}",
+            )
+        ),
     ],
 )
 def test_a_value_that_load_refuses_is_refused(tmp_path: Path, key: str, written: str) -> None:
@@ -111,9 +127,17 @@ def test_a_value_that_load_refuses_is_refused(tmp_path: Path, key: str, written:
 
 @pytest.mark.parametrize(
     "text",
-    ["train: {steps: 1}\n", "text: {files: [a]}\n", "text: {files: [a]}\ntrain: {steps: 1, epochs: 2}\n", "text:\ntrain: {steps: 1}\n", "text: {files: [a], sources: {b: {files: [b], weight: 1}}}\ntrain: {steps: 1}\n"],
+    [
+        "train: {steps: 1}\n",
+        "text: {files: [a]}\n",
+        "text: {files: [a]}\ntrain: {steps: 1, epochs: 2}\n",
+        "text:\ntrain: {steps: 1}\n",
+        "text: {files: [a], sources: {b: {files: [b], weight: 1}}}\ntrain: {steps: 1}\n",
+    ],
 )
-def test_a_recipe_without_a_text_or_with_another_count_of_lengths_than_one_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_recipe_without_a_text_or_with_another_count_of_lengths_than_one_is_refused(
+    tmp_path: Path, text: str
+) -> None:
     assert both(tmp_path, text) == [False, False]
 
 
@@ -122,4 +146,6 @@ def test_the_table_of_the_readme_says_of_each_key_what_its_schema_says() -> None
     for name in all_keys():
         section, _, leaf = name.rpartition(".")
         keys = SCHEMA["properties"][section]["properties"] if section else SCHEMA["properties"]
-        assert f"| {keys[leaf]['description']} |\n" in table.partition(f"| `{name}` |")[2].partition("\n")[0] + "\n", name
+        assert f"| {keys[leaf]['description']} |\n" in table.partition(f"| `{name}` |")[2].partition("\n")[0] + "\n", (
+            name
+        )

@@ -497,7 +497,11 @@ def test_an_ordinary_name_of_a_run_is_taken(tmp_path: Path, name: str) -> None:
         (["model.dim=12", "model.heads=4"], "model.head_dim = 3: rotary positions need an even", "model.head_dim=4"),
         (["model.heads=8", "model.kv_heads=3"], "use one of [1, 2, 4, 8]", "model.kv_heads=4"),
         (["model.kv_heads=8"], "use one of [1, 2, 4]", "model.kv_heads=4"),
-        (["train.tokens_per_step=1000"], "is not a multiple of model.context = 512: try 1024", "train.tokens_per_step=1024"),
+        (
+            ["train.tokens_per_step=1000"],
+            "is not a multiple of model.context = 512: try 1024",
+            "train.tokens_per_step=1024",
+        ),
         (["train.tokens_per_step=1"], "try 512", "train.tokens_per_step=512"),
         (["machine.micro_batch=3"], "does not divide the 16 windows of a step", "machine.micro_batch=2"),
         (["machine.micro_batch=100"], "try 16", "machine.micro_batch=16"),

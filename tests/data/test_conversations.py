@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def opened(tokenizer: Tokenizer, folder: Path) -> Any:
 def theirs(library: Any, messages: list[Message]) -> tuple[list[int], list[int]]:
     found = library.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     return found["input_ids"], found["assistant_masks"]
+
+
+def test_a_template_is_read_where_nothing_else_has_opened_jinja2(monkeypatch: pytest.MonkeyPatch) -> None:
+    import jinja2.ext
+
+    monkeypatch.delitem(sys.modules, "jinja2.ext")
+    monkeypatch.delattr(jinja2, "ext")
+    ids = template_of(foreign(CHATML)).prompt([{"role": "user", "content": "hi"}])
+    assert len(ids) > 4
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])

@@ -246,17 +246,27 @@ def test_a_recipe_of_sources_is_written_and_read_again_and_overridden(tmp_path: 
     recipe = sources_of(tmp_path)
     path = tmp_path / "again.yaml"
     path.write_text(dump(recipe), encoding="utf-8")
-    assert load(path) == recipe and load(path).text.names == tuple(n for each in recipe.text.sources for n in each.text.files)
-    assert load(path, ["text.files=a.txt"]).text.sources == () and load(path, ["text.files=a.txt"]).text.files == ("a.txt",)
+    assert load(path) == recipe and load(path).text.names == tuple(
+        n for each in recipe.text.sources for n in each.text.files
+    )
+    assert load(path, ["text.files=a.txt"]).text.sources == () and load(path, ["text.files=a.txt"]).text.files == (
+        "a.txt",
+    )
     assert load(path, ["text.sources.chat.weight=90%"]).text.sources[0].weight == 0.9
-    differ = science(recipe).items() ^ science(load(path, ["text.sources.chat.weight=90%", "text.sources.chat.files=b"])).items()
+    differ = (
+        science(recipe).items()
+        ^ science(load(path, ["text.sources.chat.weight=90%", "text.sources.chat.files=b"])).items()
+    )
     assert {name for name, _ in differ} == {"text.sources.chat.weight"}
 
 
 def test_a_plan_says_the_share_and_the_epochs_of_each_source(tmp_path: Path) -> None:
     recipe = sources_of(tmp_path)
     on = cards.Device("a card", 12 << 30)
-    assert any(line.startswith("mixture: chat 30.0% of the windows, about ") for line in planning.lines(planning.plan(recipe, on)))
+    assert any(
+        line.startswith("mixture: chat 30.0% of the windows, about ")
+        for line in planning.lines(planning.plan(recipe, on))
+    )
     shards = prepare(recipe, say=lambda line: None, progress=False).shards
     made = planning.plan(recipe, on)
     assert (made.text_tokens, made.validation_tokens) == (shards.train.tokens, shards.validation.tokens)

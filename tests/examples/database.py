@@ -1,6 +1,6 @@
 """Documents from a database instead of files.
 
-    llm.train(llm.load_recipe("quickstart", ["run=notes"]), documents=partial(rows, Path("notes.sqlite")))
+llm.train(llm.load_recipe("quickstart", ["run=notes"]), documents=partial(rows, Path("notes.sqlite")))
 """
 
 import sqlite3

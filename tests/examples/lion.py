@@ -1,6 +1,6 @@
 """Another optimizer: Lion (Chen et al., "Symbolic discovery of optimization algorithms", 2023).
 
-    llm.train(llm.load_recipe("quickstart", ["run=lion", "train.learning_rate=3e-4"]), optimizer=Lion)
+llm.train(llm.load_recipe("quickstart", ["run=lion", "train.learning_rate=3e-4"]), optimizer=Lion)
 """
 
 import torch

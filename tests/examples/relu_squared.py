@@ -1,7 +1,7 @@
 """Another block: an MLP of squared ReLU, without a gate (So et al., "Primer", 2021).
 
-    llm.train(llm.load_recipe("quickstart", ["run=relu"]), model=relu_squared)
-    llm.open_run("relu", model=relu_squared).generate("My self Har")
+llm.train(llm.load_recipe("quickstart", ["run=relu"]), model=relu_squared)
+llm.open_run("relu", model=relu_squared).generate("My self Har")
 """
 
 from torch import Tensor, nn

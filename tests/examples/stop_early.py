@@ -1,6 +1,6 @@
 """Watch a run while it trains, and stop it once validation has not improved for a while.
 
-    llm.train(llm.load_recipe("quickstart"), on_log=StopEarly(patience=3))  # StoppedError when it stops; all is saved
+llm.train(llm.load_recipe("quickstart"), on_log=StopEarly(patience=3))  # StoppedError when it stops; all is saved
 """
 
 import signal

@@ -88,7 +88,9 @@ def test_a_run_with_a_model_of_its_own_is_opened_with_it_only(tmp_path: Path, re
     def act() -> None:
         llm.train(llm.load_recipe(recipe), model=relu_squared)
         assert isinstance(llm.open_run("tiny", model=relu_squared).model.model.layers[0].mlp, ReluSquared)
-        with pytest.raises(RefusedError, match=r"a model of its own, tests\.examples\.relu_squared\.relu_squared: open it"):
+        with pytest.raises(
+            RefusedError, match=r"a model of its own, tests\.examples\.relu_squared\.relu_squared: open it"
+        ):
             llm.open_run("tiny")
         folder = llm.open_run("tiny", model=relu_squared).loaded.checkpoint.folder
         assert not (folder / "config.json").exists()  # it would say that this is a Qwen3

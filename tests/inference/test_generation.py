@@ -62,9 +62,7 @@ def test_cached_logits_are_the_uncached_ones_for_rows_of_any_lengths(keys: dict[
 @shapes
 @pytest.mark.parametrize("family", [Family(), Family("llama", rope_theta=5e5, norm_eps=1e-5)], ids=["qwen3", "llama"])
 @torch.no_grad()
-def test_decoding_says_the_uncached_logits_for_rows_of_any_lengths(
-    keys: dict[str, int], family: Family
-) -> None:
+def test_decoding_says_the_uncached_logits_for_rows_of_any_lengths(keys: dict[str, int], family: Family) -> None:
     """With another layout of the weights."""
     model = tiny.stirred(Transformer(tiny.shape(**keys), tiny.VOCABULARY, family=family))
     for prompts in (PROMPTS, [[3, 1, 4], [5, 9, 2]], [[7]]):

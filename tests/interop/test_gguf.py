@@ -144,7 +144,9 @@ def names_changed(swap: dict[str, str]) -> Callable[[pytest.MonkeyPatch], None]:
     return plant
 
 
-def weights_changed(names: tuple[str, ...], turn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[LoadedRun], LoadedRun]:
+def weights_changed(
+    names: tuple[str, ...], turn: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[LoadedRun], LoadedRun]:
     """The file is of a model in which these matrices are turned; the run's are not."""
 
     def plant(opened: LoadedRun) -> LoadedRun:

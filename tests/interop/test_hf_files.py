@@ -53,8 +53,14 @@ def saved(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
     beside = {**model_files(model.shape, tokenizer, model.family), **tokenizer_files(tokenizer)}
     manifest = {"step": 1, "metrics": {}}
     checkpoint.save(
-        folder, weights=weights, moments=moments, manifest=manifest, extra_files=beside, unlisted_files={},
-        coordinator=Coordinator(), sharding=sharding,
+        folder,
+        weights=weights,
+        moments=moments,
+        manifest=manifest,
+        extra_files=beside,
+        unlisted_files={},
+        coordinator=Coordinator(),
+        sharding=sharding,
     )
     return folder
 

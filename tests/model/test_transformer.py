@@ -20,9 +20,7 @@ from tests import tiny
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 EPOCH = 1_386_780  # tokens of the text wiki-leads, by which `auto` is settled
-RECIPES = {
-    name: with_steps(load(FOLDER / f"{name}.yaml"), EPOCH) for name in ("classic", "quickstart", "small")
-}
+RECIPES = {name: with_steps(load(FOLDER / f"{name}.yaml"), EPOCH) for name in ("classic", "quickstart", "small")}
 SHAPES = {name: (each.model, each.tokenizer.vocabulary) for name, each in RECIPES.items()} | {
     "tied": (tiny.shape(), 32),
     "untied": (tiny.shape(tied=False, kv_heads=2), 33),

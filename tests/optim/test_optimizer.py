@@ -72,7 +72,9 @@ def test_adamw_is_torchs(train: Train, tied: bool) -> None:
     groups = []
     for name, p in theirs.named_parameters():
         if train is ADAMW or name not in in_blocks(theirs):
-            share = next((share for part, share in ADAMW_LR_FACTORS.items() if part in name), 1.0) if train is MUON else 1.0
+            share = (
+                next((share for part, share in ADAMW_LR_FACTORS.items() if part in name), 1.0) if train is MUON else 1.0
+            )
             share *= math.sqrt(WIDTH / p.shape[1]) if train is MUON and p.ndim == 2 else 1.0
             decay = train.weight_decay / share if p.ndim == 2 else 0.0
             groups.append({"params": [p], "weight_decay": decay, "share": share})

@@ -25,7 +25,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
-def simulated(monkeypatch: pytest.MonkeyPatch, hours: float, speed: Callable[[float], float]) -> tuple[TimeBudget, float]:
+def simulated(
+    monkeypatch: pytest.MonkeyPatch, hours: float, speed: Callable[[float], float]
+) -> tuple[TimeBudget, float]:
     """A budget lived through by a clock of its own: its plan, and the seconds after the last step."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

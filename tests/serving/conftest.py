@@ -60,6 +60,7 @@ def talk_run(here: Path) -> LoadedRun:
 class Served:
     server: Server
     port: int
+    uvicorn: Uvicorn
 
     @property
     def url(self) -> str:
@@ -89,7 +90,7 @@ def served(
         while not uvicorn.started:
             assert thread.is_alive()
             time.sleep(0.005)
-        yield Served(server, listener.getsockname()[1])
+        yield Served(server, listener.getsockname()[1], uvicorn)
     finally:
         uvicorn.should_exit = uvicorn.force_exit = True
         thread.join(20)

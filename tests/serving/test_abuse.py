@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 import llm.serving.server
 from llm.run_folder.loaded_run import LoadedRun
 from llm.serving.answering import Limits
+from llm.serving.requests import ApiError, Chat, Completion, parsed
 from tests.forks import ROOT
 from tests.serving.conftest import Served, served
 
@@ -26,14 +29,16 @@ SECONDS = 0.4
 def server(tiny_run: LoadedRun) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llm.serving.server, "REQUEST_SECONDS", SECONDS)
+        patch.setattr(llm.serving.server, "READ_SECONDS", 3 * SECONDS)
         with served(tiny_run, limits=Limits(body=10_000, body_seconds=SECONDS, tokens=100)) as found:
             yield found
 
 
 @pytest.fixture(autouse=True)
 def goes_on(server: Served) -> Iterator[None]:
-    """After each of these, a request is answered."""
+    """After each of these, a request is answered, and nothing was refused as if the server were stopping or broken."""
     yield
+    assert not [name for name in server.server.engine.counts if name.startswith("status_5")]
     answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "The", "max_tokens": 2}, timeout=30)
     assert answer.status_code == 200 and answer.json()["choices"][0]["finish_reason"] == "length"
     until = time.monotonic() + 10
@@ -72,6 +77,10 @@ BODIES = [
     b'{"prompt": "a", "stop": [1]}', b'{"prompt": "a", "seed": "x"}', b'{"prompt": "a", "logprobs": 99}', b'{"prompt": "a", "stream": "yes"}',
     b'{"prompt": "a", "model": 3}', b'{"prompt": "a", "x": 1}', b'{"prompt": "a", "prompt2": {"a": [[[[]]]]}}', b'{"prompt": "a"} trailing',
     b'{"prompt": ' + b"[" * 5000, b'{"prompt": ' + b"[" * 2000 + b"]" * 2000 + b"}", b'{"prompt": "' + b"river " * 1000 + b'"}',
+    b'{"prompt": [1, 2, 3, NaN]}', b'{"prompt": ["\xff"]}', b'{"prompt": "a", "temperature": -Infinity}', b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    b'{"prompt": "a", "stop": ["a", "b", 3]}', b'{"prompt": "a", "stop": ' + json.dumps(["a"] * 17).encode() + b"}", b'{"prompt": true}',
+    b'{"prompt": "a", "max_tokens": true}', b'{"prompt": "a", "max_tokens": 0}', b'{"prompt": "a", "n": 16.0}', b'{"prompt": "a", "best_of": 0}',
+    b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}', b'{"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}',
     b'{"messages": []}', b'{"prompt": "a", "logit_bias": {"1": 5}}', b"\0" * 100, b'{"prompt": "a", "repetition_penalty": 0}',
 ]  # fmt: skip
 
@@ -92,6 +101,16 @@ def test_a_body_that_is_none_gets_400_and_a_reason(server: Served, body: bytes) 
         (b"GARBAGE\r\n\r\n", "400"),
         (b"GET / HTTP/9.9\r\nConnection: close\r\n\r\n", "403"),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"x" * 100_000, "400"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nA: " + b"x" * 40_000 + b"\r\n\r\n", "431"),  # complete
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 9_000 + b"Connection: close\r\n\r\n", "431"),
+        (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", "431"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", "400"),
+        (b"GET /health HTTP/1.0\r\n\r\n", "403"),
+        (b"HEAD /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", "405"),
+        (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", "404"),
+        (b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", "404"),
+        (post(b'{"prompt": "\xff\xfe"}'), "400"),
+        (post(b'{"prompt": "a", "temperature": NaN}'), "400"),
         (b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", "400"),
         (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", "404"),
         (b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", "404"),
@@ -111,6 +130,46 @@ def test_a_body_that_is_none_gets_400_and_a_reason(server: Served, body: bytes) 
 def test_what_is_no_request_gets_a_4xx_or_is_closed(server: Served, data: bytes, statuses: str) -> None:
     answer = sent(server.port, data)
     assert answer == b"" or answer.split()[1].decode() == statuses
+
+
+@pytest.mark.parametrize("prompt", ["river " * 200, [3] * 65], ids=["text", "ids"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_over_the_context_is_named(server: Served, prompt: Any, stream: bool) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": prompt, "stream": stream}, timeout=30)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    assert "more than the context of 64" in answer.json()["error"]["message"]
+
+
+FAULTS = [
+    {"prompt": ["a", *[3] * 200_000]}, {"prompt": [1.5] * 200_000}, {"prompt": [[]] * 200_000}, {"prompt": [[1]] * 200_000},
+    {"prompt": "a", "stop": [3] * 200_000}, {"prompt": "a", "logit_bias": {str(id): "x" for id in range(50_000)}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", FAULTS, ids=range(len(FAULTS)))
+def test_a_list_of_faults_is_refused_at_the_first(body: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Completion.model_validate_json(json.dumps(body))
+    assert refused.value.error_count() < 10  # to tell hundreds of thousands took 13 s, in which no other was served
+    with pytest.raises(ApiError):
+        parsed(Completion, json.dumps(body).encode())
+    with pytest.raises(ValidationError) as refused:
+        Chat.model_validate({"messages": [{}] * 10_000})
+    assert refused.value.error_count() < 10
+
+
+def test_old_and_rare_ways_to_ask_are_answered(server: Served) -> None:
+    """HTTP/1.0, a stream to it, HEAD, several requests in one go, Expect: 100-continue, upper-case hosts."""
+    asked = b'{"prompt": "The river", "max_tokens": 3, "temperature": 0, "stream": true}'
+    old = sent(server.port, post(asked).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert old.startswith(b"HTTP/1.1 200 ") and old.endswith(b"data: [DONE]\n\n") and b"chunked" not in old
+    head = sent(server.port, b"HEAD / HTTP/1.1\r\nHost: LOCALHOST:1\r\nConnection: close\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ") and head.endswith(b"\r\n\r\n")
+    first = post(asked).replace(b"Connection: close\r\n", b"")
+    assert sent(server.port, first + first + post(asked)).count(b"data: [DONE]") == 3
+    assert b"HTTP/1.1 200 " in sent(server.port, post(asked, extra="Expect: 100-continue\r\n"))
+    told = httpx.options(f"{server.url}/v1/completions")
+    assert told.status_code == 405 and told.headers["allow"] == "POST"
 
 
 def test_100_megabytes_are_not_read(server: Served) -> None:
@@ -153,6 +212,17 @@ def test_who_sends_nothing_or_slowly_is_closed(server: Served) -> None:
     assert time.monotonic() - began < 60
 
 
+def test_idle_connections_keep_nobody_out(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.serving.server, "MOST_CONNECTIONS", 10)
+    monkeypatch.setattr(llm.serving.server, "REQUEST_SECONDS", 60.0)
+    with ExitStack() as idle:
+        for _ in range(60):
+            idle.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        for _ in range(3):
+            assert httpx.get(f"{server.url}/health").status_code == 200
+        assert len(server.uvicorn.server_state.connections) <= 12
+
+
 def test_half_closed_connections_are_answered_or_closed(server: Served) -> None:
     for data in (b"", b"GET / HT", post(b'{"prompt": "a", "max_tokens": 100}'), post(b'{"prompt"', length=300)):
         answer = sent(server.port, data, half_close=True)
@@ -190,15 +260,28 @@ def test_a_wrong_key_is_refused(tiny_run: LoadedRun, capfd: pytest.CaptureFixtur
 
 
 def test_a_reader_that_does_not_read_keeps_no_place(server: Served) -> None:
-    """Its answer ends in its slot whether it is read or not."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
-        connection.sendall(post(b'{"prompt": "a", "max_tokens": 100, "stream": true, "n": 16, "logprobs": 20}'))
-        time.sleep(0.1)
-        server.idle()
+    """Its answer ends in its slot whether it is read or not; others are answered; its connection is closed in time."""
+    connections = []
+    for _ in range(3):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect(("127.0.0.1", server.port))
+        whole = post(b'{"prompt": "a", "max_tokens": 100, "stream": true, "n": 16, "logprobs": 20}')
+        connection.sendall(whole.replace(b"Connection: close\r\n", b"") * 8)
+        connections.append(connection)
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "The", "max_tokens": 2}, timeout=30)
+    assert answer.status_code == 200
+    until = time.monotonic() + 30
+    while server.server.active or server.uvicorn.server_state.connections:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    for connection in connections:
+        connection.close()
 
 
-def many(folder: Path, requests: int) -> None:
-    """Requests of all kinds, one after the other, to a server in a process of its own: as much memory and as many files after."""
+def many(folder: Path, requests: int, *, bare: bool = False) -> None:
+    """Requests of all kinds, or `bare` connections, to a server in a process of its own: as much memory and as many files after."""
     command = [sys.executable, "-m", "llm.serve", "tiny", "--port", "0", "--tokens", "20"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
@@ -215,8 +298,13 @@ def many(folder: Path, requests: int) -> None:
             lambda: sent(port, post(b'{"prompt": "a", "max_tokens": 20}'), half_close=True),
             lambda: sent(port, post(b"", length=1 << 30)),
         ]
+        if bare:
+            kinds = [lambda: socket.create_connection(("127.0.0.1", port), timeout=20).close()]
 
         def state() -> tuple[int, float]:
+            """Open files and MB, once what was sent before is done with."""
+            assert sent(port, post(b'{"prompt": "The river", "max_tokens": 2}')).startswith(b"HTTP/1.1 200 ")
+            time.sleep(0.2)
             memory = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
             return len(list(Path(f"/proc/{process.pid}/fd").iterdir())), int(memory) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -225,7 +313,6 @@ def many(folder: Path, requests: int) -> None:
         files, memory = state()
         for number in range(requests):
             kinds[number % len(kinds)]()
-        time.sleep(0.2)
         files_after, memory_after = state()
         assert files_after <= files + 2
         assert memory_after < memory + 12, (memory, memory_after)  # MB
@@ -236,6 +323,11 @@ def many(folder: Path, requests: int) -> None:
         process.wait()
         if process.stdout:
             process.stdout.close()
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_connections_that_say_nothing_leave_nothing(here: Path, count: int) -> None:
+    many(here, count, bare=True)
 
 
 def test_500_requests_leave_nothing(here: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import httpx
 import pytest
 
 import llm.training.trainer
+from llm.base.errors import RecipeError
 from llm.inference.generation import continuations
 from llm.inference.sampling import Sampling
 from llm.run_folder import checkpoint
 from llm.run_folder.loaded_run import open_run
+from llm.serve import key_of, listening
 from llm.serving.server import follow
 from tests.forks import ended, run, script, start, train, write_recipe
 from tests.serving.conftest import CPU, served
@@ -40,6 +43,34 @@ def test_a_command_that_cannot_be_served_says_why(here: Path, arguments: list[st
                   else script("module:llm.serve", *arguments, "--port", 0), here)  # fmt: skip
     assert refused.status == 2 and told in refused.err and len(refused.err.splitlines()) == 1, refused.err
     assert "s3cret" not in refused.err
+
+
+def test_a_second_server_of_a_port_says_so(here: Path) -> None:
+    with closing(listening("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = run(script("module:llm.serve", "tiny", "--port", port), here)
+    assert refused.status == 2 and refused.err.count("\n") == 1
+    assert f"127.0.0.1:{port} cannot be served (Address already in use): name another --host or --port" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("held", "key"),
+    [("s3cret-key\n", "s3cret-key"), ("  s3cret-key\r\n\n", "s3cret-key"), ("two words", "two words"), ("\n", None),
+     (" ", None), ("two\nlines", None), ("clé", None), ("a\0b", None)],
+)  # fmt: skip
+def test_a_key_has_no_line_ends_wherever_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: str, key: str | None
+) -> None:
+    (tmp_path / "key.txt").write_text(held, encoding="utf-8", newline="")
+    if "\0" not in held:
+        monkeypatch.setenv("ONETEXT_API_KEY", held)
+    for path in (tmp_path / "key.txt", *([] if "\0" in held else [None])):
+        if key is not None:
+            assert key_of(path) == key
+        else:
+            with pytest.raises(RecipeError, match="must hold a key of printable ASCII") as refused:
+                key_of(path)
+            assert held.strip() == "" or held not in str(refused.value)
 
 
 def port_of(folder: Path, tag: str) -> int:
@@ -76,6 +107,25 @@ def test_sigterm_ends_it_after_the_answers_in_progress(here: Path, tmp_path: Pat
     assert key not in found.out + found.err
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
+
+
+def test_a_second_sigterm_ends_it_at_once(here: Path, tmp_path: Path) -> None:
+    child = start(script("module:llm.serve", str(here / "runs/tiny"), "--port", 0, "--tokens", 1 << 20), tmp_path)
+    url = f"http://127.0.0.1:{port_of(tmp_path, '')}"
+    body = {"prompt": "The", "max_tokens": 1 << 20, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data:")
+        os.kill(child, signal.SIGTERM)
+        until = time.monotonic() + 10
+        while "stopping: 1 " not in (tmp_path / "err.txt").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        os.kill(child, signal.SIGTERM)
+        with suppress(httpx.RemoteProtocolError):
+            assert [line for line in lines if line][-1] != "data: [DONE]"
+        found = ended(child, tmp_path, seconds=20)
+    assert found.status == 0 and "Traceback" not in found.err, found.err
 
 
 def slowed(act: Callable[[], None], seconds: float) -> Callable[[], None]:
@@ -167,6 +217,28 @@ def test_a_run_is_followed_while_it_trains(here: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_20_swaps_under_load_fail_no_request(here: Path, tmp_path: Path) -> None:
     follow_a_training(here, tmp_path, 20)
+
+
+def test_a_run_whose_folder_vanishes_is_served_on(here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "runs/tiny", tmp_path / "tiny", symlinks=True)
+    root, ask = tmp_path / "tiny", {"prompt": "The river", "max_tokens": 5, "temperature": 0}
+    older = checkpoint.folders(root)[-1]
+    with served(open_run(str(root / older.name), CPU), also=lambda server: follow(server, 0.05)) as server:
+        root.rename(tmp_path / "away")
+        time.sleep(0.3)
+        before = server.server.run.name
+        for path, status in (("/health", 200), ("/v1/models", 200), ("/metrics", 200), ("/run", 200)):
+            assert httpx.get(f"{server.url}{path}").status_code == status, path
+        answer = httpx.post(f"{server.url}/v1/completions", json=ask, timeout=30).json()
+        assert answer["system_fingerprint"] == before and answer["choices"][0]["text"]
+        (tmp_path / "away").rename(root)
+        newest = f"tiny/{checkpoint.folders(root)[0].name}"
+        until = time.monotonic() + 20
+        while server.server.run.name != newest:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        answer = httpx.post(f"{server.url}/v1/completions", json=ask, timeout=30).json()
+        assert answer["system_fingerprint"] == newest
 
 
 def test_a_damaged_checkpoint_is_passed_over(here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
