@@ -103,7 +103,7 @@ def test_a_value_that_load_takes_is_taken(tmp_path: Path, key: str, written: str
             (key, "1")
             for key in ("dim", "sead", "model.dims", "model.vocabulary", "train.optimiser", "from_", "model.from_")
         ),
-        *(("format", each) for each in ("3", "0")),
+        *(("format", each) for each in ("4", "0")),
         *(("model", each) for each in ("4", "[dim]")),
         *(
             ("text", f"{{sources: {each}}}")
