@@ -17,7 +17,7 @@ from llm.data.batches import Tokens, eval_batches, packed_batches
 from llm.data.documents import Corpus
 from llm.data.packing import table_of
 from llm.data.shards import AnyShards, Shards, Split, of_run
-from llm.data.text_files import holds_rows
+from llm.data.text_files import JSON_LINES, suffix_of
 from llm.distributed.process import warn
 from llm.run_folder.loaded_run import LoadedRun
 
@@ -153,7 +153,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 
 def _pair(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
-        if holds_rows(path):
+        if suffix_of(path) in JSON_LINES:
             value = json.loads(line)
         else:
             value = dict(zip(PAIR_KEYS[0], line.rstrip("\r").split("\t"), strict=True))
