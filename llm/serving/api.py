@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm.base.errors import LLMError, RecipeError, reason, tell
 from llm.data.chat_template import template_of
+from llm.inference.chat import Conversation
 from llm.run_folder.loaded_run import LoadedRun
 from llm.serving import page
 from llm.serving.answering import Limits, body_of, reply
@@ -228,12 +229,17 @@ async def chat(server: Server, request: Request) -> Response:
         raise bad(
             f"{run.folder.name} was not trained on conversations: ask /v1/completions", "no_chat_template", "model"
         )
-    template = template_of(run.tokenizer)
-    try:
-        ids = template.prompt(asked.conversation())
-    except LLMError as error:
-        raise error if isinstance(error, ApiError) else bad(str(error), param="messages") from error
+    template, messages = template_of(run.tokenizer), asked.conversation()
     wanted = asked.max_completion_tokens or asked.max_tokens or server.limits.tokens
+    try:
+        if asked.truncation == "auto":
+            ids = Conversation(run, messages[:-1]).prompt(messages[-1]["content"], wanted)
+        else:
+            ids = template.prompt(messages)
+    except RecipeError as error:
+        raise bad(str(error), "context_length_exceeded", "messages") from error
+    except LLMError as error:
+        raise bad(str(error), param="messages") from error
     tokens = min(server.limits.tokens, wanted, max(1, run.model.shape.context - len(ids) + 1))
     jobs = _jobs(checkpoint, asked, [ids], tokens, template.ends, template.banned)
     return await reply(server.engine, server.limits, request, asked, jobs, None)

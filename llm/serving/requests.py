@@ -141,6 +141,7 @@ class Chat(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     response_format: TextFormat | None = None
+    truncation: Literal["auto", "disabled"] | None = None  # auto: the oldest exchanges that do not fit are left out
 
     @model_validator(mode="after")
     def agrees(self) -> "Chat":

@@ -162,6 +162,25 @@ def test_chat_is_the_runs_own_template(talker: openai.OpenAI, talk_run: LoadedRu
     talk_server.idle()
 
 
+def test_the_oldest_exchanges_are_left_out_where_that_is_asked_for(talker: openai.OpenAI, talk_run: LoadedRun) -> None:
+    system: Any = [{"role": "system", "content": "Be short."}]
+    old: Any = [{"role": "user", "content": "The river? " * 9}, {"role": "assistant", "content": "It rises. " * 9}]
+    new: Any = [{"role": "user", "content": "And the sea?"}]
+    settings: dict[str, Any] = {"model": "talk", "temperature": 0, "max_tokens": 9}
+    with pytest.raises(openai.BadRequestError) as refused:
+        talker.chat.completions.create(messages=[*system, *old, *new], **settings)
+    assert refused.value.code == "context_length_exceeded"
+    auto = {"truncation": "auto"}
+    found = talker.chat.completions.create(messages=[*system, *old, *new], extra_body=auto, **settings)
+    assert found.usage and found.usage.prompt_tokens == len(template_of(talk_run.tokenizer).prompt([*system, *new]))
+    alone = talker.chat.completions.create(messages=[*system, *new], **settings)
+    assert found.choices[0].message.content == alone.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="shorten it") as refused:
+        long: Any = [{"role": "user", "content": "The river? " * 90}]
+        talker.chat.completions.create(messages=long, extra_body=auto, **settings)
+    assert refused.value.code == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     ("messages", "told"),
     [

@@ -91,6 +91,16 @@ def test_a_conversation_goes_on_and_its_link_repeats_it(talk_server: Served) -> 
         assert page.text_content("#turns") == "" and "#" not in page.url
 
 
+def test_a_conversation_goes_on_after_an_answer_without_text(talk_server: Served) -> None:
+    with opened(talk_server.url) as page:
+        page.wait_for_selector("#system-row:not([hidden])")
+        page.fill("#max_tokens", "5")
+        ask(page, "The river")
+        page.evaluate("messages.at(-1).content = ''")  # as one that was stopped before its first token
+        ask(page, "It rises.")
+        assert page.locator("#turns > .model").count() == 2 and page.text_content("#error") == ""
+
+
 def test_text_streams_and_stops(tiny_run: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     advance = engine._advance
 
