@@ -6,7 +6,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from llm.base.errors import run
+from llm.base.errors import RefusedError, run
 
 COMMANDS = (
     "plan", "inspect", "prepare", "sample", "chat", "serve", "evaluate", "export", "verify", "show", "runs", "report",
@@ -42,7 +42,11 @@ def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
     folder = train_run(recipe, partial(ready, say=say), runs=_runs_of(given.recipe, recipe.run))
     if rank() != 0:
         return
-    shards = of_run(folder)
+    try:
+        shards = of_run(folder)
+    except RefusedError:  # damaged while the run went on, which its record says
+        say(f"the run lies in {folder}")
+        return
     if shards.is_chat:
         say(f"the run lies in {folder}; talk to it with:\n  python -m llm.chat {recipe.run}")
         return

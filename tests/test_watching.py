@@ -143,8 +143,10 @@ def spoiling_evaluation(recipe: Path, value: float, rank: int = 0) -> Callable[[
     def act() -> None:
         forward = llm.training.trainer.Transformer.forward
 
-        def spoilt(self: Any, tokens: Tensor, targets: Tensor, windows: Tensor | None = None) -> Tensor:
-            return forward(self, tokens, targets, windows) * (value if windows is None else 1.0)
+        def spoilt(
+            self: Any, tokens: Tensor, targets: Tensor, windows: Tensor | None = None, segments: Tensor | None = None
+        ) -> Tensor:
+            return forward(self, tokens, targets, windows, segments) * (value if windows is None else 1.0)
 
         if llm.distributed.process.rank() == rank:
             llm.training.trainer.Transformer.forward = spoilt  # type: ignore[method-assign]
@@ -175,7 +177,7 @@ def test_what_fails_in_an_evaluation_or_a_sample_is_an_event(
     recipe = recipe_of(tmp_path, text)
 
     def act() -> None:
-        def fails(*given: Any) -> list[str]:
+        def fails(*given: Any, **named: Any) -> list[str]:
             raise IndexError("the moon is full")
 
         def no_windows(*given: Any) -> Any:

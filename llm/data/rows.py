@@ -128,7 +128,7 @@ def _table(path: Path, chunks: Iterable[bytes], field: str, delimiters: str) -> 
     csv.field_size_limit(max(LONGEST_ROW, csv.field_size_limit()))  # 128 KiB otherwise, for the whole process
     lines = (line.decode() for line in _lines(path, chunks))
     head = next(lines, "")
-    delimiter = next((each for each in delimiters if field in next(csv.reader([head], delimiter=each), [])), None)
+    delimiter = next((each for each in delimiters if field in _columns(head, each)), None)
     if delimiter is None:
         shown = head.strip()[:80]
         raise NoTextField(f"{path} has no column text.field = {field!r} in its first row ({shown}): name one of it")
@@ -143,6 +143,14 @@ def _table(path: Path, chunks: Iterable[bytes], field: str, delimiters: str) -> 
                 yield place, dict(zip(columns, row, strict=True))
     except csv.Error as error:
         raise TextError(f"{path} line {reader.line_num} is damaged ({error}): save the table again") from error
+
+
+def _columns(head: str, delimiter: str) -> list[str]:
+    """The columns that the first row of a table names; none where it is damaged."""
+    try:
+        return next(csv.reader([head], delimiter=delimiter), [])
+    except csv.Error:
+        return []
 
 
 def _parquet(path: Path, identity: Any, field: str, notes: Counter[str]) -> Rows:

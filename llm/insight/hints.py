@@ -219,7 +219,7 @@ def of_text(recipe: Recipe, tokens: int, vocab_size: int) -> str:
 
 
 def of_run(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int = 0) -> str:
-    """One line after a run: the trend of its `evaluations`, which are in order, and a hint."""
+    """Two lines after a run: the trend of its `evaluations`, which are in order, and a hint."""
     run = facts_of(recipe, evaluations, vocab_size)
     best, last = run.best, evaluations[-1]
     if run.got_worse:
@@ -231,7 +231,7 @@ def of_run(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int = 
         said = f"validation fell to the end, epoch {last['epochs_seen']:.2f}"
     else:
         said = f"one evaluation shows no trend, evaluate.every={max(1, last['step'] // 4)} would"
-    return f"{said}; what would help: {advise(run)[1]}"
+    return f"{said}\n  what would help: {advise(run)[1]}"
 
 
 def facts_of(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int = 0) -> Facts:

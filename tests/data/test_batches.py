@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llm.base.constants import IGNORED
 from llm.data.batches import Batch, BatchLoader, Tokens, eval_batches
 from llm.data.shuffle import WindowShuffle
+from tests import tiny
 
 CONTEXT, WINDOWS_PER_STEP = 4, 8
 TEXT = Tokens(np.arange(100, dtype=np.uint16))  # each token says where it stands
@@ -98,3 +99,22 @@ def test_whole_covers_every_target_but_the_first_exactly_once(tokens: int, conte
     assert [len(batches) for batches in ranks] == [
         rounds
     ] * world  # a process with fewer would leave the others waiting
+
+
+def test_under_the_mask_a_document_in_a_window_costs_what_it_costs_alone() -> None:
+    """Of training windows and of held-out ones; without the mask it costs something else."""
+    begin, model = 1, tiny.transformer()
+    documents = [[begin, *range(2, 2 + length)] for length in (5, 9, 3, 14)]
+    ids = np.array([*chain(*documents), begin], np.uint16)
+    alone = sum(
+        model(torch.tensor([each]), torch.tensor([[*each[1:], begin]])).item() for each in documents
+    )  # the end of a document is the next one's beginning
+    rows = len(ids) - 1  # all in one window
+    wide = tiny.transformer(context=rows)
+    wide.load_state_dict(model.state_dict())
+    for told, same in ((begin, True), (None, False)):
+        (batch,) = eval_batches(Tokens(ids), rows, 1, begin=told)
+        assert (abs(wide(batch.tokens, batch.targets, None, batch.segments).item() - alone) < 1e-3) == same
+        tokens, _, segments = WindowShuffle(1, len(ids), rows, told).rows(Tokens(ids), np.array([0]))
+        assert (segments is None) != same and (tokens == batch.tokens.numpy()).all()
+        assert segments is None or (segments == batch.segments.numpy()).all()

@@ -1,5 +1,6 @@
 """Mixtures: every source has its share of any row of windows, its own epochs, and its own shards, whatever the weights."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -210,8 +211,10 @@ def test_each_source_s_shards_are_those_it_has_alone(tmp_path: Path) -> None:
     assert len(joined.document_starts()) == joined.documents
 
 
-def test_conversations_stay_apart_and_a_text_is_one_segment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mask", [True, False])
+def test_conversations_stay_apart_and_documents_under_the_mask(tmp_path: Path, mask: bool) -> None:
     recipe = sources_of(tmp_path)
+    recipe = replace(recipe, train=replace(recipe.train, document_mask=mask))
     shards = prepare(recipe, say=lambda line: None, progress=False).shards
     order = order_of(recipe, shards)
     assert isinstance(order, MixedShuffle)
@@ -221,12 +224,14 @@ def test_conversations_stay_apart_and_a_text_is_one_segment(tmp_path: Path) -> N
         tokens, targets, segments = order.rows(side, np.array([position]))
         alone_tokens, alone_targets, alone_segments = own.rows(shards.sources[name].train, np.array([inner]))
         assert (tokens == alone_tokens).all() and (targets == alone_targets).all()
-        assert (segments is None) == (name != "chat") and (segments is None or (segments == alone_segments).all())
+        assert (segments is None) == (name != "chat" and not mask)
+        assert segments is None or (segments == alone_segments).all()
     tokens, targets, segments = order.rows(side, np.arange(60))
     assert segments is not None
     for row in range(60):
         of_text = order.place(row)[0] != "chat"
-        assert (segments[row] == 0).all() or not of_text
+        documents = np.cumsum(tokens[row] == side.read(0, 1)[0]) if mask else np.zeros_like(tokens[row])
+        assert (segments[row] == documents).all() or not of_text
         assert (targets[row] >= 0).all() == of_text  # every token of a text is a target
 
 

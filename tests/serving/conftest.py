@@ -98,13 +98,13 @@ def served(
     assert not thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # no longer: other tests fork, and a server's threads do not survive that
 def tiny_server(tiny_run: LoadedRun) -> Iterator[Served]:
     with served(tiny_run) as found:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def talk_server(talk_run: LoadedRun) -> Iterator[Served]:
     with served(talk_run) as found:
         yield found
