@@ -53,8 +53,8 @@ def train(
     - `model(shape, vocab_size, seed, shard_module, family)` returns an nn.Module with `forward(tokens, targets,
       windows)` (summed loss in nats; under train.document_mask and for conversations also `segments`), `logits(tokens,
       cache, last)`, `blocks`, `model.recompute`, `lm_head.weight` and `shape`, as Transformer has them. Each block goes
-      through `shard_module` as soon as it is made. Weights depend on `seed` alone. `open_run` must be given the same callable, with
-      `shard_module` left out.
+      through `shard_module` as soon as it is made. Weights depend on `seed` alone. `open_run` must be given the same
+      callable, with `shard_module` left out.
     - `optimizer(model, train, orthogonalise_in, sharding)` returns an object with `moments`, a dict from names to
       LocalShards that holds all of its state, and `step(step, lr_factor, scale, finite)`: update `step` with gradients
       times `scale`; if `finite` (a bool on the device) is false, weights and moments keep every bit.
