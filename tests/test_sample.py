@@ -45,6 +45,7 @@ class Terminal:
         self.child, self.said, self.last = os.fork(), "", time.monotonic() + 30
         if self.child == 0:
             try:
+                os.close(self.end)  # or the terminal would outlive its reader
                 os.setsid()
                 ioctl(other, termios.TIOCSCTTY, 0)
                 for number in (0, 1, 2):
@@ -197,6 +198,7 @@ def test_a_shell_whose_text_goes_to_a_file_asks_on_the_terminal(here: Path) -> N
     with shell(here, act=act) as terminal:
         terminal.type("The river\n")
         terminal.until("3 tokens in .*\n")
+        terminal.until("> $")
         terminal.type("\x04")
         assert terminal.status() == 0
     given = run(script("module:llm.sample", "tiny", "--tokens=3", "--seed=3", "--prompt=The river"), here)
