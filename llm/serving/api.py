@@ -246,13 +246,20 @@ async def chat(server: Server, request: Request) -> Response:
 
 
 def _jobs(
-    checkpoint: Checkpoint, asked: Common, prompts: list[list[int]], tokens: int, ends: Any, banned: Any
+    checkpoint: Checkpoint,
+    asked: Common,
+    prompts: list[list[int]],
+    tokens: int,
+    ends: tuple[int, ...],
+    banned: tuple[int, ...],
 ) -> list[Job]:
     """A job for each text, `n` of each prompt in a row. ApiError where a prompt is longer than the context."""
     context = checkpoint.run.model.shape.context
     if (longest := max(map(len, prompts))) > context:
         message = f"the prompt has {longest:,} tokens, more than the context of {context:,}: shorten it"
         raise bad(message, "context_length_exceeded", "messages" if isinstance(asked, Chat) else "prompt")
+    if asked.ignore_eos:
+        ends, banned = (), (*banned, *ends)
     seed = torch.seed() if asked.seed is None else asked.seed
     out: asyncio.Queue[Any] = asyncio.Queue()
     return [

@@ -170,14 +170,15 @@ class Engine:
         self.checkpoints = [each for each in self.checkpoints if each is self.newest or not each.is_idle]
 
     def _join(self) -> None:
-        """Move the first waiting job whose checkpoint has a free slot there. One a step: the others go on meanwhile."""
-        for job in self.waiting:
+        """Move waiting jobs to free slots: one a step, as others go on meanwhile; more where more wait than go on."""
+        most = max(1, len(self.waiting) - self.running)
+        for job in list(self.waiting):
             jobs = job.checkpoint.jobs
-            if len(jobs) < SLOTS:
+            if len(jobs) < SLOTS and most:
+                most -= 1
                 self.waiting.remove(job)
                 self._left_queue(job)
                 jobs[next(row for row in range(SLOTS) if row not in jobs)] = job
-                return
 
     def _left_queue(self, job: Job) -> None:
         job.checkpoint.waiting -= 1
@@ -213,7 +214,7 @@ class Engine:
 
 @torch.no_grad()
 def _advance(checkpoint: Checkpoint) -> dict[int, Token]:
-    """Run in the worker: a step of all rows, and the first token of the one that joins. The new token of each row."""
+    """Run in the worker: a step of all rows, and the first token of each that joins. The new token of each row."""
     slots, jobs = checkpoint.slots, dict(checkpoint.jobs)
     context = checkpoint.run.model.shape.context
     full = {row: job for row, job in jobs.items() if job.count == 0 or len(job.text) > context}

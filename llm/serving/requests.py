@@ -70,6 +70,7 @@ class Common(BaseModel):
         Annotated[float, Field(ge=BOUNDS["repetition_penalty"][0], le=BOUNDS["repetition_penalty"][1])] | None
     ) = None
     max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    ignore_eos: bool | None = None  # as vLLM and llama.cpp name it: exactly max_tokens tokens, for measurements
     # Accepted where they ask for nothing.
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

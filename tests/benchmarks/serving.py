@@ -1,7 +1,7 @@
 """The server under load: python tests/benchmarks/serving.py RUN [--clients 1 4 16 64] [--tokens 100] [--rounds 3] [--gguf FILE]
 
-The server runs in a process of its own, the clients in this one. Each client streams one answer, greedy, of another prompt; all
-start at once. One at a time, as many requests follow one another. Printed are tokens/s of all clients together and milliseconds
+The server runs in a process of its own, the clients in this one. Each client streams one answer of exactly
+--tokens tokens, greedy, of another prompt; all start at once. One at a time, as many requests follow one another. Printed are tokens/s of all clients together and milliseconds
 to the first token, min/median/max over rounds and clients, and whether each answer equals the one alone, to the letter. With
 --gguf, an f32 export of the same run, one client is compared with llama-cpp-python, in turn.
 """
@@ -48,7 +48,7 @@ def prompt_of(number: int) -> str:
 
 async def answer(port: int, number: int, tokens: int) -> tuple[str, float, int]:
     """Text, seconds to the first token, and how many tokens came. Read raw, so that the clients leave the cores to the server."""
-    body = {"prompt": prompt_of(number), "max_tokens": tokens, "temperature": 0, "stream": True}
+    body = {"prompt": prompt_of(number), "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True}
     data = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"

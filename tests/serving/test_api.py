@@ -42,7 +42,7 @@ def talker(talk_server: Served) -> Iterator[openai.OpenAI]:
 
 def ask(client: openai.OpenAI, prompt: Any = PROMPT, **settings: Any) -> Any:
     known = {"temperature": 0, "max_tokens": 30} | settings
-    extra = {name: known.pop(name) for name in ("top_k", "min_p", "repetition_penalty") if name in known}
+    extra = {name: known.pop(name) for name in ("top_k", "min_p", "repetition_penalty", "ignore_eos") if name in known}
     return client.completions.create(model="tiny", prompt=prompt, extra_body=extra, **known)
 
 
@@ -71,6 +71,13 @@ def test_a_seed_is_that_of_sample_too_and_n_are_several(
     (expected,) = continuations(tiny_run.model, tiny_run.tokenizer, [ids], 30, Sampling(**settings), 4)  # type: ignore[arg-type]
     assert ask(client, seed=4, **settings).choices[0].text == expected
     tiny_server.idle()
+
+
+def test_an_answer_that_ignores_its_end_has_all_its_tokens(client: openai.OpenAI) -> None:
+    settings: dict[str, Any] = {"n": 8, "temperature": 2.0, "max_tokens": 200, "seed": 1}
+    assert "stop" in [each.finish_reason for each in ask(client, **settings).choices]
+    whole = ask(client, **settings, ignore_eos=True)
+    assert {each.finish_reason for each in whole.choices} == {"length"} and whole.usage.completion_tokens == 8 * 200
 
 
 def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI) -> None:
