@@ -41,7 +41,7 @@ ENGLISH_PIECE = 3.44  # bytes per token of the packaged English text at 4,096 pi
 ENGLISH_GZIP = 2.918  # bits per byte of the packaged English text, in pieces of SAMPLE bytes
 SAMPLE, SAMPLES = 1 << 18, 8
 
-RUNGS = ((48, 48_000), (64, 80_000), (80, 128_000))  # width and tokens of a ladder's runs
+RUNGS = ((48, 64_000), (64, 128_000), (80, 256_000))  # width and tokens of a ladder's runs
 REACH = 4  # as many times the tokens of the last rung, the power law through the rungs is trusted
 RUNG_STEP, RUNG_CONTEXT, RUNG_PIECES = 1024, 256, 4096
 LADDER_WITHIN = 0.03
