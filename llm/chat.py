@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.base.command import Parser
 from llm.base.errors import LLMError, RecipeError, run
+from llm.data.conversations import checked
 from llm.inference import terminal
 from llm.inference.sampling import Sampling, flag
 
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     conversation = Conversation(open_run(given.run))
-    conversation.instruct(given.system or "")
+    # Arguments in another encoding than the locale's arrive as surrogates.
+    conversation.instruct((given.system or "").encode(errors="surrogateescape").decode(errors="replace"))
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)
     tell(f"{conversation.run.name}, seed {seed}")
     ask: Callable[[], str | None] = line_of_stdin
@@ -111,13 +113,13 @@ def command(conversation: "Conversation", text: str) -> None:
 
 def save(conversation: "Conversation", name: str) -> None:
     """Add the conversation to a .jsonl file. RecipeError where that is not possible."""
-    said = [each for each in conversation.messages if each["content"].strip()]
-    if not name or len(said) < 2:
+    if not name or not conversation.exchanges:
         raise RecipeError("write /save FILE.jsonl, after a first answer")
+    said = checked("the conversation", {"messages": [*conversation.system, *conversation.exchanges]})
     try:
         with Path(name).expanduser().open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": said}, ensure_ascii=False) + "\n")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RecipeError(f"{name[:200]} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     tell(f"(added to {name})")
 

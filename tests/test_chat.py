@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import llm.chat
 import llm.inference.chat
-from llm.base.errors import RecipeError
+from llm.base.errors import RecipeError, TextError
 from llm.data.chat_template import OwnTemplate
+from llm.data.conversations import checked
 from llm.inference.chat import Conversation
 from llm.inference.sampling import Sampling
 from llm.run_folder.loaded_run import open_run
@@ -198,6 +200,41 @@ def test_the_oldest_exchanges_are_dropped_whole(talk: Path) -> None:
     assert dropped == sorted(dropped) and dropped[-1] > 0
     with pytest.raises(RecipeError, match="shorten it"):
         conversation.prompt("The river " * 60, 8)
+
+
+def test_an_exchange_without_an_answer_is_neither_read_again_nor_saved(
+    talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before its first word, or ended at once: it can be taken back, and the rest is a conversation."""
+    conversation, ends = Conversation(open_run("talk", runs=talk / "runs")), iter([False, True, True, False])
+    spoken = conversation.run.tokenizer.encode("ab")
+
+    def answered(*given: object) -> Iterator[list[int]]:
+        if next(ends):
+            raise KeyboardInterrupt
+        yield from ([id] for id in spoken)
+
+    monkeypatch.setattr(llm.inference.chat, "generate", answered)
+    conversation.instruct(" \n")  # as good as none
+    for text in ("a", "b", "c", "d"):
+        with suppress(KeyboardInterrupt):
+            "".join(conversation.answer(text, 8, Sampling(), 1))
+    kept = [{"role": role, "content": text} for text in "ad" for role, text in (("user", text), ("assistant", "ab"))]
+    asked = {"role": "user", "content": "e"}
+    assert conversation.prompt("e", 8) == conversation.template.prompt([*kept, asked])
+    file = tmp_path / "said.jsonl"
+    llm.chat.save(conversation, str(file))
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert row["messages"] == kept == checked("it", row)
+    assert conversation.undo() and conversation.undo()  # d, then c, which was not answered
+    assert [each["content"] for each in conversation.messages] == ["a", "ab", "b", ""]
+    for name in ("a\0b", str(tmp_path), "/no/where/x", ""):
+        with pytest.raises(RecipeError):
+            llm.chat.save(conversation, name)
+    conversation.messages[0]["content"] = "a\0"
+    with pytest.raises(TextError, match="NUL"):
+        llm.chat.save(conversation, str(file))
+    assert len(file.read_text().splitlines()) == 1
 
 
 def test_an_answer_may_end_its_turn_and_a_text_may_not(talk: Path) -> None:

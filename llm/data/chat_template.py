@@ -21,6 +21,7 @@ CONTEXT, ANSWER, TURN = 0, 1, 2  # parts of ids: only read; to be learnt; the fi
 MARKERS = dict(zip(ROLES, CONTROLS, strict=False))
 END = CONTROLS[-1]
 GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+STAND_IN = re.compile("\ue000\\d+\ue001")
 # What `OwnTemplate` does, in jinja. transformers takes the ids within `generation` for those to be learnt.
 JINJA = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -108,8 +109,10 @@ class JinjaTemplate:
             )
         self._tokenizer, self.tagged = tokenizer, GENERATION.search(source) is not None
         self._template, self._named = _compiled(source), tokenizer.special_names
-        self.ends, self.banned = tokenizer.ends, tokenizer.banned
-        self.fingerprint = digest_of([source, self._named])
+        self._header, end = self._bounds()
+        self.ends, self.banned = tuple(sorted({*tokenizer.ends, *end})), tokenizer.banned
+        # The number counts changes to what is learnt where the template does not say it.
+        self.fingerprint = digest_of([source, self._named, *([] if self.tagged else [2])])
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         return [self._encode(list(messages)) for messages in conversations]
@@ -129,7 +132,10 @@ class JinjaTemplate:
                 for block in self._template.generate(messages=[dict(each) for each in messages], **given):
                     blocks.append(block)
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise RefusedError(f"the chat template fails on a conversation: {str(error)[:200]}") from error
+            begin = messages[0]["content"][:40] if messages else ""
+            raise RefusedError(
+                f"the chat template fails on the conversation that begins with {begin!r}: {str(error)[:200]}"
+            ) from error
         return "".join(blocks), spans
 
     def _encode(self, messages: list[Message]) -> Encoded:
@@ -145,43 +151,65 @@ class JinjaTemplate:
                 "end between {% generation %} and {% endgeneration %}"
             )
         else:
-            for (begin, end), message in zip(glue, messages, strict=True):
-                if message["role"] == "assistant":
-                    here = _overlapping(offsets, [(begin, end)])
-                    after = int(np.searchsorted(offsets[:, 0], end))
-                    if after < len(ids) and ids[after] in self._tokenizer.ends:  # the end of the turn
-                        here = np.append(here, after)
-                    parts[here] = ANSWER
+            parts[_overlapping(offsets, self._answers(messages, text, glue, ids, offsets))] = ANSWER
         for begin in self._turns(messages, text, glue, offsets[parts == ANSWER]):
             at = int(np.searchsorted(offsets[:, 0], begin))
             if at < len(ids) and offsets[at, 0] == begin and parts[at] == CONTEXT:
                 parts[at] = TURN
         return ids, parts
 
+    def _bounds(self) -> tuple[str, list[int]]:
+        """What stands between a message and its answer, and the id of the special token that ends one, if any."""
+        user, answer = ({"role": role, "content": f"\ue000{at}\ue001"} for at, role in enumerate(ROLES[1:]))
+        try:
+            asked, said = self.render([user], answer=True)[0], self.render([user, answer])[0]
+        except RefusedError:  # which is raised again on the first conversation
+            return "", []
+        _, found, header = asked.rpartition(user["content"])
+        after = self._tokenizer.encode(said.partition(answer["content"])[2])
+        return header if found else "", [id for id in after if not self._tokenizer.bytes_of(id)][:1]
+
+    def _answers(
+        self,
+        messages: list[Message],
+        text: str,
+        contents: list[tuple[int, int]],
+        ids: np.ndarray,
+        offsets: np.ndarray,
+    ) -> list[tuple[int, int]]:
+        """Where in `text` each answer stands: all that is to follow the prompt, up to the end of the turn."""
+        found, before = [], 0
+        bounds = [*(begin for begin, _ in contents[1:]), len(text)]
+        for (begin, end), after, message in zip(contents, bounds, messages, strict=True):
+            if message["role"] == "assistant":
+                if text.startswith(self._header, before) and before + len(self._header) <= begin:
+                    begin = before + len(self._header)
+                first, last = np.searchsorted(offsets[:, 0], [end, after]).tolist()
+                ending = next((at for at in range(first, last) if ids[at] in self.ends), None)
+                found.append((begin, end if ending is None else int(offsets[ending, 1])))
+            before = end
+        return found
+
     def _glue(self, messages: list[Message], text: str) -> list[tuple[int, int]] | None:
         """Where in `text` each message's content stands; None if the template alters content.
 
-        Found by rendering stand-ins, which no template knows.
+        Found by rendering stand-ins, which no template knows. A template may leave out space around what is said.
         """
         names = [f"\ue000{number}\ue001" for number in range(len(messages))]
         stood, _ = self.render([{**each, "content": name} for each, name in zip(messages, names, strict=True)])
-        found, begin, position = [], 0, 0
-        for name, message in zip(names, messages, strict=True):
-            if (at := stood.find(name, begin)) < 0:
+        if STAND_IN.findall(stood) != names:
+            return None
+        head, *glue = STAND_IN.split(stood)
+        found, at = [], len(head)
+        for message, after in zip(messages, glue, strict=True):
+            said = message["content"]
+            shorter = (said, said.strip(), said.lstrip("\n"), said.lstrip(), said.rstrip(), said.strip("\n"))
+            size = next((len(each) for each in shorter if text.startswith(each + after, at)), None)
+            if size is None:
                 return None
-            position += at - begin
-            begin = at + len(name)
-            content = message["content"]
-            if not text.startswith(content, position):
-                content = content.strip()  # as many templates do
-            if not text.startswith(content, position):
-                return None
-            found.append((position, position + len(content)))
-            position += len(content)
-        begins, ends = [*(begin for begin, _ in found), len(text)], [0, *(end for _, end in found)]
-        between = [text[end:begin] for end, begin in zip(ends, begins, strict=True)]
-        whole = "".join(part for pair in zip(between, names, strict=False) for part in pair) + between[-1]
-        return found if whole == stood else None
+            found.append((at, at + size))
+            at += size + len(after)
+        return found if text.startswith(head) and at == len(text) else None
 
     def _turns(
         self, messages: list[Message], text: str, contents: list[tuple[int, int]] | None, answers: np.ndarray

@@ -39,9 +39,8 @@ def checked(place: str, row: Any) -> list[Message]:
     role_key, content_key, names = FORMS[form]
     rows, messages = row[form], []
     if not isinstance(rows, list) or not rows:
-        raise TextError(
-            f"{place} has no list of messages in {form!r}: write [{{{role_key!r}: ..., {content_key!r}: ...}}]"
-        )
+        mend = f'write [{{"{role_key}": ..., "{content_key}": ...}}, ...]'
+        raise TextError(f"{place} has no list of messages in {form!r}: {mend}")
     for number, each in enumerate(rows, 1):
         where = f"{place}, message {number},"
         if not isinstance(each, dict):

@@ -140,20 +140,21 @@ class WindowTable:
 def _cut(begin: int, end: int, parts: np.ndarray, context: int) -> list[Piece]:
     """A conversation of tokens begin..end-1 as pieces of at most `context` + 1 tokens, each from a user's turn on.
 
-    What stands before the first turn is repeated. An exchange that is longer than a window goes on in pieces that
-    begin with the half window before.
+    What stands before the first turn is repeated, unless it is longer than half a window and leaves no room for the
+    exchange. An exchange that is longer than a window goes on in pieces that begin with the half window before.
     """
     most = context + 1
     if end - begin <= most:
         return [Piece(begin, end, (begin, begin), begin + 1)]
     turns = [begin + at for at in np.flatnonzero(parts == TURN).tolist()]
-    prefix = (begin, turns[0]) if turns and turns[0] - begin <= most // 2 else (begin, begin)
+    prefix = (begin, turns[0] if turns else begin)
     bounds = [begin, *turns[1:], end]
     pieces: list[Piece] = []
     first = 0
     while first < len(bounds) - 1:
         low = bounds[first]
-        repeated = prefix if low > begin else (begin, begin)
+        fits = prefix[1] - begin <= most // 2 or prefix[1] - begin + bounds[first + 1] - low <= most
+        repeated = prefix if low > begin and fits else (begin, begin)
         room = most - (repeated[1] - repeated[0])
         last = first + 1
         while last + 1 < len(bounds) and bounds[last + 1] - low <= room:

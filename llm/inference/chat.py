@@ -34,10 +34,17 @@ class Conversation:
     def system(self) -> list[Message]:
         return [each for each in self.messages[:1] if each["role"] == "system"]
 
+    @property
+    def exchanges(self) -> list[Message]:
+        """Users' messages and their answers. One whose answer says nothing, as it was stopped at once, is left out."""
+        said = self.messages[len(self.system) :]
+        pairs = zip(said[::2], said[1::2], strict=True)
+        return [each for pair in pairs if pair[1]["content"].strip() for each in pair]
+
     def instruct(self, text: str) -> None:
-        """Replace the system message; with an empty text, remove it."""
+        """Replace the system message; with a blank text, remove it."""
         rest = self.messages[len(self.system) :]
-        self.messages = [*([{"role": "system", "content": text}] if text else []), *rest]
+        self.messages = [*([{"role": "system", "content": text}] if text.strip() else []), *rest]
 
     def reset(self) -> None:
         self.messages = self.system
@@ -52,11 +59,11 @@ class Conversation:
         """The ids before the answer to `text`. RecipeError if the context cannot hold it alone."""
         context, system = self.run.model.shape.context, self.system
         room = context - min(tokens, context // ROOM)
-        said = self.messages[len(system) :]
+        said = whole = self.exchanges
         while True:
             ids = self.template.prompt([*system, *said, {"role": "user", "content": text}])
             if len(ids) <= room:
-                self.dropped = len(self.messages) - len(system) - len(said)
+                self.dropped = len(whole) - len(said)
                 return ids
             if not said:
                 raise RecipeError(

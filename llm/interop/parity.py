@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm.base.errors import RefusedError, optional
-from llm.data.chat_template import ANSWER, template_of
+from llm.data.chat_template import ANSWER, ChatTemplate, template_of
 from llm.data.conversations import Message
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.distributed.threads import cores
@@ -233,7 +233,10 @@ def _spells(text: str, tokenizer: Tokenizer) -> bool:
 
 def _same_conversations(theirs: Any, tokenizer: Tokenizer) -> str:
     """A line on equal ids and answers of tough conversations, as transformers renders them; else RefusedError."""
-    tough, template = conversations(tokenizer), template_of(tokenizer)
+    template = template_of(tokenizer)
+    tough = [messages for messages in conversations(tokenizer) if _takes(template, messages)]
+    if not tough:
+        raise RefusedError("the chat template fails on each of the conversations that would be compared")
     for messages, (ids, parts) in zip(tough, template.encode(tough), strict=True):
         found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         prompt = theirs.apply_chat_template(messages, return_dict=True, add_generation_prompt=True)["input_ids"]
@@ -243,6 +246,15 @@ def _same_conversations(theirs: Any, tokenizer: Tokenizer) -> str:
         ):
             raise RefusedError(f"the chat template gives other ids of {str(messages)[:80]} than the run has")
     return f"chat template: {len(tough):,} tough conversations equal, ids and answers"
+
+
+def _takes(template: ChatTemplate, messages: list[Message]) -> bool:
+    """False if the template refuses such a conversation, as some do that know no system message."""
+    try:
+        template.prompt(messages)
+    except RefusedError:
+        return False
+    return True
 
 
 def _same_ids(theirs: Any, tokenizer: Tokenizer, chat: bool) -> str:

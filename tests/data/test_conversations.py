@@ -21,7 +21,7 @@ from llm.data.chat_template import ANSWER, CONTEXT, TURN, JinjaTemplate, OwnTemp
 from llm.data.conversations import Message, checked, from_turns
 from llm.data.documents import Corpus
 from llm.data.hf_tokenizer import HFTokenizer
-from llm.data.packing import PackedShuffle, WindowTable
+from llm.data.packing import PackedShuffle, WindowTable, _cut
 from llm.data.pipeline import Prepared, prepare
 from llm.data.tokenizer import CONTROLS, Tokenizer
 from llm.interop.hf_files import tokenizer_files
@@ -146,6 +146,45 @@ def test_answers_of_a_template_without_the_tag_end_with_the_end_of_the_turn() ->
     assert len(dialogues) > 20
     for ours, wanted in zip(untagged.encode(dialogues), tagged.encode(dialogues), strict=True):
         assert ours[0].tolist() == wanted[0].tolist() and ours[1].tolist() == wanted[1].tolist()
+
+
+# What an answer's place is decided by, in templates that do not mark it: space that is left out, words that only the last
+# answer begins with, an end that the tokenizer does not name, space before the end, no system message.
+THINKING = UNTAGGED.replace(
+    "message['content']",
+    "(('<think>\n\n</think>\n\n' + message['content'].lstrip('\n')) "
+    "if loop.last and message.role == 'assistant' else message['content'])",
+)
+BRACKETS = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ '[Q] ' + message['content'].strip() + ' [A]' }}"
+    "{% elif message.role == 'system' %}{{ raise_exception('no system here') }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' <|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("source", [UNTAGGED, CHATML, THINKING, BRACKETS])
+def test_what_follows_the_prompt_is_what_is_learnt(source: str, end: str) -> None:
+    """The last answer is all that is rendered behind its prompt, up to the template's own end of the turn."""
+    stranger = foreign(source)
+    id = stranger._library.token_to_id(end)
+    tokenizer = HFTokenizer(stranger.files, bos=0, ends=[id], vocab_size=stranger.vocab_size, name="foreign")
+    template, ending = template_of(tokenizer), stranger._library.token_to_id("<|im_end|>")
+    assert ending in template.ends and ending not in template.banned
+    for said in ("It rises.", "\n It rises.\n", "\n\nIt rises", " 7", "\tIt\n\n"):
+        messages = [{"role": ("user", "assistant")[at % 2], "content": said} for at in range(4)]
+        ((ids, parts),) = template.encode([messages])
+        prompt = template.prompt(messages[:3])
+        assert ids[: len(prompt)].tolist() == prompt
+        rest, learnt = ids[len(prompt) :].tolist(), parts[len(prompt) :] == ANSWER
+        stop = rest.index(ending)
+        assert learnt[: stop + 1].all() and not learnt[stop + 1 :].any(), (said, tokenizer.decode(rest))
+        assert (ids[parts == ANSWER] == ending).sum() == 2 and (parts == TURN).sum() == 2
+
+
+def test_a_template_that_fails_on_a_conversation_says_on_which() -> None:
+    with pytest.raises(RefusedError, match=r"begins with 'Be kind': no system here"):
+        template_of(foreign(BRACKETS)).encode([[{"role": "system", "content": "Be kind"}]])
 
 
 def test_a_template_that_alters_what_is_said_and_marks_no_answers_is_refused() -> None:
@@ -296,6 +335,19 @@ def test_a_long_conversation_is_cut_to_conversations(tmp_path: Path, kind: str) 
                 assert ids in alone or (*ids, *trailing) in alone, made.tokenizer.decode(ids)
                 seen += 1
     assert seen > 10
+
+
+def test_a_long_system_message_stands_before_each_exchange_that_it_leaves_room_for() -> None:
+    """Longer than half a window, it is still repeated; where an exchange needs the room, the exchange is whole."""
+    system, exchange, long = [CONTEXT] * 40, [TURN, CONTEXT, ANSWER, ANSWER], [TURN, *[CONTEXT] * 30, ANSWER]
+    parts = np.array([*system, *exchange * 9, *long, *exchange * 2], np.uint8)
+    pieces = _cut(0, len(parts), parts, 63)
+    assert all(piece.size <= 63 for piece in pieces)
+    without = [piece for piece in pieces if piece.begin > 0 and piece.prefix == (0, 0)]
+    assert [parts[piece.begin : piece.end].tolist()[: len(long)] for piece in without] == [long]
+    assert all(piece.prefix == (0, 40) for piece in pieces if piece.begin > 0 and piece not in without)
+    learnt = [at for piece in pieces for at in range(max(piece.begin, piece.counted), piece.end) if parts[at] == ANSWER]
+    assert learnt == np.flatnonzero(parts == ANSWER).tolist()
 
 
 def test_a_packed_window_is_its_conversations_alone(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm.base.errors import RefusedError
 from llm.data.chat_template import GO, JINJA, PLAIN_JINJA, JinjaTemplate, OwnTemplate
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import CONTROLS, Tokenizer
-from llm.interop.parity import conversations
+from llm.interop.parity import _same_conversations, conversations
 from llm.run_folder.loaded_run import open_run
-from tests.data.test_conversations import CHATML, foreign, opened
+from tests.data.test_conversations import BRACKETS, CHATML, THINKING, foreign, opened
 from tests.forks import SENTENCES, digest, run, script, train
 from tests.test_chat import chat_recipe, done, here, talk
 
@@ -107,6 +108,16 @@ def test_a_strangers_model_is_taught_by_its_own_template(here: Path, tmp_path: P
     assert ended.status == 0, ended.err
     assert "100 tough conversations equal, ids and answers" in ended.out
     assert (tmp_path / "whole/out/chat_template.jinja").read_text() == CHATML
+
+
+@pytest.mark.parametrize(("source", "count"), [(CHATML, 100), (THINKING, 100), (BRACKETS, 50)])
+def test_what_a_strangers_template_takes_is_compared(tmp_path: Path, source: str, count: int) -> None:
+    """A template that refuses system messages is compared on the conversations without one."""
+    tokenizer = foreign(source)
+    assert f": {count} tough conversations equal" in _same_conversations(opened(tokenizer, tmp_path), tokenizer)
+    nothing = foreign("{{ raise_exception('no') }}")
+    with pytest.raises(RefusedError, match="fails on each"):
+        _same_conversations(opened(nothing, tmp_path), nothing)
 
 
 def test_a_folder_without_a_template_is_refused_in_one_line(here: Path, tmp_path: Path) -> None:

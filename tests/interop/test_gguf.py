@@ -5,6 +5,7 @@ Run with `python -m pytest -m llama_cpp`, after `pip install llama-cpp-python` (
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llm.base.errors import RefusedError
 from llm.config.schema import Model
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.inference.generation import Sampling, generate
-from llm.interop import gguf
+from llm.interop import gguf, parity
 from llm.interop.hf_files import model_files
 from llm.interop.parity import check_llama_cpp, tough_texts
 from llm.model.transformer import Transformer
@@ -116,6 +117,21 @@ def test_5000_tough_texts_have_their_ids(tmp_path: Path, tokenizer: Tokenizer) -
 # ------------------------------------------------------------------------------------------ planted errors
 
 
+def test_1000_tough_conversations_have_their_ids(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rendered from the file's own template; a template that differs in one space is refused."""
+    opened = made(tmp_path, tiny.shape(context=256), tokenizer)
+    opened = replace(opened, checkpoint=Checkpoint(tmp_path, {"chat": True}))
+    monkeypatch.setattr(parity, "conversations", partial(parity.conversations, count=1_000))
+    gguf.write(tmp_path, opened, "f32")
+    assert any("tough conversations equal" in line for line in gguf.check(tmp_path, opened, "f32"))
+    monkeypatch.setattr(gguf, "PLAIN_JINJA", gguf.PLAIN_JINJA.replace("'|>'", "'|> '"))
+    gguf.write(tmp_path, opened, "f32")
+    with pytest.raises(RefusedError, match="of the conversation"):
+        list(gguf.check(tmp_path, opened, "f32"))
+
+
 def settings_changed(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
     def plant(patch: pytest.MonkeyPatch) -> None:
         real = gguf.settings
@@ -191,7 +207,7 @@ def test_a_planted_error_is_caught(
         written = WEIGHTS[what](opened)
     gguf.write(tmp_path, written, "f32")
     with pytest.raises(RefusedError):
-        print(list(check_llama_cpp(gguf.file_of(tmp_path, opened, "f32"), opened.model, tokenizer, "f32")))
+        print(list(check_llama_cpp(gguf.file_of(tmp_path, opened, "f32"), opened.model, tokenizer, "f32", False)))
 
 
 def test_what_cannot_be_joined_cannot_be_a_control_piece(tokenizer: Tokenizer) -> None:
