@@ -155,8 +155,7 @@ def shards_of(past: Past, cache: Path, survey: Survey, tokenizer: Tokenizer) -> 
     except RefusedError:
         return None
     same = shards.manifest["tokenizer"] == tokenizer.fingerprint and shards.manifest["validation"] == survey.share
-    whole = len(shards.train.document_keys()) == shards.train.documents
-    return shards if same and whole and shards.is_chat == survey.is_chat else None
+    return shards if same and shards.train.has_keys and shards.is_chat == survey.is_chat else None
 
 
 def common(old: Shards | None, survey: Survey) -> list[int]:

@@ -1,4 +1,4 @@
-"""Write token shards: documents in blocks, encoded in threads or processes, gathered into files.
+"""Write token shards: documents in blocks, encoded in threads or processes or on several machines, gathered into files.
 
 A file is finished once the journal names it; the manifest is written last and completes the folder.
 """
@@ -19,14 +19,13 @@ from llm.data.documents import key_of
 from llm.data.encoding import ConversationEncoder, LocalEncoder, ProcessEncoder
 from llm.data.reuse import JOURNAL, KnownTokens, merged
 from llm.data.shards import FORMAT, SIDES, Files, is_whole, view
+from llm.data.sharing import Block, Shared
 from llm.data.sources import lean_datasets
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.threads import cores
 
 FILE = 16 << 20  # bytes of text in a file, which are held in memory until it is written
 BLOCK = 1 << 20  # bytes of text encoded at once: little memory, yet the overhead per block does not matter
-
-Block = dict[str, Any]  # of one side: text and lengths of its documents; once encoded, their tokens and starts
 
 
 def write(
@@ -39,8 +38,11 @@ def write(
     processes: int = 0,
     chat: bool = False,
     files: Files | None = None,
+    begin: Sequence[int] | None = None,
     before: Sequence[int] = (0, 0),
     known: KnownTokens | None = None,
+    shared: Shared | None = None,
+    writes: bool = True,
 ) -> Iterator[int]:
     """Encode `documents` into shards in `folder`; yields the bytes of text done so far, step by step.
 
@@ -51,19 +53,32 @@ def write(
 
     Documents may begin behind the first `before` (train, validation) ones if all these are in `files`, which
     `finished` gave, or are the first of `known`; the tokens of others that are `known` are copied too.
+
+    Where the blocks are `shared` with other machines, all encode the documents behind the first `begin`, although this
+    one may have more of them in files, or writes none.
     """
-    files = finished(folder) if files is None else files
+    files = {side: [] for side in SIDES} if not writes else finished(folder) if files is None else files
+    begin = counts(files) if begin is None else begin
+    ahead = {side: there - start for side, there, start in zip(SIDES, counts(files), begin, strict=True)}
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     yield sum(file["text_bytes"] for file in itertools.chain(*files.values()))
     waiting: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    source = _blocks(documents, val_fraction, counts(files), before, known)
-    for block in _encoded(source, tokenizer, dtype, processes, chat, known):
+    source = _blocks(documents, val_fraction, begin, before, known)
+    blocks = _encoded(shared.own(source) if shared else source, tokenizer, dtype, processes, chat, known)
+    for block in shared.all(blocks) if shared else blocks:
         side = block["side"]
-        waiting[side].append(block)
+        if ahead[side] > 0:  # whole files of blocks
+            ahead[side] -= len(block["starts"])
+            continue
         yield block["text_bytes"]
+        if not writes:
+            continue
+        waiting[side].append(block)
         if sum(each["text_bytes"] for each in waiting[side]) >= FILE:
             _write_file(folder, files, side, waiting[side])
             waiting[side] = []
+    if not writes:
+        return
     for side in SIDES:
         if waiting[side]:
             _write_file(folder, files, side, waiting[side])
