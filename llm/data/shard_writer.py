@@ -118,16 +118,17 @@ def _blocks(
     for side, (there, start) in enumerate(zip(done, before, strict=True)):
         for document in range(there, start):
             assert known is not None, "only known documents may lie before the first"
-            yield from blocks[side].add_known(known.number(side, document))
+            if block := blocks[side].add_known(known.number(side, document)):
+                yield block
     for text in documents:
         key = key_of(text)
         index = int(key / 2**64 < val_fraction)
         if skip[index]:
             skip[index] -= 1
             continue
-        yield from blocks[index].add(text, key)
-    for block in blocks:
-        yield from block.rest()
+        if block := blocks[index].add(text, key):
+            yield block
+    yield from filter(None, (side.rest() for side in blocks))
 
 
 class _Gathering:
@@ -144,22 +145,20 @@ class _Gathering:
         self._numbers: list[int] = []
         self._bytes = 0
 
-    def add(self, document: bytes, key: int, number: int = -1, size: int = 0) -> Iterator[Block]:
+    def add(self, document: bytes, key: int, number: int = -1, size: int = 0) -> Block | None:
         self._texts.append(document)
         self._keys.append(key)
         self._sizes.append(size or len(document))
         self._numbers.append(number)
         self._bytes += self._sizes[-1]
-        if self._bytes >= BLOCK:
-            yield self._block()
+        return self._block() if self._bytes >= BLOCK else None
 
-    def add_known(self, number: int) -> Iterator[Block]:
+    def add_known(self, number: int) -> Block | None:
         assert self._known is not None
         return self.add(b"", int(self._known.keys[number]), number, int(self._known.lengths[number]))
 
-    def rest(self) -> Iterator[Block]:
-        if self._sizes:
-            yield self._block()
+    def rest(self) -> Block | None:
+        return self._block() if self._sizes else None
 
     def _block(self) -> Block:
         keys, sizes = np.array(self._keys, np.uint64), np.array(self._sizes, np.int32)
