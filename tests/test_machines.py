@@ -184,9 +184,9 @@ def test_two_machines_prepare_a_text_together_and_one_that_dies_costs_no_finishe
     draw, words = np.random.default_rng(0), " ".join(SENTENCES).split()
     text = tmp_path / "text.txt"
     with text.open("w") as file:
-        for number in range(70_000):
+        for number in range(50_000):
             file.write(f"{number} {' '.join(words[at] for at in draw.integers(0, len(words), 100))}\n<|endoftext|>\n")
-    shorter = ("train.steps=4", "checkpoint.every=4", "evaluate.every=4")
+    shorter = ("train.steps=4", "checkpoint.every=4", "evaluate.every=4", "text.validation=0.0005")
     alone = write(tmp_path / "alone", text)
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml", *shorter],
@@ -216,5 +216,5 @@ def test_two_machines_prepare_a_text_together_and_one_that_dies_costs_no_finishe
     shares = re.findall(r"encoding: ([\d.]+) \+ ([\d.]+) MB on 2 machines", machines[0].said())
     assert len(shares) == 1, "of the second start; the first did not come so far"
     one, other = map(float, shares[0])
-    assert abs(one - other) < 3 and 10 < one + other < text.stat().st_size / 1e6 - 16
+    assert abs(one - other) < 3 and 5 < one + other < text.stat().st_size / 1e6 - 16
     print(f"{disks} disks: {one} and {other} MB encoded after the kill, of {text.stat().st_size / 1e6:.1f}")
