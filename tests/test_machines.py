@@ -5,6 +5,7 @@ A machine dies as a machine does: everything in its namespace is killed at once.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from llm.base import atomic_io
 from llm.run_folder import checkpoint
-from tests.forks import ROOT, digest, write_recipe, write_text
+from tests.forks import ROOT, SENTENCES, digest, write_recipe, write_text
 
 pytestmark = pytest.mark.slow
 STEPS = 240
@@ -168,3 +171,50 @@ def test_a_machine_that_dies_changes_nothing(
     status = json.loads((both[0].folder / "runs/tiny/status.json").read_text())
     assert status["status"] == 0
     assert "resuming tiny" in both[0].said()
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    return {path.name: atomic_io.sha256(path) for path in folder.glob("cache/shards/*/*")}
+
+
+@pytest.mark.parametrize("disks", [2, 1])
+def test_two_machines_prepare_a_text_together_and_one_that_dies_costs_no_finished_file(
+    tmp_path: Path, machines: list[Machine], disks: int
+) -> None:
+    draw, words = np.random.default_rng(0), " ".join(SENTENCES).split()
+    text = tmp_path / "text.txt"
+    with text.open("w") as file:
+        for number in range(50_000):
+            file.write(f"{number} {' '.join(words[at] for at in draw.integers(0, len(words), 100))}\n<|endoftext|>\n")
+    shorter = ("train.steps=4", "checkpoint.every=4", "evaluate.every=4", "text.validation=0.0005")
+    alone = write(tmp_path / "alone", text)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), "recipe.yaml", *shorter],
+        cwd=alone,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+    folders = [write(tmp_path / f"together-{number}", text) for number in range(disks)]
+    for number, machine in enumerate(machines):
+        machine.folder = folders[number % disks]
+    start(machines, 1, *shorter)
+    until = time.monotonic() + 120
+    while not all([*folder.glob("cache/shards/*/journal.json")] for folder in folders):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    machines[1].die()
+    assert machines[0].ended(180) != 0 and "is gone" in machines[0].said(), machines[0].said()[-4000:]
+    there = [{path: path.stat().st_mtime_ns for path in folder.glob("cache/shards/*/*.arrow")} for folder in folders]
+    assert all(there)
+    start(machines, 1, *shorter)
+    finish(machines, 1)
+    for folder, times in zip(folders, there, strict=True):
+        assert shards_of(folder) == shards_of(alone)
+        assert {path: path.stat().st_mtime_ns for path in times} == times
+    shares = re.findall(r"encoding: ([\d.]+) \+ ([\d.]+) MB on 2 machines", machines[0].said())
+    assert len(shares) == 1, "of the second start; the first did not come so far"
+    one, other = map(float, shares[0])
+    assert abs(one - other) < 3 and 5 < one + other < text.stat().st_size / 1e6 - 16
+    print(f"{disks} disks: {one} and {other} MB encoded after the kill, of {text.stat().st_size / 1e6:.1f}")

@@ -179,14 +179,6 @@ class Place:
         return hashlib.sha256(text[:size]).hexdigest()
 
 
-def from_byte(chunks: Iterable[bytes], offset: int) -> Iterator[bytes]:
-    """The chunks without the first `offset` bytes."""
-    for chunk in chunks:
-        if offset < len(chunk):
-            yield chunk[offset:] if offset else chunk
-        offset = max(0, offset - len(chunk))
-
-
 def cut_documents(
     chunks: Iterable[bytes], rule: Rule, notes: Counter[str], place: Place | None = None
 ) -> Iterator[bytes]:
@@ -333,14 +325,14 @@ class Corpus:
     def _documents_of(
         self, source: Source, rule: Rule, notes: Counter[str], place: Place, watch: bool = False
     ) -> Iterator[bytes]:
+        if source.is_plain:
+            text = source.text_from(notes, max(0, place.offset - 1))
+            yield from cut_documents(place.watched(text) if watch else text, rule, notes, place)
+            return
         for chunks in source.texts(notes):
-            if not source.is_plain:
-                for document in [b"".join(chunks)] if source.is_chat else cut_documents(chunks, rule, notes):
-                    place.offset = -1
-                    yield document
-                continue
-            chunks = from_byte(chunks, max(0, place.offset - 1))
-            yield from cut_documents(place.watched(chunks) if watch else chunks, rule, notes, place)
+            for document in [b"".join(chunks)] if source.is_chat else cut_documents(chunks, rule, notes):
+                place.offset = -1
+                yield document
 
     def report(self) -> Iterator[tuple[str, int, int, str]]:
         """Name, documents and bytes of each source, and what was left out of it or why it is refused."""

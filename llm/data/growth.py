@@ -5,6 +5,7 @@ it was, its tokenizer, its rules and the fraction held out stay, so that each do
 only new documents are encoded, and what is gone is left out.
 """
 
+import hashlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,16 +134,17 @@ def _unchanged(corpus: Corpus, past: list[Any], survey: Survey) -> list[dict[str
     segments = [each for each in survey.segments if each["end"][0] < same or each["end"] == [same, 0]]
     rest = survey.segments[len(segments) :]
     if same < min(len(theirs), len(ours)) and corpus.sources[same].is_plain and theirs[same][0] == ours[same][0]:
-        place = Place(same)
-        chunks = place.watched(next(corpus.sources[same].texts(Counter())))
-        read = 0
+        chunks = iter(next(corpus.sources[same].texts(Counter())))
+        chunk, read = b"", 0
         for segment in rest:
             if segment["end"][0] != same:
                 break
-            place.offset = segment["end"][1]
-            while read < place.offset and (chunk := next(chunks, None)) is not None:
-                read += len(chunk)
-            if read < place.offset or place.digest() != segment["text"]:
+            digest, end = hashlib.sha256(), segment["end"][1]
+            while read < end and (chunk := chunk or next(chunks, b"")):
+                part, chunk = chunk[: end - read], chunk[end - read :]
+                digest.update(part)
+                read += len(part)
+            if read < end or digest.hexdigest() != segment["text"]:
                 break
             segments.append(segment)
     return segments
@@ -155,8 +157,7 @@ def shards_of(past: Past, cache: Path, survey: Survey, tokenizer: Tokenizer) -> 
     except RefusedError:
         return None
     same = shards.manifest["tokenizer"] == tokenizer.fingerprint and shards.manifest["validation"] == survey.share
-    whole = len(shards.train.document_keys()) == shards.train.documents
-    return shards if same and whole and shards.is_chat == survey.is_chat else None
+    return shards if same and shards.train.has_keys and shards.is_chat == survey.is_chat else None
 
 
 def common(old: Shards | None, survey: Survey) -> list[int]:

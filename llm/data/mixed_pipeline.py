@@ -15,6 +15,7 @@ from llm.data.conversations import text_of
 from llm.data.documents import Corpus, fraction
 from llm.data.progress import Say, Show
 from llm.data.shards import AnyShards, MixedShards, Shards
+from llm.data.sharing import Team
 from llm.data.sources import Source
 from llm.data.survey import SAMPLE, Survey, check, read_only, survey_of, surveyed
 from llm.data.tokenizer import Tokenizer
@@ -36,10 +37,11 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     own: Source | None = None,
     anew: bool = False,
+    team: Team | None = None,
 ) -> Prepared:
     """As pipeline.prepare, of a text or of several sources."""
     if not recipe.text.sources:
-        text = pipeline.prepare(recipe, say, progress, verify, tokenizer, own, anew)
+        text = pipeline.prepare(recipe, say, progress, verify, tokenizer, own, anew, team)
         return Prepared(text.tokenizer, text.shards)
     if tokenizer is None and recipe.tokenizer.path is None:
         tokenizer = (None if anew else _made_before(recipe)) or _trained(recipe, say, progress, verify)
@@ -49,7 +51,8 @@ def prepare(
         def say_of(line: str, name: str = source.name) -> None:
             say(f"{name}: {line}")
 
-        prepared = pipeline.prepare(alone(recipe, source), say_of, progress, verify, tokenizer, anew=anew)
+        one = alone(recipe, source)
+        prepared = pipeline.prepare(one, say_of, progress, verify, tokenizer, anew=anew, team=team)
         tokenizer, found[source.name] = prepared.tokenizer, prepared.shards
     assert tokenizer is not None, "a recipe has a source"
     shards = MixedShards(found)
@@ -57,7 +60,7 @@ def prepare(
         mend = "remove it, or name .jsonl rows of messages"
         raise RecipeError(f"train.on = assistant, but no source holds conversations: {mend}")
     if recipe.evaluate.also:
-        shards.also = pipeline.prepare_also(recipe, tokenizer, say, progress, verify)
+        shards.also = pipeline.prepare_also(recipe, tokenizer, say, progress, verify, team)
     return Prepared(tokenizer, shards)
 
 

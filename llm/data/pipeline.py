@@ -6,7 +6,7 @@ The road of the data, and the module of each stage:
 2. chunks -> documents         documents.py                cut by a rule; their bytes are not altered
 3. survey and split            pipeline.py                 digest and sizes; a hash of each document picks its side
 4. tokenizer                   tokenizer.py                trained on the training side; hf_tokenizer.py for others'
-5. documents -> blocks of ids  encoding.py                 in threads or processes
+5. documents -> blocks of ids  encoding.py                 in threads or processes; sharing.py: on several machines
 6. blocks -> shards            shards.py                   Arrow files, mapped and read as one row of tokens
 7. shards -> windows           shuffle.py, packing.py      the window at each position, a function of the seed
 8. windows -> batches          batches.py                  the windows of a step and rank
@@ -17,6 +17,7 @@ once to encode it, and not at all if its files still have the size, times and in
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
 from llm.config.schema import Evaluate, Recipe
-from llm.data import growth, packing, shard_writer
+from llm.data import growth, packing, shard_writer, sharing
 from llm.data import shards as sharding
 from llm.data.chat_template import template_of
 from llm.data.conversations import text_of
@@ -32,12 +33,14 @@ from llm.data.documents import MAX_DOCUMENT, Corpus
 from llm.data.progress import Say, Show
 from llm.data.reuse import JOURNAL, KnownTokens, link
 from llm.data.shards import Shards
+from llm.data.sharing import Shared, Team
 from llm.data.sources import Source
 from llm.data.survey import SAMPLE, Survey, alone, check, cut_smaller, read_only, survey_of, survey_path, surveyed
 from llm.data.tokenizer import MANIFEST, SETTINGS, Tokenizer
 from llm.distributed.threads import cores
 
-LARGE = 16 << 20  # bytes of text from which it pays to start processes that encode it
+LARGE = 16 << 20  # bytes of text from which it pays to start processes that encode it, and to share it
+SHARDS = "these token shards"
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     own: Source | None = None,
     anew: bool = False,
+    team: Team | None = None,
 ) -> Prepared:
     """The recipe's text as tokens, from the cache where possible; `say` receives lines on progress and findings.
 
     A given `tokenizer` or `own` source replaces what the recipe names. `verify` reads the text again even if its
     files look unchanged, and checks every byte of the shards. A text that has grown since it was prepared keeps its
-    tokenizer and the documents that it holds out, unless it is to be prepared `anew`.
+    tokenizer and the documents that it holds out, unless it is to be prepared `anew`. The machines of a `team` all call
+    this, and encode a large text together.
     """
     cache = cache_of(recipe.text.cache or "data")
     show = Show(say, progress)
@@ -84,13 +89,13 @@ def prepare(
     say(f"tokenizer: {tokenizer.vocab_size:,} pieces{lossy}")
 
     old = growth.shards_of(past, cache, survey, tokenizer) if past and not verify else None
-    shards = _sharded(corpus, survey, tokenizer, cache, show, old, verify=verify)
+    shards = _sharded(corpus, survey, tokenizer, cache, show, old, team, verify=verify)
     shards.seen = corpus.seen
     if own is None:
         now = growth.Past(corpus.identity, corpus.most, asdict(survey), shards.folder.name, made or "")
         growth.record(cache, recipe, given, now)
     if recipe.evaluate.also:
-        shards.also = prepare_also(recipe, tokenizer, say, progress, verify)
+        shards.also = prepare_also(recipe, tokenizer, say, progress, verify, team)
     train, validation = shards.train, shards.validation
     tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
     if shards.is_chat:
@@ -131,12 +136,17 @@ def _say_text(corpus: Corpus, survey: Survey, recipe: Recipe, say: Say, own: Sou
 
 
 def prepare_also(
-    recipe: Recipe, tokenizer: Tokenizer, say: Say = print, progress: bool = True, verify: bool = False
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    say: Say = print,
+    progress: bool = True,
+    verify: bool = False,
+    team: Team | None = None,
 ) -> Shards:
     """The texts of evaluate.also in the tokens of the run."""
     plain = replace(recipe.text, files=recipe.evaluate.also, sources=())
     other = replace(recipe, text=plain, evaluate=Evaluate(), train=replace(recipe.train, on="auto"))
-    return prepare(other, say, progress, verify, tokenizer).shards
+    return prepare(other, say, progress, verify, tokenizer, team=team).shards
 
 
 def find_shards(recipe: Recipe) -> Shards | None:
@@ -232,45 +242,86 @@ def kept_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _sharded(
-    corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: Show, old: Shards | None, *, verify: bool
-) -> Shards:
+    corpus: Corpus, survey: Survey, tokenizer: Tokenizer, cache: Path, show: Show, old: Shards | None,
+    team: Team | None, *, verify: bool,
+) -> Shards:  # fmt: skip
     """The shards of this text, split and tokenizer; writing continues where an earlier call was killed.
 
-    Tokens of `old` shards are not encoded again.
+    Tokens of `old` shards are not encoded again. A `team` encodes a large text together.
     """
     about, folder = _shards_folder(cache, survey, tokenizer)
-    fingerprint = folder.name
-    with alone(folder, "these token shards", show.say):
-        if (folder / "manifest.json").is_file():
-            if not read_only(folder):
-                atomic_io.sweep(folder)
-                if (folder / JOURNAL).exists():  # a kill came between the manifest and its removal
-                    atomic_io.remove(folder / JOURNAL)
-            shards = Shards.open(folder, verify or None)
-            show.say(f"shards: {folder.parent}/{fingerprint[:12]}... (made before)")
-            return shards
+    with ExitStack() as held:
+        if team:
+            found = {"the text's": folder.name[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
+            team, old = _together(team, found, folder, sum(survey.text_bytes) >= LARGE, old, held, show)
+        if team is None:
+            held.enter_context(alone(folder, SHARDS, show.say))
+        made = (team is None or team.writes) and (folder / "manifest.json").is_file()
+        if made and not read_only(folder):
+            atomic_io.sweep(folder)
+            if (folder / JOURNAL).exists():  # a kill came between the manifest and its removal
+                atomic_io.remove(folder / JOURNAL)
+        if team or not made:
+            _write(corpus, survey, tokenizer, folder, show, old, team, about, made=made)
+        shards = Shards.open(folder, (verify or None) if made else False)
+    sides = [shards.train, shards.validation]
+    assert made or [side.documents for side in sides] == survey.documents, "a corpus gives the same or refuses"
+    show.say(f"shards: {folder.parent}/{folder.name[:12]}...{' (made before)' if made else ''}")
+    return shards
+
+
+def _together(
+    team: Team, made_of: dict[str, str], folder: Path, large: bool, old: Shards | None, held: ExitStack, show: Show
+) -> tuple[Team | None, Shards | None]:
+    """The team with its locks `held`, and the old shards if all have the same.
+
+    None in its place where each machine encodes by itself: a text that is not `large`, or one that another process
+    prepares, as two teams could wait for each other. GroupError if the text or the tokenizer is not the same.
+    """
+    with ExitStack() as tried:
+        takes = alone(folder, SHARDS, show.say, wait=False) if large and team.writes else nullcontext(large)
+        mine = tried.enter_context(takes)
+        found = sharing.told(team, [made_of, old and old.fingerprint, mine])
+        sharing.agree(team, [each[0] for each in found])
+        if not all(each[2] for each in found):
+            return None, old
+        held.enter_context(tried.pop_all())
+    return team, old if all(each[1] == found[0][1] for each in found) else None
+
+
+def _write(
+    corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path, show: Show, old: Shards | None,
+    team: Team | None, about: dict[str, Any], *, made: bool,
+) -> None:  # fmt: skip
+    """Encode the text into shards in `folder`, alone, or with the machines of a team that lack them."""
+    kept = growth.common(old, survey)
+    writes, files = (team is None or team.writes) and not made, None
+    if writes:
         _check_space(folder, sum(survey.text_bytes), tokenizer.vocab_size)
-        about |= {"fingerprint": fingerprint, "rule": survey.rule, "vocabulary": tokenizer.vocab_size}
-        about["segments"] = [segment["sha256"] for segment in survey.segments]
-        by_words = tokenizer.by_words and not survey.is_chat
-        processes = cores() if by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
-        kept = growth.common(old, survey)
         if old and not (folder / JOURNAL).is_file():
             link(old, folder, kept)
         files = shard_writer.finished(folder)
-        known = KnownTokens(old) if old else None
-        place, before = growth.begin(survey, shard_writer.counts(files), kept)
-        written = shard_writer.write(
-            corpus.documents(place=place), folder, tokenizer, val_fraction=survey.share, about=about,
-            processes=processes, chat=survey.is_chat, files=files, before=before, known=known,
-        )  # fmt: skip
-        for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
-            pass
-        shards = Shards.open(folder)
-    made = [shards.train, shards.validation]
-    assert [side.documents for side in made] == survey.documents, "a corpus gives the same documents or refuses"
-    show.say(f"shards: {folder.parent}/{fingerprint[:12]}...")
-    return shards
+    there = [done for done in sharing.told(team, files and shard_writer.counts(files)) if done]
+    if not there:
+        return  # every machine has them
+    begin = [min(side) for side in zip(*there, strict=True)]
+    about = {**about, "fingerprint": folder.name, "rule": survey.rule, "vocabulary": tokenizer.vocab_size}
+    about["segments"] = [segment["sha256"] for segment in survey.segments]
+    by_words = tokenizer.by_words and not survey.is_chat
+    processes = cores() if by_words and cores() > 1 and sum(survey.text_bytes) >= LARGE else 0
+    known = KnownTokens(old) if old else None
+    place, before = growth.begin(survey, begin, kept)
+    shared = Shared(team) if team else None
+    written = shard_writer.write(
+        corpus.documents(place=place), folder, tokenizer, val_fraction=survey.share, about=about, processes=processes,
+        chat=survey.is_chat, files=files, begin=begin, before=before, known=known, shared=shared, writes=writes,
+    )  # fmt: skip
+    for _ in show.over(written, "encoding", sum(survey.text_bytes), int):
+        pass
+    if shared:
+        sharing.told(team, None)  # the files of those that write for others are there
+        parts = " + ".join(f"{size / 1e6:,.1f}" for size in shared.text_bytes)
+        show.say(f"encoding: {parts} MB on {len(shared.text_bytes)} machines")
 
 
 def _check_space(folder: Path, text_bytes: int, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Write token shards: documents in blocks, encoded in threads or processes, gathered into files.
+"""Write token shards: documents in blocks, encoded in threads or processes or on several machines, gathered into files.
 
 A file is finished once the journal names it; the manifest is written last and completes the folder.
 """
@@ -19,14 +19,13 @@ from llm.data.documents import key_of
 from llm.data.encoding import ConversationEncoder, LocalEncoder, ProcessEncoder
 from llm.data.reuse import JOURNAL, KnownTokens, merged
 from llm.data.shards import FORMAT, SIDES, Files, is_whole, view
+from llm.data.sharing import Block, Shared
 from llm.data.sources import lean_datasets
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.threads import cores
 
 FILE = 16 << 20  # bytes of text in a file, which are held in memory until it is written
 BLOCK = 1 << 20  # bytes of text encoded at once: little memory, yet the overhead per block does not matter
-
-Block = dict[str, Any]  # of one side: text and lengths of its documents; once encoded, their tokens and starts
 
 
 def write(
@@ -39,8 +38,11 @@ def write(
     processes: int = 0,
     chat: bool = False,
     files: Files | None = None,
+    begin: Sequence[int] | None = None,
     before: Sequence[int] = (0, 0),
     known: KnownTokens | None = None,
+    shared: Shared | None = None,
+    writes: bool = True,
 ) -> Iterator[int]:
     """Encode `documents` into shards in `folder`; yields the bytes of text done so far, step by step.
 
@@ -51,19 +53,32 @@ def write(
 
     Documents may begin behind the first `before` (train, validation) ones if all these are in `files`, which
     `finished` gave, or are the first of `known`; the tokens of others that are `known` are copied too.
+
+    Where the blocks are `shared` with other machines, all encode the documents behind the first `begin`, although this
+    one may have more of them in files, or writes none.
     """
-    files = finished(folder) if files is None else files
+    files = {side: [] for side in SIDES} if not writes else finished(folder) if files is None else files
+    begin = counts(files) if begin is None else begin
+    ahead = {side: there - start for side, there, start in zip(SIDES, counts(files), begin, strict=True)}
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     yield sum(file["text_bytes"] for file in itertools.chain(*files.values()))
     waiting: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    source = _blocks(documents, val_fraction, counts(files), before, known)
-    for block in _encoded(source, tokenizer, dtype, processes, chat, known):
+    source = _blocks(documents, val_fraction, begin, before, known)
+    blocks = _encoded(shared.own(source) if shared else source, tokenizer, dtype, processes, chat, known)
+    for block in shared.all(blocks) if shared else blocks:
         side = block["side"]
-        waiting[side].append(block)
+        if ahead[side] > 0:  # whole files of blocks
+            ahead[side] -= len(block["starts"])
+            continue
         yield block["text_bytes"]
+        if not writes:
+            continue
+        waiting[side].append(block)
         if sum(each["text_bytes"] for each in waiting[side]) >= FILE:
             _write_file(folder, files, side, waiting[side])
             waiting[side] = []
+    if not writes:
+        return
     for side in SIDES:
         if waiting[side]:
             _write_file(folder, files, side, waiting[side])
@@ -103,16 +118,17 @@ def _blocks(
     for side, (there, start) in enumerate(zip(done, before, strict=True)):
         for document in range(there, start):
             assert known is not None, "only known documents may lie before the first"
-            yield from blocks[side].add_known(known.number(side, document))
+            if block := blocks[side].add_known(known.number(side, document)):
+                yield block
     for text in documents:
         key = key_of(text)
         index = int(key / 2**64 < val_fraction)
         if skip[index]:
             skip[index] -= 1
             continue
-        yield from blocks[index].add(text, key)
-    for block in blocks:
-        yield from block.rest()
+        if block := blocks[index].add(text, key):
+            yield block
+    yield from filter(None, (side.rest() for side in blocks))
 
 
 class _Gathering:
@@ -129,22 +145,20 @@ class _Gathering:
         self._numbers: list[int] = []
         self._bytes = 0
 
-    def add(self, document: bytes, key: int, number: int = -1, size: int = 0) -> Iterator[Block]:
+    def add(self, document: bytes, key: int, number: int = -1, size: int = 0) -> Block | None:
         self._texts.append(document)
         self._keys.append(key)
         self._sizes.append(size or len(document))
         self._numbers.append(number)
         self._bytes += self._sizes[-1]
-        if self._bytes >= BLOCK:
-            yield self._block()
+        return self._block() if self._bytes >= BLOCK else None
 
-    def add_known(self, number: int) -> Iterator[Block]:
+    def add_known(self, number: int) -> Block | None:
         assert self._known is not None
         return self.add(b"", int(self._known.keys[number]), number, int(self._known.lengths[number]))
 
-    def rest(self) -> Iterator[Block]:
-        if self._sizes:
-            yield self._block()
+    def rest(self) -> Block | None:
+        return self._block() if self._sizes else None
 
     def _block(self) -> Block:
         keys, sizes = np.array(self._keys, np.uint64), np.array(self._sizes, np.int32)

@@ -92,6 +92,11 @@ class Split:
         starts = (np.add(each.starts[:-1], at, dtype=np.int64) for each, at in columns)
         return np.concatenate([np.empty(0, np.int64), *starts])
 
+    @property
+    def has_keys(self) -> bool:
+        """False for shards of earlier versions."""
+        return sum(len(each.keys) for each in self._columns) == self.documents
+
     def document_keys(self) -> np.ndarray:
         """documents.key_of each document: (documents,) of uint64. Shards of earlier versions have none."""
         return np.concatenate([np.empty(0, np.uint64), *(each.keys for each in self._columns)])

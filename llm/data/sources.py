@@ -62,6 +62,11 @@ class Source:
         stat = self.path.stat()
         return stat.st_dev, stat.st_ino
 
+    def text_from(self, notes: Counter[str], begin: int) -> Iterable[bytes]:
+        """The text of a plain source in chunks, without the first `begin` bytes, which were read before."""
+        assert self.path is not None
+        return text_files.read_from(self.path, self.identity, notes, begin) if begin else next(self.texts(notes))
+
     @property
     def size(self) -> int | None:
         """Bytes of text, where they are known without reading it."""

@@ -63,18 +63,23 @@ def cut_smaller(survey: Survey) -> int:
 
 
 @contextmanager
-def alone(path: Path, what: str, say: Say) -> Iterator[None]:
-    """Hold the lock of a cache entry; a process that has to wait for another says so. A read-only cache needs none."""
+def alone(path: Path, what: str, say: Say, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a cache entry; a process that has to wait for another says so. A read-only cache needs none.
+
+    Without `wait` it yields False if another process holds the lock.
+    """
     lock = path.parent.parent / "locks" / f"{path.parent.name}-{path.stem}.lock"
     if read_only(lock.parent):
-        yield
+        yield True
         return
     with ExitStack() as held:
-        if not held.enter_context(atomic_io.lock(lock)):
+        mine = held.enter_context(atomic_io.lock(lock))
+        if not mine and wait:
             say(f"another process prepares {what}: waiting for it")
-            held.enter_context(atomic_io.lock(lock, wait=True))
-        atomic_io.sweep(path.parent, of=path.name)
-        yield
+            mine = held.enter_context(atomic_io.lock(lock, wait=True))
+        if mine:
+            atomic_io.sweep(path.parent, of=path.name)
+        yield mine
 
 
 def read_only(path: Path) -> bool:

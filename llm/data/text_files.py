@@ -11,7 +11,7 @@ import re
 import shlex
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,11 +82,47 @@ def read_chunks(path: Path, expected: Any, notes: Counter[str]) -> Iterator[byte
         yield last
 
 
-def unpacked(path: Path, expected: Any) -> Iterator[bytes]:
-    """The file's bytes, unpacked if it is compressed. TextError if it is damaged or changes while it is read."""
+def read_from(path: Path, expected: Any, notes: Counter[str], begin: int) -> Iterator[bytes]:
+    """As read_chunks, without the first `begin` bytes of the text, which were read before.
+
+    They are read again only of a file that is compressed or in UTF-16.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not begin or packed_as(path) or (head.startswith(UTF16) and not head.startswith(UTF32)):
+        yield from from_byte(read_chunks(path, expected, notes), begin)
+        return
+    at = begin + len(codecs.BOM_UTF8) * head.startswith(codecs.BOM_UTF8)
+    check: _Utf8Check | None = None
+    for chunk in unpacked(path, expected, at):
+        if check is None:
+            check = _Utf8Check(path)
+            whole = next((n for n, byte in enumerate(chunk[:4]) if byte & 0xC0 != 0x80), 0)  # where a character begins
+            check.offset = at + whole
+            yield chunk[:whole] + check.feed(chunk[whole:])
+        else:
+            yield check.feed(chunk)
+    if check is not None:
+        check.feed(b"")
+
+
+def from_byte(chunks: Iterable[bytes], offset: int) -> Iterator[bytes]:
+    """The chunks without the first `offset` bytes."""
+    for chunk in chunks:
+        if offset < len(chunk):
+            yield chunk[offset:] if offset else chunk
+        offset = max(0, offset - len(chunk))
+
+
+def unpacked(path: Path, expected: Any, begin: int = 0) -> Iterator[bytes]:
+    """The file's bytes, from byte `begin` of the file on, unpacked if it is compressed.
+
+    TextError if it is damaged or changes while it is read.
+    """
     kind = packed_as(path)
     try:
         with path.open("rb") as file:
+            file.seek(begin)
             read = _READERS[kind](file)
             while True:
                 chunk = read()

@@ -5,7 +5,7 @@ No gradient passes through here. A single process runs the same code, without co
 
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -55,14 +55,17 @@ class Coordinator:
             raise self.blamed(error) from error
         return int(box)
 
-    def blamed(self, error: RuntimeError) -> Exception:
-        """`error`, or if a peer is gone a GroupError that names it: a rank whose recorded progress is not ours."""
+    def blamed(self, error: RuntimeError, among: Sequence[int] = ()) -> Exception:
+        """`error`, or if a peer is gone a GroupError that names it: a rank whose recorded progress is not ours.
+
+        It is sought `among` these ranks, or all.
+        """
         if self.group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return error
         last = self._last_progress()
         if not last and rank() != 0:
             return GroupError("process 0 is gone or hangs: run the same command again to resume")
-        others = [each for each in range(world()) if each != rank()]
+        others = [each for each in among or range(world()) if each != rank()]
         behind = [each for each in others if last.get(each) != last.get(rank())] or others
         named = (f"process {each} (last heard of after {last.get(each, 'its start')})" for each in behind)
         said, why = ("one of " if len(behind) > 1 else "") + ", ".join(named), str(error).splitlines()[0][:160]
@@ -83,21 +86,48 @@ class Coordinator:
         asking.join(ANSWER)
         return dict(last)
 
+    def forget_progress(self) -> None:
+        """Take back what this rank has recorded."""
+        try:
+            self.kv_store.delete_key(str(rank()))
+        except RuntimeError as error:
+            raise self.blamed(error) from error
+
     def meet_on_disk(self, folder: Path) -> None:
         """Find out which ranks share `folder`, by creating files there, and set `writes` and `one_disk` accordingly."""
         if self.group is None:
             return
+        seen = self.sharers(folder)
+        self.writes = bool(seen) and seen[0] == rank()
+        self.one_disk = self.largest(int(len(seen) < len(self.leaders()))) == 0
+
+    def leaders(self) -> list[int]:
+        """The first rank of each machine."""
+        mine = torch.tensor([place().local_rank], dtype=torch.int64)
+        found = [torch.empty_like(mine) for _ in range(world())]
+        try:
+            dist.all_gather(found, mine, group=self.group)
+        except RuntimeError as error:
+            raise self.blamed(error) from error
+        return [each for each, local_rank in enumerate(found) if int(local_rank) == 0]
+
+    def sharers(self, folder: Path, *, needed: bool = True) -> list[int]:
+        """First ranks of the machines that share `folder`; unless it is `needed`, without those that cannot write."""
         token = self.largest(secrets.randbits(60) if rank() == 0 else 0)
         mine = folder / f".here-{token}-{rank()}"
-        leads = place().local_rank == 0  # the processes of a machine share its disk
-        if leads:
-            folder.mkdir(parents=True, exist_ok=True)
-            mine.touch()
-        leaders = self._all_reduce(int(leads), dist.ReduceOp.SUM, self.group)
+        if place().local_rank == 0:  # the processes of a machine share its disk
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                mine.touch()
+            except OSError:
+                if needed:
+                    raise
+        self.largest(0)
         seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob(f".here-{token}-*"))
-        self.writes = bool(seen) and seen[0] == rank()
-        self.one_disk = self.largest(int(len(seen) < leaders)) == 0
-        mine.unlink(missing_ok=True)
+        self.largest(0)
+        with suppress(OSError):
+            mine.unlink()
+        return seen
 
     def agree(self, what: str, facts: dict[str, Any], mend: str) -> None:
         """Raise GroupError if a rank's `facts` differ from the main process's, naming the first rank and fact."""
@@ -134,7 +164,8 @@ class Coordinator:
         except (LLMError, OSError) as error:
             known = error if isinstance(error, LLMError) else as_disk_error(error)
             status = known.status if known else 1
-            worst = self.largest(status + (MAIN if rank() == 0 else 0), patient=patient)
+            prints = rank() == 0 and not isinstance(error, Followed)
+            worst = self.largest(status + (MAIN if prints else 0), patient=patient)
             if worst >= MAIN and rank() != 0:
                 raise Followed(worst - MAIN) from error
             raise known or error from error

@@ -20,6 +20,7 @@ from llm.data.mixed_pipeline import Prepared, prepare
 from llm.data.mixture import order_of, tokens_per_epoch
 from llm.data.progress import Say
 from llm.data.shards import AnyShards
+from llm.data.sharing import Team
 from llm.data.sources import Source, own_source
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.process import warn
@@ -77,7 +78,12 @@ def shaped(recipe: Recipe) -> Recipe:
 
 
 def prepare_for(
-    recipe: Recipe, say: Say = print, verify: bool = False, own: Source | None = None, anew: bool = False
+    recipe: Recipe,
+    say: Say = print,
+    verify: bool = False,
+    own: Source | None = None,
+    anew: bool = False,
+    team: Team | None = None,
 ) -> tuple[Recipe, Prepared]:
     """Prepare the recipe's text, or `own` documents; model.from, if given, provides the shape and the tokenizer."""
     tokenizer = None
@@ -85,18 +91,22 @@ def prepare_for(
         folder = folder_of(recipe.model.from_)
         recipe = shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
         tokenizer = tokenizer_of(folder, read_config(folder))
-    return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own, anew=anew)
+    return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own, anew=anew, team=team)
 
 
 def ready(
-    recipe: Recipe, say: Say = print, documents: Callable[[], Iterable[str | bytes]] | None = None
+    recipe: Recipe,
+    say: Say = print,
+    documents: Callable[[], Iterable[str | bytes]] | None = None,
+    team: Team | None = None,
 ) -> tuple[Recipe, Tokenizer, AnyShards]:
     """Prepare for the trainer, and complete the recipe by its length in steps and its prompts.
 
-    `documents` gives them instead of text.files, which then names the callable (see llm.api.train).
+    `documents` gives them instead of text.files, which then names the callable (see llm.api.train). On the first
+    process of each of several machines, `team` is all of these.
     """
     own = own_source(recipe.text.files[0], documents) if documents else None
-    recipe, prepared = prepare_for(recipe, say, own=own)
+    recipe, prepared = prepare_for(recipe, say, own=own, team=team)
     recipe = prompts.settled(recipe, prepared.tokenizer, prepared.shards)
     recipe = with_steps(recipe, tokens_per_epoch(recipe, prepared.shards))
     if any(source.epochs for source in recipe.text.sources):

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +19,7 @@ from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.environment import DTYPES, as_it_was, die_with_parent, has_accelerator, save_settings, start_group
 from llm.distributed.sharding import Sharding
+from llm.distributed.team import meet
 from llm.interop.pretrained import ready
 from llm.model import cost
 from llm.run_folder import checkpoint
@@ -29,7 +29,7 @@ from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
 from llm.training.trainer import Trainer
 
-Prepare: TypeAlias = Callable[[Recipe], tuple[Recipe, Tokenizer, AnyShards]]
+Prepare: TypeAlias = Callable[..., tuple[Recipe, Tokenizer, AnyShards]]
 
 
 def train(
@@ -37,8 +37,8 @@ def train(
 ) -> Path:
     """Train or resume a run in this process; its folder. The process is left as it was found.
 
-    `prepare` gives the recipe with its length, the tokenizer and the shards. With `until` the run stops after that step
-    as a signal would stop it.
+    `prepare` gives the recipe with its length, the tokenizer and the shards; where there are several machines it takes
+    a `team`, as `ready` does. With `until` the run stops after that step as a signal would stop it.
     """
     try:
         with as_it_was():
@@ -74,7 +74,13 @@ def _data(
     """What `prepare` gives, or what the run has on every machine, so that it resumes without its text."""
     found = coordinator.first(lambda: None if parts.documents else own_data.find(recipe, run))
     if coordinator.largest(int(found is None), patient=True):
-        prepared: tuple[Recipe, Tokenizer, AnyShards] = coordinator.first(partial(prepare, recipe))
+        team = meet(coordinator, atomic_io.expanded(recipe.text.cache or "data"))
+
+        def act() -> tuple[Recipe, Tokenizer, AnyShards]:
+            with team or nullcontext():
+                return prepare(recipe, team=team) if team else prepare(recipe)
+
+        prepared: tuple[Recipe, Tokenizer, AnyShards] = coordinator.first(act)
         return prepared
     with coordinator.error_barrier(patient=True):
         if process.rank() == 0:

@@ -19,27 +19,33 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from llm.data.sources import wiki_documents
 
 ROOT = Path(__file__).parents[2]
 MARKER = b"<|endoftext|>\n"
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 
 
-def documents(seed: int) -> list[bytes]:
+@cache
+def articles() -> list[list[bytes]]:
+    return [article.split(b" ") for article in wiki_documents("en-us")]
+
+
+def documents(seed: int) -> Iterator[bytes]:
     """The articles once, their words shuffled and one in fifty altered."""
-    draw, found = random.Random(seed), []
-    for article in wiki_documents("en-us"):
-        words = article.decode().split(" ")
-        draw.shuffle(words)
-        for _ in range(len(words) // 50 + 1):
-            at = draw.randrange(len(words))
-            words[at] = words[at][:3] + "".join(draw.choices(LETTERS, k=4))
-        found.append(" ".join(words).encode() + b"\n")
-    return found
+    draw = np.random.default_rng(seed)
+    for words in articles():
+        mixed = [words[at] for at in draw.permutation(len(words)).tolist()]
+        for at in draw.integers(0, len(words), len(words) // 50 + 1).tolist():
+            mixed[at] = mixed[at].decode()[:3].encode() + LETTERS[draw.integers(0, len(LETTERS), 4)].tobytes()
+        yield b" ".join(mixed) + b"\n"
 
 
 def write(path: Path, size: int, seed: int = 0) -> None:

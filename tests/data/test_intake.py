@@ -253,6 +253,35 @@ def test_a_fault_is_one_line_with_the_file_and_status_2(tmp_path: Path, case: st
     assert said.isprintable()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("packed", PACKED)
+def test_reading_begins_at_any_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, packed: str
+) -> None:
+    """As it goes on behind the part of a text that was read before; of a plain file nothing before is read again."""
+    text = "é漢字🎉\r\n" * 9 + "the end"
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(PACKED[packed](text.encode(encoding)))
+    monkeypatch.setattr(text_files, "CHUNK", 7)
+    identity, read = text_files.identity(path, path.stat()), []
+    feed = text_files._Utf8Check.feed
+
+    def counted(self: text_files._Utf8Check, chunk: bytes) -> bytes:
+        read.append(len(chunk))
+        return feed(self, chunk)
+
+    monkeypatch.setattr(text_files._Utf8Check, "feed", counted)
+    for begin in range(len(text.encode()) + 2):
+        read.clear()
+        rest = b"".join(text_files.read_from(path, identity, Counter(), begin))
+        assert rest == text.encode()[begin:]
+        assert begin == 0 or packed or encoding == "utf-16" or sum(read) <= len(rest)
+    path.write_bytes(b"\n".join([b"one", b"two", b"\xff"]))
+    if encoding == "utf-8" and not packed:
+        with pytest.raises(TextError, match="not UTF-8 at byte 8"):
+            list(text_files.read_from(path, text_files.identity(path, path.stat()), Counter(), 4))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.txt.gz", "a.txt.zst", "a.txt.xz"])
 def test_a_file_that_grows_while_it_is_read_is_named(tmp_path: Path, name: str) -> None:
     path, kind = tmp_path / name, "." + name.partition(".")[2]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from llm.base.errors import DiskError, LLMError, RecipeError, RefusedError, Text
 from llm.config.reading import load
 from llm.config.schema import Recipe
 from llm.data import survey, text_files
+from llm.data.documents import Corpus
 from llm.data.pipeline import Prepared, prepare
 from llm.data.progress import Show
 from llm.data.survey import MEASURABLE
@@ -180,6 +181,21 @@ def test_a_tokenizer_of_others_is_used_and_told_to_lose_text(tmp_path: Path) -> 
     assert "does not give every text back" in said and "training" not in said
     with pytest.raises(RecipeError, match=r"none\.model is not there"):
         told(tmp_path, tokenizer__path=tmp_path / "none.model")
+
+
+def test_the_sample_of_a_large_text_is_drawn_over_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tenth of the text has its part in it, and the order of the documents has none."""
+    monkeypatch.setattr(survey, "SAMPLE", 200_000)
+    texts = [f"{number:05} ".encode() + b"some words " * 9 + b"\n" for number in range(20_000)]
+    found = []
+    for order in (texts, texts[::-1]):
+        (tmp_path / "text.txt").write_bytes(MARKER.encode().join(order))
+        about, sample = survey.survey_of(Corpus(recipe(tmp_path).text), 0.1, Show(print, False))
+        assert about.documents[0] > 17_000 and 199_000 < sum(map(len, sample)) <= 200_000
+        found.append(sample)
+    assert sorted(found[0]) == sorted(found[1])
+    tenths = Counter(int(document[:5]) // 2000 for document in found[0])
+    assert all(0.07 < tenths[tenth] / len(found[0]) < 0.13 for tenth in range(10))  # 3.3 standard deviations
 
 
 def test_a_large_text_is_sampled_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
