@@ -1,0 +1,97 @@
+"""One piece of work at a time beside the training, in a thread with low priority.
+
+Only the main thread talks to other ranks: work that they do together comes in parts, between which `poll` or `wait`
+sees to it that all have come as far, and carries an error of one to all.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from threading import Thread, get_native_id
+
+from llm.distributed.coordinator import Coordinator
+
+Part = Callable[[], None]
+NICE = 10  # a tenth of the training's share of a core that both want
+
+
+class BackgroundWork:
+    """`begin`, `poll` and `wait` are called by all ranks alike; `close` by each for itself."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
+        self.thread: Thread | None = None  # of the part that is under way
+        self.rest: list[Part] = []
+        self.error: BaseException | None = None
+        self.abandon: Part
+        self.hurry: Part
+
+    def begin(self, parts: Sequence[Part], *, abandon: Part, hurry: Part) -> None:
+        """Start the first of `parts`; the work before must have ended.
+
+        `abandon` undoes what was done when a part has failed; `hurry` lets the part that is under way end soon.
+        """
+        assert self.thread is None
+        self.rest, self.abandon, self.hurry = list(parts), abandon, hurry
+        self._next()
+
+    def poll(self) -> None:
+        """Go on to the next part if all ranks have done theirs. Raises an error of this or of another rank."""
+        if self.thread is not None and not self.coordinator.largest(self.thread.is_alive()):
+            self._conclude(self.thread)
+
+    def wait(self) -> None:
+        """Wait until all is done, on all ranks. Raises an error of this or of another rank."""
+        while self.thread is not None:
+            self._conclude(self.thread)
+
+    def close(self) -> None:
+        """Wait for this rank's part without a word to the others, which may be gone. Raises its error.
+
+        Interrupted, it hurries the part and waits for it all the same: no thread outlives this.
+        """
+        if (thread := self.thread) is None:
+            return
+        try:
+            thread.join()
+        except BaseException:
+            self.hurry()
+            thread.join()
+            raise
+        finally:
+            self.thread = None
+            if self.error is not None and not self.rest:  # otherwise other ranks may still be at work on it
+                self.abandon()
+        self._raise()
+
+    def _next(self) -> None:
+        self.thread = Thread(target=self._do, args=[self.rest.pop(0)], daemon=True)
+        self.thread.start()
+
+    def _do(self, part: Part) -> None:
+        try:
+            if sys.platform == "linux":  # where a thread has a priority of its own
+                with suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
+            part()
+        except BaseException as error:  # raised again in the main thread
+            self.error = error
+
+    def _conclude(self, thread: Thread) -> None:
+        """See the part to its end, on all ranks, and begin the next."""
+        thread.join()
+        self.thread = None
+        try:
+            with self.coordinator.error_barrier():
+                self._raise()
+        except BaseException:
+            self.abandon()
+            raise
+        if self.rest:
+            self._next()
+
+    def _raise(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
