@@ -1,0 +1,128 @@
+"""What a checkpoint costs the training: python tests/benchmarks/checkpoints.py [--rounds N] [--record FILE] [key=value ...]
+
+Ten steps of a model of 100 M parameters by the real trainer, in turn without a checkpoint, with one that is written beside
+them, and with one that they wait for. Each block ends when its checkpoint is durable. `--record` adds the rounds to a file and
+sums up all that are in it. Beside the seconds of the blocks: for how long the training stood still, and the processor's time
+that the writing thread took, which is the most that it can cost.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from llm.config.reading import load
+from llm.distributed.environment import DTYPES, start_group
+from llm.distributed.sharding import Sharding
+from llm.interop.pretrained import ready
+from llm.run_folder.background import BackgroundWork
+from llm.training.context import RunContext
+from llm.training.trainer import Trainer
+
+STEPS = 10
+SHAPE = ["model.dim=768", "model.layers=14", "model.heads=12", "model.context=256", "train.tokens_per_step=2048"]
+KINDS = ("without", "beside", "waiting")
+
+
+def timed_thread(found: list[dict[str, float]]) -> None:
+    """From here on each part of a background write leaves its seconds in `found`."""
+    do = BackgroundWork._do
+
+    def timed(self: BackgroundWork, part: Any) -> None:
+        began = time.perf_counter()
+        do(self, part)
+        found.append({"cpu": time.thread_time(), "wall": time.perf_counter() - began})
+
+    BackgroundWork._do = timed  # type: ignore[method-assign]
+
+
+def block(trainer: Trainer, kind: str, threads: list[dict[str, float]]) -> dict[str, float]:
+    """Seconds of STEPS steps after a checkpoint of this kind, to the end of both."""
+    checkpoints, state = trainer.checkpoints, trainer.state
+    threads.clear()
+    began = time.perf_counter()
+    if kind != "without":
+        checkpoints.save(evaluation_due=False, beside=kind == "beside")
+    saved = time.perf_counter()
+    for _ in range(STEPS):
+        loss, _ = trainer.update(state.step)
+        state.step += 1
+        checkpoints.writing.poll()
+    loss.item()
+    ended = time.perf_counter()
+    checkpoints.writing.wait()
+    done = time.perf_counter()
+    trainer.monitor.check(lambda: -1)
+    return {
+        "seconds": done - began,
+        "still": saved - began + done - ended,
+        "thread cpu": sum(each["cpu"] for each in threads),
+        "thread wall": sum(each["wall"] for each in threads),
+    }
+
+
+def rounds(number: int, overrides: list[str]) -> list[dict[str, dict[str, float]]]:
+    path, data = Path("recipes/quickstart.yaml").absolute(), Path("data").absolute()
+    recipe = load(path, [*SHAPE, *overrides, f"text.cache={data}", "run=checkpoints", "checkpoint.keep=1"])
+    threads: list[dict[str, float]] = []
+    timed_thread(threads)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        run = Path("runs/checkpoints")
+        accelerator, coordinator, settings = start_group(recipe, run)
+        recipe, tokenizer, shards = ready(recipe, print)
+        split = Sharding(settings.shard, accelerator.device, DTYPES[settings.precision])
+        trainer = Trainer(RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, split, run))
+        trainer.micro_batches.rehearse()
+        print(
+            f"{trainer.state.parameters / 1e6:.1f} M parameters, {settings.precision}, {settings.threads} threads",
+            end="",
+        )
+        print(f", {recipe.train.tokens_per_step:,} tokens a step")
+        trainer.update(0)
+        trainer.state.step = 1
+        checkpoints = trainer.checkpoints
+        checkpoints.save(evaluation_due=False, beside=True)  # its memory is taken once
+        checkpoints.writing.wait()
+        found = []
+        for number_ in range(number):
+            order = KINDS[number_ % 3 :] + KINDS[: number_ % 3]
+            found.append({kind: block(trainer, kind, threads) for kind in order})
+            for kind in KINDS:
+                print(kind, {name: round(value, 3) for name, value in found[-1][kind].items()}, flush=True)
+        size = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*.safetensors"))
+        print(f"a checkpoint: {size / 1e9:.2f} GB")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args()
+    found = json.loads(given.record.read_text()) if given.record and given.record.exists() else []
+    found += rounds(given.rounds, given.overrides)
+    if given.record:
+        given.record.write_text(json.dumps(found))
+    print(f"{len(found)} rounds of {STEPS} steps{'':28}{'min':>9}{'median':>9}{'max':>9}")
+    for kind in KINDS:
+        line = sorted(each[kind]["seconds"] for each in found)
+        print(f"{kind + ', seconds':44}{line[0]:9.2f}{statistics.median(line):9.2f}{line[-1]:9.2f}")
+    for kind in KINDS[1:]:
+        cost = sorted(100 * (each[kind]["seconds"] / each["without"]["seconds"] - 1) for each in found)
+        print(f"{kind + ', % more than without':44}{cost[0]:9.2f}{statistics.median(cost):9.2f}{cost[-1]:9.2f}")
+        still = sorted(100 * each[kind]["still"] / each["without"]["seconds"] for each in found)
+        print(
+            f"{kind + ', % in which the training stood still':44}{still[0]:9.2f}{statistics.median(still):9.2f}{still[-1]:9.2f}"
+        )
+    for name in ("thread cpu", "thread wall"):
+        line = sorted(each["beside"][name] for each in found)
+        print(f"{name + ', seconds':44}{line[0]:9.2f}{statistics.median(line):9.2f}{line[-1]:9.2f}")
+
+
+if __name__ == "__main__":
+    main()
