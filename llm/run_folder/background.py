@@ -6,6 +6,7 @@ sees to it that all have come as far, and carries an error of one to all.
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Thread, get_native_id
@@ -24,6 +25,7 @@ class BackgroundWork:
         self.thread: Thread | None = None  # of the part that is under way
         self.rest: list[Part] = []
         self.error: BaseException | None = None
+        self.longest = 0.0  # seconds of a part
         self.abandon: Part
         self.hurry: Part
 
@@ -70,6 +72,7 @@ class BackgroundWork:
         self.thread.start()
 
     def _do(self, part: Part) -> None:
+        began = time.perf_counter()
         try:
             if sys.platform == "linux":  # where a thread has a priority of its own
                 with suppress(OSError):
@@ -77,6 +80,7 @@ class BackgroundWork:
             part()
         except BaseException as error:  # raised again in the main thread
             self.error = error
+        self.longest = max(self.longest, time.perf_counter() - began)
 
     def _conclude(self, thread: Thread) -> None:
         """See the part to its end, on all ranks, and begin the next."""

@@ -80,17 +80,18 @@ class Checkpoints:
             coordinator=self.context.coordinator,
             sharding=self.context.sharding,
         )
+        retain = partial(self._retain, step)
         if beside and self.copy.take(draft):
             draft.together(draft.allocate)
-            begin, end = [self.monitor.flush, draft.fill], [draft.finish, partial(self._retain, step)]
+            begin, end = partial(_do, self.monitor.flush, draft.fill), partial(_do, draft.finish, retain)
             # A file that several ranks write is whole when all of them are done.
-            parts = [begin, end] if draft.shared else [begin + end]
-            self.writing.begin([partial(_do, part) for part in parts], abandon=draft.abandon, hurry=draft.give_up)
+            parts = [begin, end] if draft.shared else [partial(_do, begin, end)]
+            self.writing.begin(parts, abandon=draft.abandon, hurry=draft.give_up)
         else:
             self.monitor.flush()
             draft.together(draft.allocate, draft.fill, draft.finish)
             if not evaluation_due:
-                self._retain(step)
+                retain()
         self.saved = step
 
     def settled(self) -> int:
@@ -245,6 +246,6 @@ class Checkpoints:
         self.state.good_steps.fill_(good_steps)
 
 
-def _do(acts: list[Callable[[], None]]) -> None:
+def _do(*acts: Callable[[], None]) -> None:
     for act in acts:
         act()

@@ -77,11 +77,12 @@ class Trainer:
                 clock.pause()
             began = time.perf_counter()
             if self.is_due("checkpoint") or self.evaluation_due:
-                goes_on = state.step < self.steps and not self.evaluation_due
-                self.checkpoints.save(evaluation_due=self.evaluation_due, beside=goes_on)
+                beside = state.step < self.steps and not self.evaluation_due
+                self.checkpoints.save(evaluation_due=self.evaluation_due, beside=beside)
             if self.owes_evaluation:
                 self.evaluate()
-            if self.length.revise(state.step, time.perf_counter() - began) and self.monitor.tracker is not None:
+            paused, written = time.perf_counter() - began, self.checkpoints.writing.longest
+            if self.length.revise(state.step, paused, written) and self.monitor.tracker is not None:
                 self.monitor.tracker.plan(self.steps)
         if state.step < self.steps:
             self.checkpoints.save(evaluation_due=self.evaluation_due, beside=False)
