@@ -108,7 +108,7 @@ def test_on_a_slow_disk_each_checkpoint_holds_the_state_of_its_step(
     seen = tmp_path / "seen.txt"
 
     def update(trainer: Trainer, step: int) -> None:
-        if process.rank() == 0 and trainer.checkpoints.writing.thread is not None:
+        if process.rank() == 0 and trainer.checkpoints.writing.done is not None:
             with seen.open("a") as file:
                 file.write(f"{step}\n")
 
@@ -162,8 +162,8 @@ def test_an_error_in_the_thread_ends_all_at_the_next_step(
             raise OSError(code, os.strerror(code))
 
     def update(trainer: Trainer, step: int) -> None:
-        if step == 2 * EVERY + 1 and (thread := trainer.checkpoints.writing.thread) is not None:
-            thread.join()
+        if step == 2 * EVERY + 1 and (done := trainer.checkpoints.writing.done) is not None:
+            done.wait()
 
     recipe = recipe_of(tmp_path, text, **{"machine.shard": shard})
     group = run_group(beside(train(recipe), disk, update), tmp_path, world)
@@ -302,10 +302,10 @@ def test_parts_follow_each_other_and_an_error_comes_out_once() -> None:
     work, held, done = BackgroundWork(Coordinator()), Held(), []
     work.begin([held.part, lambda: done.append(threading.current_thread())], abandon=held.abandon, hurry=held.hurry)
     work.poll()
-    assert work.thread is not None and not done
+    assert work.done is not None and not done
     held.go.set()
     work.wait()
-    assert len(done) == 1 and done[0] is not threading.main_thread() and work.thread is None and not held.abandoned
+    assert len(done) == 1 and done[0] is not threading.main_thread() and work.done is None and not held.abandoned
 
     def fails() -> None:
         raise OSError(errno.ENOSPC, "full")
@@ -313,7 +313,7 @@ def test_parts_follow_each_other_and_an_error_comes_out_once() -> None:
     work.begin([fails, lambda: done.append(threading.current_thread())], abandon=held.abandon, hurry=held.hurry)
     with pytest.raises(DiskError, match="No space left"):
         work.wait()
-    assert held.abandoned and len(done) == 1 and work.thread is None
+    assert held.abandoned and len(done) == 1 and work.done is None
     work.poll()
     work.close()
 
@@ -321,8 +321,6 @@ def test_parts_follow_each_other_and_an_error_comes_out_once() -> None:
 def test_an_interrupted_wait_leaves_no_thread_behind() -> None:
     work, held = BackgroundWork(Coordinator()), Held()
     work.begin([held.part], abandon=held.abandon, hurry=held.hurry)
-    thread = work.thread
-    assert thread is not None
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
@@ -330,4 +328,4 @@ def test_an_interrupted_wait_leaves_no_thread_behind() -> None:
             work.close()
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert not thread.is_alive() and held.abandoned and work.thread is None
+    assert held.hurried and held.abandoned and work.done is None

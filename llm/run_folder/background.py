@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from threading import Thread, get_native_id
+from threading import Event, Thread, get_native_id
 
 from llm.distributed.coordinator import Coordinator
 
@@ -22,7 +22,9 @@ class BackgroundWork:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
-        self.thread: Thread | None = None  # of the part that is under way
+        # Set when the part that is under way is done; None: there is none. Python takes a thread whose `join` was
+        # interrupted for one that has ended.
+        self.done: Event | None = None
         self.rest: list[Part] = []
         self.error: BaseException | None = None
         self.longest = 0.0  # seconds of a part
@@ -34,44 +36,44 @@ class BackgroundWork:
 
         `abandon` undoes what was done when a part has failed; `hurry` lets the part that is under way end soon.
         """
-        assert self.thread is None
+        assert self.done is None
         self.rest, self.abandon, self.hurry = list(parts), abandon, hurry
         self._next()
 
     def poll(self) -> None:
         """Go on to the next part if all ranks have done theirs. Raises an error of this or of another rank."""
-        if self.thread is not None and not self.coordinator.largest(self.thread.is_alive()):
-            self._conclude(self.thread)
+        if self.done is not None and not self.coordinator.largest(not self.done.is_set()):
+            self._conclude(self.done)
 
     def wait(self) -> None:
         """Wait until all is done, on all ranks. Raises an error of this or of another rank."""
-        while self.thread is not None:
-            self._conclude(self.thread)
+        while self.done is not None:
+            self._conclude(self.done)
 
     def close(self) -> None:
         """Wait for this rank's part without a word to the others, which may be gone. Raises its error.
 
         Interrupted, it hurries the part and waits for it all the same: no thread outlives this.
         """
-        if (thread := self.thread) is None:
+        if self.done is None:
             return
         try:
-            thread.join()
+            self.done.wait()
         except BaseException:
             self.hurry()
-            thread.join()
+            self.done.wait()
             raise
         finally:
-            self.thread = None
+            self.done = None
             if self.error is not None and not self.rest:  # otherwise other ranks may still be at work on it
                 self.abandon()
         self._raise()
 
     def _next(self) -> None:
-        self.thread = Thread(target=self._do, args=[self.rest.pop(0)], daemon=True)
-        self.thread.start()
+        self.done = Event()
+        Thread(target=self._do, args=[self.rest.pop(0), self.done], daemon=True).start()
 
-    def _do(self, part: Part) -> None:
+    def _do(self, part: Part, done: Event) -> None:
         began = time.perf_counter()
         try:
             if sys.platform == "linux":  # where a thread has a priority of its own
@@ -81,11 +83,12 @@ class BackgroundWork:
         except BaseException as error:  # raised again in the main thread
             self.error = error
         self.longest = max(self.longest, time.perf_counter() - began)
+        done.set()
 
-    def _conclude(self, thread: Thread) -> None:
+    def _conclude(self, done: Event) -> None:
         """See the part to its end, on all ranks, and begin the next."""
-        thread.join()
-        self.thread = None
+        done.wait()
+        self.done = None
         try:
             with self.coordinator.error_barrier():
                 self._raise()

@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import chdir
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from llm.config.reading import load
@@ -32,10 +33,11 @@ def timed_thread(found: list[dict[str, float]]) -> None:
     """From here on each part of a background write leaves its seconds in `found`."""
     do = BackgroundWork._do
 
-    def timed(self: BackgroundWork, part: Any) -> None:
-        began = time.perf_counter()
-        do(self, part)
+    def timed(self: BackgroundWork, part: Any, done: Event) -> None:
+        began, held = time.perf_counter(), Event()
+        do(self, part, held)
         found.append({"cpu": time.thread_time(), "wall": time.perf_counter() - began})
+        done.set()
 
     BackgroundWork._do = timed  # type: ignore[method-assign]
 
