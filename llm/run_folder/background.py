@@ -14,7 +14,7 @@ from threading import Event, Thread, get_native_id
 from llm.distributed.coordinator import Coordinator
 
 Part = Callable[[], None]
-NICE = 10  # a tenth of the training's share of a core that both want
+NICE = 10
 
 
 class BackgroundWork:
