@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import time
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 
-import llm.training.resume
 import llm.training.session
 from llm.base import atomic_io, errors
 from llm.config.reading import load
 from llm.data.pipeline import prepare
 from llm.run_folder import checkpoint
+from llm.run_folder.background import BackgroundWork
+from llm.training.resume import Checkpoints
 from tests.forks import digest, ended, run, run_group, start, start_group, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
@@ -51,59 +53,80 @@ def digests(folder: Path) -> dict[int, str]:
 # ---------------------------------------------------------------------------------------------- kills
 
 
-def tells_of_saves(pipe: int) -> None:
-    """This process writes a dot to `pipe` before each durable operation of its saves, and an e after each save."""
-    save = llm.training.resume.Checkpoints.save
+def tells_of_saves(pipe: int, *, beside: bool) -> None:
+    """This process writes a dot to `pipe` before each durable operation of its saves, and an e after each save.
 
-    def told(self: llm.training.resume.Checkpoints, *, evaluation_due: bool) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in OPERATIONS:
-                patch.setattr(atomic_io, name, telling(getattr(atomic_io, name)))
-            save(self, evaluation_due=evaluation_due)
-        os.write(pipe, b"e")
+    `beside`: only of those that a thread does while the training goes on.
+    """
+    inside: list[bool] = []
+
+    def told(real: Callable[..., None]) -> Callable[..., None]:
+        def act(*arguments: Any, **options: Any) -> None:
+            inside.append(True)
+            try:
+                real(*arguments, **options)
+            finally:
+                inside.pop()
+            os.write(pipe, b"e")
+
+        return act
 
     def telling(real: Callable[..., None]) -> Callable[..., None]:
         def operation(*arguments: Any) -> None:
-            os.write(pipe, b".")
-            time.sleep(0.001)  # for the signal to arrive where it is meant to
+            if inside:
+                os.write(pipe, b".")
+                time.sleep(0.001)  # for the signal to arrive where it is meant to
             real(*arguments)
 
         return operation
 
-    llm.training.resume.Checkpoints.save = told  # type: ignore[method-assign]
+    for name in OPERATIONS:
+        setattr(atomic_io, name, telling(getattr(atomic_io, name)))
+    BackgroundWork._do = told(BackgroundWork._do)  # type: ignore[method-assign]
+    if not beside:
+        Checkpoints.save = told(Checkpoints.save)  # type: ignore[method-assign]
 
 
-def kill_at_random(folder: Path, recipe: Path, world: int, chance: random.Random) -> tuple[str, bool]:
-    """Start the run and SIGKILL one of its processes, nine times in ten within a save. When, and whether it was so."""
+def kill_at_random(
+    folder: Path, recipe: Path, world: int, chance: random.Random, *, teller: int | None = None
+) -> tuple[str, bool]:
+    """Start the run and SIGKILL one of its processes, nine times in ten within a save. When, and whether it was so.
+
+    With `teller`, always while that process writes beside the training, whichever process is killed.
+    """
     read, write = os.pipe()
-    victim, act = chance.randrange(world), train(recipe)
+    victim, act, beside = chance.randrange(world), train(recipe), teller is not None
+    teller = victim if teller is None else teller
 
     def watched() -> None:
-        if llm.distributed.process.rank() == victim:
-            tells_of_saves(write)
+        if llm.distributed.process.rank() == teller:
+            tells_of_saves(write, beside=beside)
         act()
 
     children = start_group(watched, folder, world)
     os.close(write)
     try:
-        if chance.random() < 0.9:
-            operations = chance.randrange(1, 120 if victim == 0 else 15)  # about forty in a save, where it leads
+        if beside or chance.random() < 0.9:
+            operations = chance.randrange(1, 120 if teller == 0 else 15)  # about forty in a save, where it leads
             told = b"".join(os.read(read, 1) for _ in range(operations))
             pause = chance.uniform(0, 0.001)
-            moment = f"{1000 * pause:.2f} ms after operation {operations} of the saves"
+            moment = f"process {victim}, {1000 * pause:.2f} ms after operation {operations} of the saves"
         else:
             told, pause = b"", chance.uniform(0, 1.2)
             moment = f"{pause:.2f} s after the start"
         time.sleep(pause)
+        while beside and select.select([read], [], [], 0)[0] and (more := os.read(read, 1 << 16)):
+            told += more
     finally:
         os.kill(children[victim], signal.SIGKILL)
+    inside = told.endswith(b".")
     for rank, child in enumerate(children):
         tag = "" if world == 1 else f"-{rank}"
         status = ended(child, folder, tag).status
         assert status in (0, 1, 6, -signal.SIGKILL), (moment, rank, status)
     told += os.read(read, 1 << 16)
     os.close(read)
-    return moment, told.endswith(b".")
+    return moment, inside if beside else told.endswith(b".")
 
 
 def steps_done(folder: Path) -> int:
@@ -112,24 +135,28 @@ def steps_done(folder: Path) -> int:
     return max((line["step"] for line in atomic_io.read_lines(path)), default=0) if path.exists() else 0
 
 
-def one_kill(folder: Path, text: Path, whole: Path, number: int, world: int) -> None:
-    chance = random.Random(SEED * 1000 + number)
-    folder.mkdir()
-    recipe = write_recipe(folder, text, **{"checkpoint.every": EVERY, "checkpoint.keep": 1, "machine.micro_batch": 2})
-    moment, inside = kill_at_random(folder, recipe, world, chance)
+def ends_the_same(folder: Path, recipe: Path, whole: Path, world: int, moment: str, every: int = EVERY) -> int:
+    """The steps that the same command did again after a kill; the run has ended as the undisturbed one."""
     done = steps_done(folder)
     again = run_group(train(recipe), folder, world)
     assert [each.status for each in again] == [0] * world, (moment, again[0].err)
     begun = int(found[1]) if (found := re.search(r"from step (\d+)", again[0].out)) else 0
     if "nothing to do" in again[0].out:
         begun = done
-    else:
-        assert 0 <= done - begun <= EVERY, (moment, "steps redone", done, begun)
+    # One interval, and what was trained while a checkpoint was written, for which the next one waits.
+    assert 0 <= done - begun <= 2 * every, (moment, "steps redone", done, begun)
     assert digest(folder) == digest(whole), moment
     assert not list((folder / "runs").rglob(f"{atomic_io.DRAFT}*")), "swept"
-    print(
-        f"kill {number} on {world}: {moment}, {'inside a save' if inside else 'between'}; redone {done - begun} steps"
-    )
+    return done - begun
+
+
+def one_kill(folder: Path, text: Path, whole: Path, number: int, world: int) -> None:
+    chance = random.Random(SEED * 1000 + number)
+    folder.mkdir()
+    recipe = write_recipe(folder, text, **{"checkpoint.every": EVERY, "checkpoint.keep": 1, "machine.micro_batch": 2})
+    moment, inside = kill_at_random(folder, recipe, world, chance)
+    redone = ends_the_same(folder, recipe, whole, world, moment)
+    print(f"kill {number} on {world}: {moment}, {'inside a save' if inside else 'between'}; redone {redone} steps")
 
 
 @pytest.mark.parametrize(("number", "world"), [(n, 1) for n in range(6)] + [(n, 2) for n in range(6, 10)])
@@ -147,6 +174,42 @@ def test_50_times_killed_at_a_random_moment_it_ends_in_the_same_bits(
 ) -> None:
     print(f"SEED={SEED}")
     one_kill(tmp_path / "killed", text, whole, number, world)
+
+
+SHARDED = "machine.shard=full"
+BESIDE = [(1, ""), (1, ""), (1, ""), (2, ""), (2, SHARDED)]  # processes, override
+
+
+def kill_beside(folder: Path, text: Path, whole: Path, number: int) -> None:
+    """One kill while a thread writes a checkpoint and the training goes on; moments that miss that are drawn again."""
+    chance, (world, override) = random.Random(SEED * 1000 + number), BESIDE[number % len(BESIDE)]
+    key, _, value = override.partition("=")
+    for attempt in range(20):
+        (there := folder / str(attempt)).mkdir(parents=True)
+        recipe = write_recipe(there, text, **{
+            "checkpoint.every": 2, "evaluate.every": 99, "checkpoint.keep": 1, **({key: value} if key else {})})  # fmt: skip
+        teller = chance.randrange(world) if override else 0
+        moment, inside = kill_at_random(there, recipe, world, chance, teller=teller)
+        redone = ends_the_same(there, recipe, whole, world, moment, every=2)
+        if inside:
+            print(f"kill {number} on {world} {override}: {moment}, after {attempt} others; redone {redone} steps")
+            return
+    raise AssertionError("no kill was within a save")
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_killed_while_a_checkpoint_is_written_beside_the_training_nothing_is_lost(
+    tmp_path: Path, text: Path, whole: Path, number: int
+) -> None:
+    kill_beside(tmp_path / "killed", text, whole, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(5, 55))
+def test_50_times_killed_while_a_checkpoint_is_written_beside_the_training_nothing_is_lost(
+    tmp_path: Path, text: Path, whole: Path, number: int
+) -> None:
+    kill_beside(tmp_path / "killed", text, whole, number)
 
 
 # ---------------------------------------------------------------------------------------------- faults
@@ -193,11 +256,13 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
     It is a process that has trained that is forked, so that a fault costs a copy and a save. `plans` is asked with the
     number of durable operations of the save.
     """
-    save = llm.training.resume.Checkpoints.save
+    save = Checkpoints.save
 
-    def split(self: llm.training.resume.Checkpoints, *, evaluation_due: bool) -> None:
+    def split(self: Checkpoints, *, evaluation_due: bool, beside: bool) -> None:
         if self.state.step != 2 * EVERY:
-            return save(self, evaluation_due=evaluation_due)
+            return save(self, evaluation_due=evaluation_due, beside=beside)
+        assert beside
+        self.writing.wait()
 
         def in_copy(plan: Plan) -> Path:
             copy = copies / "-".join(map(str, plan))
@@ -209,7 +274,8 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
                 def status() -> None:
                     with llm.training.session._status(self.context.folder):
                         begun = faulty(*plan)
-                        save(self, evaluation_due=evaluation_due)
+                        save(self, evaluation_due=evaluation_due, beside=beside)
+                        self.writing.wait()
                         (copy / "begun.json").write_text(json.dumps(begun))
 
                 errors.run(status)
@@ -223,7 +289,7 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
         os._exit(0)
 
     def act() -> None:
-        llm.training.resume.Checkpoints.save = split  # type: ignore[method-assign]
+        Checkpoints.save = split  # type: ignore[method-assign]
         train(recipe)()
 
     assert run(act, folder).status == 0, (folder / "err.txt").read_text()
@@ -241,7 +307,7 @@ def every_fault(folder: Path, text: Path, whole: Path, moments: tuple[str, ...],
     undisturbed = digests(whole)
     counted = folder / "copies" / "-1-exit-before"
     operations = json.loads((counted / "begun.json").read_text())
-    assert set(operations) == {*OPERATIONS, "truncate", "mkdir"} and len(operations) > 40
+    assert set(operations) == {*OPERATIONS, "truncate", "mkdir"} and len(operations) > 35
     assert digests(counted).keys() == {8}, "retention has removed the one before"
     copies = sorted(path for path in (folder / "copies").iterdir() if path != counted)
     assert len(copies) == len(operations) * len(FAULTS) * len(moments)

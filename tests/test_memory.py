@@ -55,8 +55,8 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
 
         save = Checkpoints.save
 
-        def saved(self: Checkpoints, *, evaluation_due: bool) -> None:
-            save(self, evaluation_due=evaluation_due)
+        def saved(self: Checkpoints, **keywords: bool) -> None:
+            save(self, **keywords)
             Path(f"peak-{os.environ.get('RANK', '0')}").write_text(str(_status("VmHWM") - before[-1]))
 
         Trainer.__init__, Checkpoints.save = measured, saved

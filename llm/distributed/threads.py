@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -51,24 +52,27 @@ def _set_by_user() -> bool:
 
 
 def _quota(process: Path) -> float:
-    """CPUs granted by the cgroups (v1 and v2) of the process and by their parents."""
+    """CPUs granted by the cgroups of the process and by their parents."""
+    return min(map(_limit, control_groups("cpu", process)), default=math.inf)
+
+
+def control_groups(controller: str, process: Path = Path("/proc/self")) -> Iterator[Path]:
+    """Folders of the process's cgroups (v1 and v2) for `controller`, cpu or memory, each with those of its parents."""
     try:
         groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
         mounts = [line.split(" - ") for line in (process / "mountinfo").read_text().splitlines()]
     except OSError:
-        return math.inf
-    paths = {controller: path for _, controllers, path in groups for controller in controllers.split(",")}
-    least = math.inf
+        return
+    paths = {name: path for _, controllers, path in groups for name in controllers.split(",")}
     for mount, (kind, *_, options) in ((mount.split(), rest.split()) for mount, rest in mounts):
-        controller = "cpu" if kind == "cgroup" and "cpu" in options.split(",") else "" if kind == "cgroup2" else None
-        if controller not in paths:
+        ours = kind == "cgroup" and controller in options.split(",")
+        name = controller if ours else "" if kind == "cgroup2" else None
+        if name not in paths:
             continue
         # A container may see its own cgroup as the root of the mount, yet read the host's path in /proc/self/cgroup.
-        root, top, path = Path(mount[3]), Path(mount[4]), Path(paths[controller])
+        root, top, path = Path(mount[3]), Path(mount[4]), Path(paths[name])
         below = path.relative_to(root) if path.is_relative_to(root) else Path()
-        levels = [top / below, *(top / below).parents][: len(below.parts) + 1]
-        least = min(least, *map(_limit, levels))
-    return least
+        yield from [top / below, *(top / below).parents][: len(below.parts) + 1]
 
 
 def _limit(group: Path) -> float:

@@ -64,6 +64,16 @@ class Plan:
         return self.recipe.train.steps * self.recipe.train.tokens_per_step
 
     @property
+    def copy_bytes(self) -> int:
+        """Of main memory, for the copy from which checkpoints are written beside the training.
+
+        0 where an evaluation follows each of them, as it waits for the checkpoint and the weights stay as they are.
+        """
+        every, steps = self.recipe.checkpoint.every, self.recipe.train.steps
+        beside = every % self.recipe.evaluate.every and (not steps or steps > every)
+        return self.checkpoint_bytes if beside else 0
+
+    @property
     def epochs(self) -> float:
         """Passes over the text; 0: unknown."""
         return self.tokens / self.text_tokens if self.text_tokens else 0.0
@@ -275,7 +285,8 @@ def lines(plan: Plan) -> list[str]:
         + ", ".join(f"{name} {count:,} ({count / total:.0%})" for name, count in plan.parameters.items()),
         f"memory of a step: {size(memory.peak)} at its peak{room_for} ({plan.device.name}): weights "
         f"{size(memory.weights)}, gradients {size(memory.gradients)}, moments {size(memory.moments)}, activations "
-        f"{size(memory.activations)}, logits {size(memory.logits)}",
+        f"{size(memory.activations)}, logits {size(memory.logits)}"
+        + (f"; and {size(plan.copy_bytes)} of main memory to write checkpoints from" if plan.copy_bytes else ""),
     ]
     windows = f"{plan.micro_batch:,} of the {recipe.windows_per_step:,} windows of {shape.context:,} tokens of a step"
     if plan.fits:

@@ -69,7 +69,7 @@ class TimeBudget:
         if steps != planned(step, self.plan):
             self.plan.append((step, steps))
 
-    def paused(self, seconds: float) -> None:
-        """Record the `seconds` of an evaluation or a checkpoint."""
+    def paused(self, seconds: float, beside: float = 0.0) -> None:
+        """Record the `seconds` of an evaluation or a checkpoint; only the end of a run waits for `beside`."""
         self.aside += seconds
-        self.tail = max(self.tail, seconds)
+        self.tail = max(self.tail, seconds, beside)

@@ -5,15 +5,17 @@ depend on the tensors alone, so that equal digests mean equal weights and moment
 is right.
 """
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ IDENTITY = "identity.json"  # in the run
 MANIFEST = "checkpoint.json"
 WEIGHTS = "model.safetensors"
 MOMENTS = "optimizer.safetensors"
+PIECE = 4 << 20  # bytes hashed and written at once
 SLACK = 64 << 10  # bytes of a manifest, and of the file system's own records
 
 
@@ -77,85 +80,129 @@ def identity(run: Path) -> str | None:
     return str(atomic_io.read_checksummed(path).get("run")) if path.exists() else None
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """The safetensors files of a checkpoint in the making: head, offset of each tensor, and length of each file."""
+@dataclass
+class Draft:
+    """The checkpoint `folder` in the making; all ranks make it together.
+
+    On a shared disk each rank writes the rows that it holds; otherwise one rank per disk writes all tensors, gathered
+    one at a time. The bytes are the same. `extra_files` are small files by name; `unlisted_files` are such too, but the
+    manifest leaves them out, as `amend` will replace them. With `copied` the tensors are no longer the model's own but
+    hold what this rank writes, and `fill` sends nothing to other ranks.
+    """
 
     folder: Path
-    tensors: dict[str, dict[str, LocalShard]]
+    weights: dict[str, LocalShard]
+    moments: dict[str, LocalShard]
+    manifest: dict[str, Any]
+    extra_files: dict[str, bytes]
+    unlisted_files: dict[str, bytes]
+    coordinator: Coordinator
+    sharding: Sharding
+    copied: bool = False
+    given_up: bool = False
+    digests: dict[str, str] = field(default_factory=dict)  # of the files that this rank wrote alone
+
+    @property
+    def path(self) -> Path:
+        """The folder before it has its final name."""
+        return self.folder.with_name(f"{atomic_io.DRAFT}{self.folder.name}")
+
+    @property
+    def tensors(self) -> dict[str, dict[str, LocalShard]]:
+        """By the name of their file."""
+        return {WEIGHTS: self.weights, MOMENTS: self.moments}
+
+    @property
+    def shared(self) -> bool:
+        """Whether several ranks write into one file."""
+        return self.sharding.sharded and self.coordinator.one_disk
+
+    @property
+    def fills(self) -> bool:
+        """Whether this rank writes tensors."""
+        return self.sharding.first_replica if self.shared else self.coordinator.writes
 
     @cached_property
     def headers(self) -> dict[str, tuple[bytes, dict[str, int], int]]:
+        """Head of each file, offset of each of its tensors, and its length."""
         return {name: header(each) for name, each in self.tensors.items()}
 
+    def together(self, *parts: Callable[[], None]) -> None:
+        """Do `parts` of the work with all ranks, here and now; `allocate`, `fill` and `finish` are the whole of it."""
+        try:
+            for part in parts:
+                with self.coordinator.error_barrier():
+                    part()
+        except BaseException:
+            self.abandon()
+            raise
+
     def allocate(self) -> None:
-        """Write the heads, and give the files their length."""
-        self.folder.mkdir(parents=True)
-        for name, (head, _, end) in self.headers.items():
-            atomic_io.write_chunks(self.folder / name, [head])
-            os.truncate(self.folder / name, end)
+        """Make the files, of their full length. DiskError where the disk has no room for them."""
+        if self.coordinator.writes:
+            if self.path.exists():
+                atomic_io.remove(self.path)
+            sizes = [end for _, _, end in self.headers.values()]
+            _check_space(self.folder, sum([*sizes, *map(len, (self.extra_files | self.unlisted_files).values())]))
+            self.path.mkdir(parents=True)
+            for name, (_, _, end) in self.headers.items():
+                (self.path / name).touch()
+                os.truncate(self.path / name, end)
 
-    def fill(self, coordinator: Coordinator, sharding: Sharding) -> None:
-        """Write the tensors: this process's shards on a shared disk, otherwise gathered ones on one process a disk."""
-        for file, (_, offsets, _) in self.headers.items():
-            path, tensors = self.folder / file, self.tensors[file]
-            if coordinator.one_disk:
-                if sharding.first_replica and (sharding.sharded or coordinator.writes):
-                    atomic_io.write_at(path, own_rows(tensors, offsets))
-                continue
-            gathered = ((offsets[key], as_bytes(sharding.gather_whole(rows))) for key, rows in sorted(tensors.items()))
-            if coordinator.writes:
-                atomic_io.write_at(path, gathered)
+    def fill(self) -> None:
+        """Write the heads and the tensors."""
+        for file, (head, offsets, _) in self.headers.items():
+            rows = self._rows(self.tensors[file], offsets)
+            if self.fills:
+                heads = [(0, head)] if self.coordinator.writes else []
+                digest = None if self.shared else hashlib.sha256()
+                atomic_io.write_at(self.path / file, self._pieces(chain(heads, rows), digest))
+                if digest is not None:
+                    self.digests[file] = digest.hexdigest()
             else:
-                deque(gathered, maxlen=0)  # takes part in gathering
+                deque(rows, maxlen=0)  # takes part in gathering
 
-    def finish(self, final: Path, manifest: dict[str, Any], listed: Iterable[str]) -> None:
-        """Write the manifest with the digests of the `listed` files, and give the folder its final name."""
+    def _rows(self, tensors: dict[str, LocalShard], offsets: dict[str, int]) -> Iterator[tuple[int, memoryview]]:
+        """What this rank writes of `tensors`, with its offset in the file, in the order of the file."""
+        if self.copied or self.shared or not self.sharding.sharded:
+            return own_rows(tensors, offsets) if self.fills else iter(())
+        gathered = ((name, self.sharding.gather_whole(shard)) for name, shard in sorted(tensors.items()))
+        return ((offsets[name], as_bytes(whole)) for name, whole in gathered)
+
+    def _pieces(
+        self, chunks: Iterable[tuple[int, bytes | memoryview]], digest: Any
+    ) -> Iterator[tuple[int, bytes | memoryview]]:
+        """`chunks` in pieces, which go into `digest` while they are in the processor's cache."""
+        for offset, chunk in chunks:
+            for low in range(0, len(chunk), PIECE):
+                piece = chunk[low : low + PIECE]
+                if self.given_up:
+                    raise InterruptedError(errno.EINTR, "given up", str(self.path))
+                if digest is not None:
+                    digest.update(piece)
+                yield offset + low, piece
+
+    def finish(self) -> None:
+        """Write the small files and the manifest with its digests, and give the folder its final name."""
+        if not self.coordinator.writes:
+            return
+        for name, data in {**self.extra_files, **self.unlisted_files}.items():
+            atomic_io.write_bytes(self.path / name, data)
         files = {}
-        for path in (self.folder / name for name in [*self.headers, *listed]):
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": atomic_io.sha256(path)}
-        atomic_io.write_checksummed(self.folder / MANIFEST, {"format": FORMAT, **manifest, "files": files})
-        atomic_io.settle(self.folder, final)
+        for path in (self.path / name for name in [*self.headers, *self.extra_files]):
+            digest = self.digests.get(path.name) or atomic_io.sha256(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+        atomic_io.write_checksummed(self.path / MANIFEST, {"format": FORMAT, **self.manifest, "files": files})
+        atomic_io.settle(self.path, self.folder)
 
+    def give_up(self) -> None:
+        """Let `fill`, in another thread, end soon."""
+        self.given_up = True
 
-def save(
-    folder: Path,
-    *,
-    weights: dict[str, LocalShard],
-    moments: dict[str, LocalShard],
-    manifest: dict[str, Any],
-    extra_files: dict[str, bytes],
-    unlisted_files: dict[str, bytes],
-    coordinator: Coordinator,
-    sharding: Sharding,
-) -> None:
-    """Write the checkpoint `folder`, replacing an older one; all processes save together.
-
-    On a shared disk each process writes its own shards; otherwise one process per disk writes all tensors, gathered one
-    at a time. The bytes are the same. `extra_files` are small files by name; `unlisted_files` are such too, but the
-    manifest leaves them out, as `amend` will replace them.
-    """
-    draft = _Draft(folder.with_name(f"{atomic_io.DRAFT}{folder.name}"), {WEIGHTS: weights, MOMENTS: moments})
-    small = {**extra_files, **unlisted_files}
-    try:
-        with coordinator.error_barrier():
-            if coordinator.writes:
-                if draft.folder.exists():
-                    atomic_io.remove(draft.folder)
-                sizes = [*(end for _, _, end in draft.headers.values()), *map(len, small.values())]
-                _check_space(folder, sum(sizes))
-                draft.allocate()
-        with coordinator.error_barrier():
-            draft.fill(coordinator, sharding)
-        with coordinator.error_barrier():
-            if coordinator.writes:
-                for name, data in small.items():
-                    atomic_io.write_bytes(draft.folder / name, data)
-                draft.finish(folder, manifest, extra_files)
-    except BaseException:
-        if coordinator.writes:
-            shutil.rmtree(draft.folder, ignore_errors=True)
-        raise
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        if self.coordinator.writes:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def amend(folder: Path, extra_files: dict[str, bytes], **changes: Any) -> None:

@@ -37,11 +37,14 @@ class Length:
             self.budget.begin(step, self.context.coordinator.from_main("step", step_seconds))
             self.save()
 
-    def revise(self, step: int, paused: float) -> bool:
-        """Plan anew where that is due, after `paused` seconds of evaluating and saving; true if the plan changed."""
+    def revise(self, step: int, paused: float, written: float) -> bool:
+        """Plan anew where that is due, after `paused` seconds of evaluating and saving; true if the plan changed.
+
+        `written`: seconds of the longest write beside the training, for which the last checkpoint will make it wait.
+        """
         if self.budget is None:
             return False
-        self.budget.paused(paused)
+        self.budget.paused(paused, written)
         proposed = self.budget.proposal(step) if process.rank() == 0 else 0
         steps = self.context.coordinator.largest(proposed)
         if steps:

@@ -1,5 +1,6 @@
 """What a run records while it trains, and the watch for losses and gradients that are not finite."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,11 @@ class Monitor:
         else:
             process.say(text)
 
-    def check(self, saved: int) -> None:
+    def check(self, saved: Callable[[], int]) -> None:
         """Read which of the last updates were left out because loss or gradient was not finite.
 
-        Records each. DivergedError under train.on_nonfinite = stop: no update since has touched the weights. `saved` is
-        the step of the newest checkpoint, -1 before there is one.
+        Records each. DivergedError under train.on_nonfinite = stop: no update since has touched the weights. `saved`
+        tells it the step of the newest checkpoint, -1 before there is one.
         """
         flags, last = self.gradient_step.finite_flags, self.state.step
         finite = torch.stack(flags).tolist() if flags else []
@@ -83,7 +84,7 @@ class Monitor:
                 raise DivergedError(
                     f"the loss or the gradient of step {step} was not finite and has touched nothing; {kept}. Lower "
                     f"train.learning_rate under another run=NAME, use train.on_nonfinite=skip, or leave its batch out: "
-                    f"{self._without_batch(step, saved)}"
+                    f"{self._without_batch(step, saved())}"
                 )
         if self.state.scale.item() < FP16_LEAST:
             fault = f"the gradient of step {last} is not finite in fp16 at any loss scale and has touched nothing"

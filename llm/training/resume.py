@@ -3,7 +3,10 @@
 import math
 import secrets
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from llm.interop import pretrained
 from llm.interop.hf_files import model_files, tokenizer_files
 from llm.model import hf_config
 from llm.run_folder import checkpoint, tensor_files
+from llm.run_folder.background import BackgroundWork
 from llm.run_folder.checkpoint import Checkpoint
 from llm.run_folder.model_card import FILE_NAME as CARD
 from llm.run_folder.model_card import model_card
@@ -27,10 +31,14 @@ from llm.training.evaluation import Evaluator
 from llm.training.length import Length
 from llm.training.micro_batch import MicroBatches
 from llm.training.mismatch import refuse_difference, refuse_parts, refuse_shape
+from llm.training.state_copy import StateCopy
 
 
 class Checkpoints:
-    """Saves and loads the state. `saved` is the step of the newest checkpoint, -1 before there is one."""
+    """Saves and loads the state. `saved` is the step of the newest checkpoint, -1 before there is one.
+
+    `writing` may still be at work on that one; it must be polled at every step, and waited for at the end.
+    """
 
     def __init__(
         self, context: RunContext, state: TrainState, length: Length, micro_batches: MicroBatches, evaluator: Evaluator
@@ -38,6 +46,7 @@ class Checkpoints:
         self.context, self.state, self.length = context, state, length
         self.micro_batches, self.evaluator, self.monitor = micro_batches, evaluator, evaluator.monitor
         self.saved = -1
+        self.writing, self.copy = BackgroundWork(context.coordinator), StateCopy()
         self.identity = ""  # by which the run knows its checkpoints, from `resume` on
         self.parent: dict[str, Any] | None = None  # the checkpoint or folder that this run began from
         self.extra_files = tokenizer_files(context.tokenizer, chat=context.shards.is_chat)
@@ -49,26 +58,46 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ saving
 
-    def save(self, *, evaluation_due: bool) -> None:
-        """Save this step unless that is done. If an evaluation is due, `complete` adds its results afterwards."""
-        if self.saved == self.state.step:
+    def save(self, *, evaluation_due: bool, beside: bool) -> None:
+        """Save this step unless that is done. If an evaluation is due, `complete` adds its results afterwards.
+
+        `beside`: the training goes on at once, and the checkpoint is written meanwhile, where there is memory for a
+        copy of the state. It counts when it is durable; until then an error of it reaches `writing`.
+        """
+        self.writing.wait()
+        step = self.state.step
+        if self.saved == step:
             return
-        self.monitor.check(self.saved)
-        self.monitor.flush()
+        self.monitor.check(self.settled)
         card = {CARD: self._card()}
-        checkpoint.save(
-            checkpoint.folder_of(self.context.folder, self.state.step),
+        draft = checkpoint.Draft(
+            checkpoint.folder_of(self.context.folder, step),
             weights=self.state.weights(),
             moments=self.state.optimizer.moments,
-            manifest=self._manifest(),
+            manifest=deepcopy(self._manifest()),  # the plan and the curve grow
             extra_files=self.extra_files if evaluation_due else {**self.extra_files, **card},
             unlisted_files=card if evaluation_due else {},
             coordinator=self.context.coordinator,
             sharding=self.context.sharding,
         )
-        self.saved = self.state.step
-        if not evaluation_due:
-            self._retain()
+        retain = partial(self._retain, step)
+        if beside and self.copy.take(draft):
+            draft.together(draft.allocate)
+            begin, end = partial(_do, self.monitor.flush, draft.fill), partial(_do, draft.finish, retain)
+            # A file that several ranks write is whole when all of them are done.
+            parts = [begin, end] if draft.shared else [partial(_do, begin, end)]
+            self.writing.begin(parts, abandon=draft.abandon, hurry=draft.give_up)
+        else:
+            self.monitor.flush()
+            draft.together(draft.allocate, draft.fill, draft.finish)
+            if not evaluation_due:
+                retain()
+        self.saved = step
+
+    def settled(self) -> int:
+        """The step of the newest checkpoint, -1 before there is one, after it has been written."""
+        self.writing.wait()
+        return self.saved
 
     def complete(self) -> None:
         """Add the evaluation of this step to its checkpoint, and the model card that shows it."""
@@ -77,11 +106,11 @@ class Checkpoints:
             if self.context.coordinator.writes:
                 folder = checkpoint.folder_of(self.context.folder, self.state.step)
                 checkpoint.amend(folder, {CARD: self._card()}, **self.evaluator.results())
-        self._retain()
+        self._retain(self.state.step)
 
-    def _retain(self) -> None:
+    def _retain(self, step: int) -> None:
         if self.context.coordinator.writes:
-            checkpoint.retain(self.context.folder, self.context.recipe.checkpoint.keep, self.state.step)
+            checkpoint.retain(self.context.folder, self.context.recipe.checkpoint.keep, step)
 
     def _card(self) -> bytes:
         context, curve = self.context, self.evaluator.curve
@@ -215,3 +244,8 @@ class Checkpoints:
         scale, good_steps = source.manifest["scale"]
         self.state.scale.fill_(scale)
         self.state.good_steps.fill_(good_steps)
+
+
+def _do(*acts: Callable[[], None]) -> None:
+    for act in acts:
+        act()

@@ -155,7 +155,10 @@ def _run(context: RunContext, until: int) -> None:
                 raise GroupError(f"no memory after step {trainer.state.step}: {mend} ({why})") from error
             raise (coordinator.blamed(error) if isinstance(error, RuntimeError) else error) from error
         finally:
-            trainer.monitor.close()
+            try:
+                trainer.checkpoints.writing.close()
+            finally:
+                trainer.monitor.close()
 
 
 def _write_run_files(trainer: Trainer) -> None:

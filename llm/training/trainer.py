@@ -67,8 +67,9 @@ class Trainer:
             clock.start()
             loss, norm = self.update(state.step)
             self.advance()
+            self.checkpoints.writing.poll()
             if self.is_due("tracking"):
-                self.monitor.check(self.checkpoints.saved)
+                self.monitor.check(self.checkpoints.settled)
                 self.monitor.record(loss)
                 seconds = clock.stop(state.step)
                 self.monitor.log(loss, norm, seconds, self.step_flops / seconds / self.peak_flops)
@@ -76,13 +77,15 @@ class Trainer:
                 clock.pause()
             began = time.perf_counter()
             if self.is_due("checkpoint") or self.evaluation_due:
-                self.checkpoints.save(evaluation_due=self.evaluation_due)
+                beside = state.step < self.steps and not self.evaluation_due
+                self.checkpoints.save(evaluation_due=self.evaluation_due, beside=beside)
             if self.owes_evaluation:
                 self.evaluate()
-            if self.length.revise(state.step, time.perf_counter() - began) and self.monitor.tracker is not None:
+            paused, written = time.perf_counter() - began, self.checkpoints.writing.longest
+            if self.length.revise(state.step, paused, written) and self.monitor.tracker is not None:
                 self.monitor.tracker.plan(self.steps)
         if state.step < self.steps:
-            self.checkpoints.save(evaluation_due=self.evaluation_due)
+            self.checkpoints.save(evaluation_due=self.evaluation_due, beside=False)
             self.length.save()
             where = f"after step {state.step} of {self.steps}"
             raise StoppedError(f"stopped ({self.stop}) {where}; all is saved, the same command goes on")

@@ -52,7 +52,7 @@ def saved(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
     weights = {name: local_shard(p) for name, p in model.named_parameters()}
     beside = {**model_files(model.shape, tokenizer, model.family), **tokenizer_files(tokenizer)}
     manifest = {"step": 1, "metrics": {}}
-    checkpoint.save(
+    draft = checkpoint.Draft(
         folder,
         weights=weights,
         moments=moments,
@@ -62,6 +62,7 @@ def saved(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
         coordinator=Coordinator(),
         sharding=sharding,
     )
+    draft.together(draft.allocate, draft.fill, draft.finish)
     return folder
 
 
