@@ -23,7 +23,7 @@ def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
     parser.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml, or a packaged recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="its keys, such as train.steps=60 run=try")
     parser.add_argument("--check", action="store_true", help="only check the recipe and print it with every default")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     from llm.api import load_recipe
     from llm.config.reading import dump
 

@@ -67,7 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
         from llm.insight import ladder
 
         on = device(given, "auto")
-        law = ladder.climb(given.text, trained, print).law if given.ladder else None
+        law = None
+        if given.ladder:  # what cannot be proposed is said before it trains for minutes
+            ladder.free_paths(given.text)
+            ladder.propose(given.text, on, given.hours)
+            law = ladder.climb(given.text, trained, print).law
         for line in ladder.write_proposals(given.text, on, given.hours, law):
             print(line)
         return

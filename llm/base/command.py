@@ -16,6 +16,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, name: str, description: str, **options: Any) -> None:
         super().__init__(prog=f"python -m llm.{name}", description=description, **options)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but options and overrides may stand in any order."""
+        return self.parse_intermixed_args(args, namespace)
+
     def add_run(self) -> None:
         """Add the optional positional argument RUN."""
         self.add_argument("run", nargs="?", help=RUN_HELP)

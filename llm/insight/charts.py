@@ -53,17 +53,20 @@ def chart(
     show_x: Callable[[float], str] = "{:g}".format,
     log: bool = False,
     from_zero: bool = False,
+    most: float = math.inf,
 ) -> Chart | None:
     """A chart of the series with a horizontal line at each of `levels`; None where there is nothing to draw.
 
     `log`: a logarithmic scale where values span more than a factor of 20. What is drawn thinly is averaged to POINTS,
-    and the first twentieth of a long line may leave the top: it would leave no room for the rest.
+    and the first twentieth of a long line may leave the top: it would leave no room for the rest. So may what is above
+    `most`, unless all of it is.
     """
     series = [Series(each.name, thinned(each.points), each.colour, each.marked) for each in series if each.points]
     if not series:
         return None
     settled = [y for each in series for _, y in each.points[len(each.points) // 20 if not each.marked else 0 :]]
     settled += (levels or {}).values()
+    settled = [y for y in settled if y <= most] or settled
     log = log and min(settled) > 0 and max(settled) > 20 * min(settled)
     scale = math.log10 if log else float
     right = max(x for each in series for x, _ in each.points) or 1.0

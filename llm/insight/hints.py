@@ -5,6 +5,7 @@ run with the change made: the table is in tests/benchmarks/README.md, `tests/ben
 """
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +74,7 @@ class Hint:
     change: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.why}: {' '.join(self.change)}"
+        return f"{self.why}: {' '.join(shlex.quote(each) if ' ' in each else each for each in self.change)}"
 
 
 def optimizer(run: Facts) -> Hint | None:
@@ -190,8 +191,10 @@ def longer(run: Facts) -> Hint | None:
 
 
 def more_text(run: Facts) -> Hint:
-    files = ",".join([*run.recipe.text.files, "MORE.txt"])
-    return Hint("more text, in a file of its own", (f"text.files=[{files}]",))
+    largest = max(run.recipe.text.sources, key=lambda each: each.weight or 0.0, default=None)  # of a mixture
+    text, key = (largest.text, f"text.sources.{largest.name}.files") if largest else (run.recipe.text, "text.files")
+    files = ",".join([*text.files, "MORE.txt"])
+    return Hint("more text, in a file of its own", (f"{key}=[{files}]",))
 
 
 RULES: tuple[Callable[[Facts], Hint | None], ...] = (

@@ -233,9 +233,11 @@ def propose(text: str, device: Device, hours: float, law: Law | None = None) -> 
     TextError if the text is not there, RecipeError where the device's speed is unknown or nothing fits.
     """
     law = law or law_of(text)
+    if not (size := planning.text_bytes(_recipe("best", text, Model(), VOCABULARIES[0], 8 * Model().context))):
+        raise RecipeError(f"--text {text[:80]}: its size is not known here: name a file or a folder")
     found = [each for shape in _shapes() if (each := _candidate(text, device, hours, law, *shape))]
     if not found:
-        raise RecipeError(f"no model fits {device.name} and its time: give more --hours, more --memory or more text")
+        raise RecipeError(f"no model fits {device.name}, {hours:g} h and {size / 1e6:.3g} MB of text: give more of one")
     best = min(found, key=_bits)
     small = [each for each in found if _size(each) <= _size(best) / 2] or [best]
     halves = [_candidate(text, device, hours / 2, law, each.plan.recipe.model, _vocabulary(each)) for each in small]
@@ -314,16 +316,21 @@ def _recipe(run: str, text: str, shape: Model, vocab_size: int, per_step: int, *
     )
 
 
+def free_paths(text: str) -> dict[str, Path]:
+    """The files of the three recipes by name. RecipeError if one of them is there already."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(text).name.split(".")[0])[:80].strip("-") or "text"
+    paths = {name: Path(f"{stem}-{name}.yaml") for name in ("safe", "best", "largest")}
+    if there := [str(path) for path in paths.values() if path.exists()]:
+        raise RecipeError(f"there already: {', '.join(there)}: move them away, nothing was written")
+    return paths
+
+
 def write_proposals(text: str, device: Device, hours: float, law: Law | None = None) -> list[str]:
     """Write the three recipes as NAME-safe.yaml, NAME-best.yaml and NAME-largest.yaml into this folder; lines on each.
 
     RecipeError if one of these files is there already, in which case none is written.
     """
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(text).name.split(".")[0]).strip("-") or "text"
-    paths = {name: Path(f"{stem}-{name}.yaml") for name in ("safe", "best", "largest")}
-    if there := [str(path) for path in paths.values() if path.exists()]:
-        raise RecipeError(f"{', '.join(there)} is there already: move it away, nothing was written")
-    said, proposals = [], propose(text, device, hours, law)
+    paths, said, proposals = free_paths(text), [], propose(text, device, hours, law)
     for each in proposals:
         path = paths[each.name]
         words = described(

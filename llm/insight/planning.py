@@ -14,19 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llm.base import atomic_io
 from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
 from llm.config.resolving import cpu_micro_batch, with_steps
 from llm.config.schema import MIN_VOCAB_SIZE, Recipe, Text
 from llm.data.sources import sources_of
 from llm.data.text_files import packed_as
 from llm.insight.cards import GIB, Device
-from llm.model import cost
+from llm.model import cost, hf_config
 from llm.run_folder.metrics import readable
 
 # Bytes of held-out text per token (BOS included) by number of pieces: means over the packaged English, French and
 # Spanish texts and Python's standard library, which lie within 9 % of them (2026-11-28).
 BYTES_PER_TOKEN = {1024: 2.38, 2048: 2.85, 4096: 3.25, 8192: 3.58, 16384: 3.84, 32768: 4.00}
-PACKAGED = {"wiki-leads": 5_039_867, "wiki-leads-fr": 3_828_751, "wiki-leads-es": 2_830_813}  # bytes
+PACKAGED = {"wiki-leads": 5_039_867, "wiki-leads-fr": 3_828_751, "wiki-leads-es": 2_830_813, "chitchat": 16_401_951}
+# bytes of text
 GZIPPED = 3.0  # bytes of text for each byte of a .gz file
 CONTEXT, SLACK = 0.6 * GIB, 1.06  # bytes that CUDA itself takes; what its allocator holds beside live tensors
 GPU_SHARE = 0.6  # of a card's matrix throughput that large products reach
@@ -59,9 +61,14 @@ class Plan:
     sources: dict[str, float] = field(default_factory=dict)  # tokens of the training side of each of text.sources
 
     @property
+    def steps(self) -> int:
+        """Steps that the run makes, after those of the checkpoint that it goes on from; 0: unknown."""
+        return max(0, self.recipe.train.steps - self.recipe.from_step)
+
+    @property
     def tokens(self) -> int:
         """Tokens that the run reads; 0 if its length is not known yet."""
-        return self.recipe.train.steps * self.recipe.train.tokens_per_step
+        return self.steps * self.recipe.train.tokens_per_step
 
     @property
     def copy_bytes(self) -> int:
@@ -83,19 +90,18 @@ class Plan:
         """Seconds of the whole run with its evaluations; 0: unknown."""
         if not (self.tokens_per_second and self.tokens):
             return 0.0
-        evaluations = -(-self.recipe.train.steps // self.recipe.evaluate.every)
+        evaluations = -(-self.steps // self.recipe.evaluate.every)
         return (self.tokens + evaluations * self.validation_tokens / FORWARD) / self.tokens_per_second
 
 
 def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan:
     """The plan of a recipe on `device`; a measured speed, if given, replaces the tabulated one.
 
-    RecipeError for model.from, whose sizes are in another file.
+    RecipeError or RefusedError for model.from and tokenizer.path that lead nowhere.
     """
-    if recipe.model.from_:
-        raise RecipeError("model.from: a plan needs the sizes in the recipe: write model.dim and the others there")
+    given, recipe = recipe.tokenizer, sized(recipe)
     vocab_size = recipe.tokenizer.vocabulary
-    train, validation, documents, estimated = text_tokens(recipe)
+    train, validation, documents, estimated = text_tokens(replace(recipe, tokenizer=given), vocab_size)
     speed = tokens_per_second or tabulated_speed(recipe, device)
     if recipe.train.hours and speed:
         steps = max(1, round(recipe.train.hours * 3600 * speed / recipe.train.tokens_per_step))
@@ -108,11 +114,39 @@ def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan
     micro_batch, fits = micro_batch_that_fits(recipe, device)
     memory, each = step_memory(recipe, device, micro_batch), 2 if vocab_size <= 1 << 16 else 4
     return Plan(
-        recipe, device, parts(recipe), memory, micro_batch, fits, train, validation, estimated,
+        replace(recipe, tokenizer=given), device, parts(recipe), memory, micro_batch, fits,
+        train, validation, estimated,
         shard_bytes=(train + validation) * each + 4 * documents, checkpoint_bytes=memory.weights + memory.moments,
         checkpoints=min(recipe.checkpoint.keep + 2, max(1, -(-recipe.train.steps // recipe.checkpoint.every))),
         tokens_per_second=speed, speed_is_measured=bool(tokens_per_second), sources=source_tokens(recipe, train),
     )  # fmt: skip
+
+
+def sized(recipe: Recipe) -> Recipe:
+    """The recipe with the shape and the number of pieces that model.from or tokenizer.path provides."""
+    if recipe.model.from_:
+        config = hf_config.read_config(_model_folder(atomic_io.expanded(recipe.model.from_)))
+        shape = {name: config[field] for name, field in hf_config.FIELDS.items()}
+        recipe, pieces = replace(recipe, model=replace(recipe.model, **shape)), config["vocab_size"]
+    elif recipe.tokenizer.path:
+        from llm.data.tokenizer import Tokenizer  # takes half a second to import
+
+        pieces = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path)).vocab_size
+    else:
+        return recipe
+    return replace(recipe, tokenizer=replace(recipe.tokenizer, vocabulary=pieces))
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder itself, or a checkpoint of the run at `path`, also as its `best` or `newest`: all have one shape."""
+    if (path / "config.json").exists():
+        return path
+    run = path.parent if path.name in ("best", "newest") else path
+    if found := next(run.glob("checkpoints/*/config.json"), None):
+        return found.parent
+    raise RecipeError(
+        f"model.from = {path} is not there: name a model folder with config.json, or a run, trained first"
+    )
 
 
 def parts(recipe: Recipe) -> dict[str, int]:
@@ -173,16 +207,19 @@ def micro_batch_that_fits(recipe: Recipe, device: Device) -> tuple[int, bool]:
 # ---------------------------------------------------------------------------------------------- text
 
 
-def text_tokens(recipe: Recipe) -> tuple[int, int, int, bool]:
-    """Tokens of the training and of the validation side, documents, and whether these are estimates; 0 if unknown."""
-    if Path(recipe.text.cache or "data").expanduser().is_dir():
+def text_tokens(recipe: Recipe, vocab_size: int = 0) -> tuple[int, int, int, bool]:
+    """Tokens of the training and of the validation side, documents, and whether these are estimates; 0 if unknown.
+
+    `vocab_size`: of a borrowed tokenizer, instead of the recipe's.
+    """
+    if not recipe.model.from_ and Path(recipe.text.cache or "data").expanduser().is_dir():
         from llm.data.mixed_pipeline import find_shards  # takes half a second to import
 
         with contextlib.suppress(LLMError):  # what is wrong with a text is said when it is prepared
             if shards := find_shards(recipe):
                 both = shards.train, shards.validation
                 return both[0].tokens, both[1].tokens, both[0].documents + both[1].documents, False
-    tokens = text_bytes(recipe) / bytes_per_token(recipe.tokenizer.vocabulary)
+    tokens = text_bytes(recipe) / bytes_per_token(vocab_size or recipe.tokenizer.vocabulary)
     held_out = int(tokens * recipe.text.validation)
     return int(tokens) - held_out, held_out, 0, True
 
@@ -306,8 +343,9 @@ def lines(plan: Plan) -> list[str]:
     if plan.tokens:
         times = f", {about}{plan.epochs:.2f} epochs" if plan.epochs else ""
         said.append(
-            f"length: {train.steps:,} steps of {train.tokens_per_step:,} tokens = "
+            f"length: {plan.steps:,} steps of {train.tokens_per_step:,} tokens = "
             f"{plan.tokens / 1e6:,.2f} M tokens{times}"
+            + (f", after the {recipe.from_step:,} of {recipe.from_}" if recipe.from_ else "")
         )
     if plan.sources and plan.tokens:
         said.append(f"mixture: {'; '.join(_mixture(plan))}")

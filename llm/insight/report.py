@@ -27,6 +27,7 @@ from llm.model.cost import size
 from llm.run_folder.record import Record, readable
 
 SHOWN = 6  # evaluations whose samples stand side by side
+WORST = 8.0  # bits per byte without any knowledge: a run that diverged leaves the charts above them
 SHADES = (0.01, 0.05, 0.2, 0.5)  # probabilities that part the shades of a token
 TEMPLATE = Path(__file__).with_name("report.html")
 UNREADABLE = (LLMError, OSError, LookupError, ValueError, TypeError, ImportError, RuntimeError)
@@ -59,6 +60,7 @@ class RunView:
     steps: list[int]
     samples: list[tuple[str, list[Sample | None]]]
     yardsticks: dict[str, float]
+    measured: list[str]  # the heads of its evaluations
     evaluations: list[tuple[list[str], bool]]
     events: list[dict[str, Any]]
     recipe: str
@@ -76,11 +78,10 @@ def page(records: Sequence[Record], *, watch: str = "", nonce: str = "", say: Ca
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        title=" and ".join(record.name for record in records),
+        title=" and ".join(filter(None, (", ".join(record.name for record in records[:-1]), records[-1].name))),
         runs=views,
         charts=_charts(records, views),
         results=RESULTS,
-        evaluations=EVALUATIONS,
         differing=differing_keys(records),
         made=time.strftime("%Y-%m-%d %H:%M"),
         watch=watch,
@@ -91,8 +92,15 @@ def page(records: Sequence[Record], *, watch: str = "", nonce: str = "", say: Ca
 def differing_keys(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     """The keys in which the recipes differ, with the value of each run."""
     recipes = [flat(record.recipe) if record.recipe else {} for record in records]
-    values = {name: [str(recipe.get(name, "-")) for recipe in recipes] for recipe in recipes for name in recipe}
+    values = {name: [_value(recipe.get(name)) for recipe in recipes] for recipe in recipes for name in recipe}
     return [(name, each) for name, each in values.items() if len(set(each)) > 1 and name != "run"]
+
+
+def _value(value: Any) -> str:
+    """A key's value for people."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
 
 
 def _charts(records: Sequence[Record], views: Sequence[RunView]) -> list[Chart]:
@@ -127,8 +135,10 @@ def _charts(records: Sequence[Record], views: Sequence[RunView]) -> list[Chart]:
 
     in_tokens = "tokens" if all(record.tokens_per_step for record in records) else "steps"
     drawn = [
-        chart("Bits per byte over tokens", curves(tokens), in_tokens, levels=levels, show_x=compact),
-        chart("Bits per byte over time", curves(clock), unit, levels=levels, show_x=compact) if longest else None,
+        chart("Bits per byte over tokens", curves(tokens), in_tokens, levels=levels, show_x=compact, most=WORST),
+        chart("Bits per byte over time", curves(clock), unit, levels=levels, show_x=compact, most=WORST)
+        if longest
+        else None,
         chart("Learning rate", all_runs("learning_rate"), in_tokens, show_x=compact, from_zero=True),
         chart("Gradient norm", all_runs("gradient_norm"), in_tokens, show_x=compact, log=True),
         chart("Tokens per second", all_runs("tokens_per_second"), in_tokens, show_x=compact, from_zero=True),
@@ -195,6 +205,7 @@ def _view(record: Record, colour: int, say: Callable[[str], None]) -> RunView:
         steps=steps,
         samples=[(prompt, [sample(step, prompt) for step in steps]) for prompt in prompts],
         yardsticks=yardsticks,
+        measured=[*EVALUATIONS, *_texts_of(record)],
         evaluations=_evaluations(record),
         events=record.events,
         recipe=dump(record.recipe) if record.recipe else "",
@@ -246,8 +257,19 @@ def _plan(record: Record) -> list[tuple[str, str, str, str]]:
     return [(name, show(a), show(b), f"{b / a:.0%}" if a else "-") for name, a, b, show in rows]
 
 
+def _texts_of(record: Record) -> list[str]:
+    """The sources of a mixture, and evaluate.also, whose bits per byte were measured too."""
+    sources = dict.fromkeys(name for line in record.evaluations for name in line.get("sources", {}))
+    also = any("also_bits_per_byte" in line for line in record.evaluations)
+    return [*sources, *(["evaluate.also"] if also else [])]
+
+
 def _evaluations(record: Record) -> list[tuple[list[str], bool]]:
-    best = record.best
+    best, texts = record.best, _texts_of(record)
+    measured = [
+        (line, {"evaluate.also": line.get("also_bits_per_byte"), **line.get("sources", {})})
+        for line in record.evaluations
+    ]
     return [
         (
             [
@@ -258,10 +280,11 @@ def _evaluations(record: Record) -> list[tuple[list[str], bool]]:
                 _number(line.get("train_loss"), ".4f"),
                 _number(math.exp(min(line["val_loss"], 700)), ",.2f"),
                 _number(line["bits_per_byte"], ".4f"),
+                *(_number(each.get(name), ".4f") for name in texts),
             ],
             line is best,
         )
-        for line in record.evaluations
+        for line, each in measured
     ]
 
 

@@ -1,12 +1,14 @@
 """config.json of a Qwen3 or Llama folder, ours or foreign: every field is either obeyed by our model or refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
 from llm.config.schema import Recipe
-from llm.model.transformer import Family
+
+if TYPE_CHECKING:  # a plan reads sizes without torch
+    from llm.model.transformer import Family
 
 MOST_SIZE = 1 << 24
 FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -107,12 +109,16 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_SIZE
 
 
-def read_family(folder: Path) -> Family:
+def read_family(folder: Path) -> "Family":
     """The properties of the model in a folder, ours or foreign, that no recipe states."""
+    from llm.model.transformer import Family
+
     config = read_config(folder)
     theta, eps, positions = (config[name] for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings"))
     return Family(config["model_type"], float(theta), float(eps), positions)
 
 
-def family_of(recipe: Recipe) -> Family:
+def family_of(recipe: Recipe) -> "Family":
+    from llm.model.transformer import Family
+
     return read_family(atomic_io.expanded(recipe.model.from_)) if recipe.model.from_ else Family()

@@ -172,7 +172,10 @@ def find(name: str, runs: Path = Path("runs")) -> Path:
 
 
 def _clean(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a record, of each only the fields that have their type: numbers finite, texts texts."""
+    """The lines of a record, of each only the fields that have their type: numbers finite, texts texts.
+
+    `sources` is the bits per byte of each source of a mixture.
+    """
     for line in atomic_io.read_lines(path):
         step = line.pop("step", None)
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1e15:
@@ -180,13 +183,20 @@ def _clean(path: Path) -> Iterator[dict[str, Any]]:
         kept = {name: value for name, value in line.items() if _has_type(name, value)}
         if isinstance(texts := line.get("texts"), list):
             kept["texts"] = [each for each in texts if isinstance(each, str)]
+        if isinstance(sources := line.get("sources"), dict):
+            bits = {name: each.get("bits_per_byte") for name, each in sources.items() if isinstance(each, dict)}
+            kept["sources"] = {name: value for name, value in bits.items() if _is_number(value)}
         yield {"step": step, **kept}
 
 
 def _has_type(name: str, value: Any) -> bool:
     if name in TEXTS:
         return isinstance(value, str)
-    return isinstance(value, bool) or (isinstance(value, int | float) and abs(value) < MOST)  # false for NaN
+    return isinstance(value, bool) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST  # false for NaN
 
 
 def _is_alive(process: int) -> bool:

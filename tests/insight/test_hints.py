@@ -9,7 +9,7 @@ import pytest
 import llm
 from llm.config.reading import load
 from llm.config.resolving import with_steps
-from llm.config.schema import Recipe
+from llm.config.schema import Recipe, TextSource
 from llm.insight import hints
 from llm.run_folder.metrics import Tracker
 from tests.forks import run, script, train, write_recipe, write_text
@@ -146,3 +146,14 @@ def test_prepare_ends_with_advice_and_a_run_too(tmp_path: Path) -> None:
     assert trained.status == 0, trained.err
     assert "what would help: " in trained.out and "epochs seen" in trained.out and "(training " in trained.out
     assert load(tmp_path / "runs/tiny/recipe.yaml").train.steps == 12
+
+
+def test_more_text_of_a_mixture_goes_to_its_heaviest_source_in_words_that_a_shell_takes() -> None:
+    given = recipe(1)
+    sources = tuple(
+        TextSource(name=name, text=replace(given.text, files=(file,)), weight=weight)
+        for name, file, weight in (("b", "b.txt", 1.0), ("a", "my notes.txt", 3.0))
+    )
+    given = replace(given, text=replace(given.text, files=(), sources=sources))
+    hint = hints.more_text(hints.Facts(given, given.tokenizer.vocabulary, TOKENS, given.train.steps))
+    assert str(hint).endswith("'text.sources.a.files=[my notes.txt,MORE.txt]'")

@@ -23,7 +23,7 @@ from llm.insight import cards, ladder, planning
 from llm.model.transformer import Transformer
 from llm.optim.optimizer import Optimizer, gradient_norm
 from tests.data.test_documents import needs_wiki
-from tests.forks import ROOT, run, script, write_recipe, write_text
+from tests.forks import ROOT, run, script, train, write_recipe, write_text
 from tests.test_memory import peaks
 
 CPU = cards.Device("a CPU", 16e9, 0.0, 1e11, 1e11, cuda=False)
@@ -258,7 +258,7 @@ def test_three_recipes_are_written_that_can_be_trained_and_none_is_overwritten(t
     before = [(tmp_path / name).read_text() for name in names[1:]]
     (tmp_path / names[0]).unlink()
     done = plan("--text", "wiki-leads", "--hours", "1", "--gpu", "3080ti", folder=tmp_path)
-    assert done.returncode == 2 and "is there already" in done.stderr
+    assert done.returncode == 2 and "there already" in done.stderr
     assert not (tmp_path / names[0]).exists() and [(tmp_path / name).read_text() for name in names[1:]] == before
 
 
@@ -301,6 +301,35 @@ def test_a_ladder_is_trained_through_the_api(tmp_path: Path, monkeypatch: pytest
     climbed = ladder.climb("text.txt", llm.train)
     assert [each.tokens for each in climbed.rungs] == [2048, 4096, 6144] and climbed.slope < 0
     assert not (tmp_path / "runs").exists()
+
+
+def test_sizes_come_from_where_the_recipe_takes_them(tmp_path: Path) -> None:
+    """Of model.from, a run or a folder, and of tokenizer.path: the parameters of the model that will be trained."""
+    text = write_text(tmp_path / "text.txt")
+    path = write_recipe(tmp_path, text)
+    done = run(train(path), tmp_path)
+    assert done.status == 0, done.err
+    trained = tmp_path / "runs/tiny"
+    taken = [each.name for each in (trained / "checkpoints").iterdir()]
+    said = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])["parameters"]
+    places = (trained / "best", trained, trained / "checkpoints" / taken[0])
+    for change in [
+        *(f"model.from={place}" for place in places),
+        f"tokenizer.path={trained / 'tokenizer/tokenizer.model'}",
+    ]:
+        done = plan(
+            path, "--memory", "12GB", "tokenizer.vocabulary=8192", change, folder=tmp_path
+        )  # overrides after an option
+        assert done.returncode == 0 and f": {said:,} parameters" in done.stdout, done.stderr
+    for change in ("model.from=runs/none/best", "tokenizer.path=none.model"):
+        done = plan(path, change, folder=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not there" in done.stderr, done.stderr
+
+
+def test_a_run_that_goes_on_is_planned_from_its_checkpoint() -> None:
+    whole, rest = (planning.plan(quickstart(f"train.steps=400 {more}"), CPU) for more in ("", "from=other/step-300"))
+    assert (whole.steps, rest.steps, rest.tokens) == (400, 100, whole.tokens / 4) and rest.seconds < whole.seconds / 3
+    assert "length: 100 steps" in "\n".join(planning.lines(rest))
 
 
 def test_names_and_sizes() -> None:

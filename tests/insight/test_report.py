@@ -79,6 +79,29 @@ def page_of(*folders: Path) -> str:
     return report.page([read(folder) for folder in folders], say=lambda line: None)
 
 
+def test_a_run_that_diverged_leaves_room_for_the_others() -> None:
+    good, bad = Series("good", [(0, 3.0), (1, 2.5)]), Series("bad", [(0, 300.0), (1, 90.0)])
+    both, alone = (chart("x", each, "tokens", most=8.0) for each in ([good, bad], [bad]))
+    assert both is not None and alone is not None
+    assert {float(text) for _, text in both.y_ticks} <= {2.4, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0}
+    assert max(float(text) for _, text in alone.y_ticks) >= 250
+
+
+def test_each_source_of_a_mixture_and_the_other_text_are_in_the_table(tmp_path: Path) -> None:
+    line = {"step": 5, "val_loss": 3.0, "bits_per_byte": 1.5, "also_bits_per_byte": 1.7321}
+    sources = {"base": {"bits_per_byte": 1.2345}, "<b>": {"bits_per_byte": float("nan")}, "odd": 3}
+    lines = [{"step": 0, "val_loss": 4.0, "bits_per_byte": 2.5}, line | {"sources": sources}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    shown = text_of(page_of(tmp_path))
+    assert "bits per byte base evaluate.also" in shown and "1.5000 1.2345 1.7321" in shown and "2.5000 - -" in shown
+
+
+def test_keys_and_names_are_written_for_people(trained: Path) -> None:
+    shown = text_of(page_of(*[trained / "runs" / name for name in ("tiny", "other", "tiny")]))
+    assert "tiny, other and tiny" in shown and report._value(["a.txt", "b.txt"]) == "a.txt, b.txt"
+    assert report._value(None) == report._value(()) == "-"
+
+
 def test_the_figures_agree_everywhere(trained: Path) -> None:
     """Console, record, W&B's file, the run's list, evaluate and the report say one best figure and one last loss."""
     done = command(trained, "tiny")
