@@ -114,6 +114,8 @@ def follow(past: Past, text: Text, cache: Path, show: Show, *, verify: bool) -> 
             look_up()
     if keys:
         look_up()
+    _, same = np.unique(known.keys, return_inverse=True)  # a document that stands there twice is found once
+    there = np.bincount(same, there, minlength=1)[same] > 0
     found = reading.survey()
     whole, kept = sum(survey.text_bytes), int(known.lengths[there].sum())
     if not len(known.keys) or 2 * kept < whole or not found.is_split:

@@ -8,7 +8,6 @@ published figure. Three tiny runs on a text, a ladder, correct it for that text.
 import json
 import math
 import re
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -190,8 +189,7 @@ def measured(recipe: Recipe, train: Callable[..., Any]) -> float:
         if line.get("bits_per_byte") is not None:
             found.append(line["bits_per_byte"])
 
-    with tempfile.TemporaryDirectory(prefix="ladder-") as folder:
-        train(recipe, runs=folder, on_log=look)
+    planning.train_for_figures(recipe, train, look)
     if not found:
         raise TextError(f"{', '.join(recipe.text.files)}: nothing of it is held out, so nothing can be measured")
     return found[-1]

@@ -273,6 +273,15 @@ def tabulated_speed(recipe: Recipe, device: Device) -> float:
     return 1 / ((flops / (GPU_SHARE * peak) + moved + started) * again * (1 if recipe.machine.compile else EAGER))
 
 
+def train_for_figures(recipe: Recipe, train: Callable[..., Any], on_log: Callable[[dict[str, Any]], None]) -> None:
+    """Train in a temporary run folder, for what `on_log` is told."""
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        try:
+            train(recipe, runs=folder, on_log=on_log)
+        except StoppedError:
+            raise StoppedError("stopped: nothing is kept of this, the same command begins it again") from None
+
+
 def probe(recipe: Recipe, train: Callable[..., Any]) -> float:
     """Tokens per second of PROBE_STEPS real steps, trained on this machine in a temporary run folder.
 
@@ -294,8 +303,11 @@ def probe(recipe: Recipe, train: Callable[..., Any]) -> float:
         checkpoint=replace(recipe.checkpoint, every=10**9),
         tracking=replace(recipe.tracking, every=every, wandb="off", tensorboard=False),
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder, contextlib.suppress(StoppedError):
-        train(short, runs=folder, on_log=look)
+    try:
+        train_for_figures(short, train, look)
+    except StoppedError:
+        if len(speeds) < PROBE_STEPS // every:  # somebody else's signal
+            raise
     return statistics.median(speeds[1:])  # the first steps are slow
 
 

@@ -71,6 +71,15 @@ def stay(before: list[list[bytes]], after: list[list[bytes]]) -> None:
     assert not set(before[0]) & set(after[1]) and not set(before[1]) & set(after[0])
 
 
+def test_a_document_that_stands_there_twice_is_not_gone(tmp_path: Path) -> None:
+    whole, path = [*MANY, *MANY[-40:]], tmp_path / "text.txt"
+    path.write_bytes(b"".join(each + MARKER for each in whole))
+    ready(tmp_path, path)
+    path.write_bytes(b"".join(each + MARKER for each in [*whole, b"a new document\n"]))
+    _, said = ready(tmp_path, path)
+    assert "1 documents (0.0 MB) are new since it was last prepared, 0 are gone" in said
+
+
 @pytest.mark.parametrize("fate", ["appended", "edited", "removed", "begun anew"])
 def test_of_one_file_only_what_is_new_is_encoded(tmp_path: Path, encoded: list[int], fate: str) -> None:
     whole, path = list(MANY), tmp_path / "text.txt"

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import llm
-from llm.base.errors import RecipeError, TextError
+from llm.base.errors import RecipeError, StoppedError, TextError
 from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Recipe
@@ -243,6 +243,15 @@ def test_a_probe_measures_real_steps_and_leaves_no_run(tmp_path: Path, monkeypat
     ended = run(script("module:llm.plan", "recipe.yaml", "--probe"), tmp_path)
     assert ended.status == 0, ended.err
     assert "(measured)" in ended.out and not (tmp_path / "runs").exists()
+
+
+def test_a_probe_or_ladder_that_is_stopped_says_that_nothing_is_kept(tmp_path: Path) -> None:
+    def stopped(recipe: object, *, runs: str, on_log: object) -> None:
+        raise StoppedError("all is saved")
+
+    for act in (planning.probe, ladder.measured):
+        with pytest.raises(StoppedError, match="nothing is kept"):
+            act(load(write_recipe(tmp_path, write_text(tmp_path / "text.txt"))), stopped)
 
 
 @needs_wiki
