@@ -100,7 +100,15 @@ def steps(folder: Path) -> list[int]:
     return [line["step"] for line in atomic_io.read_lines(folder / "runs/tiny/metrics.jsonl") if "loss" in line]
 
 
-@pytest.mark.parametrize(("world", "shard"), [(1, "none"), (2, "none"), (2, "full"), (2, "hybrid")])
+@pytest.mark.parametrize(
+    ("world", "shard"),
+    [
+        (1, "none"),
+        pytest.param(2, "none", marks=pytest.mark.slow),
+        (2, "full"),
+        pytest.param(2, "hybrid", marks=pytest.mark.slow),
+    ],
+)
 def test_on_a_slow_disk_each_checkpoint_holds_the_state_of_its_step(
     tmp_path: Path, text: Path, whole: dict[int, str], world: int, shard: str
 ) -> None:
@@ -149,8 +157,10 @@ def test_all_wait_where_one_is_short_of_memory(tmp_path: Path, text: Path, whole
     assert first.out.count("memory is short") == 1 and digests(tmp_path) == whole
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize(("world", "rank", "shard"), [(1, 0, "none"), (2, 0, "none"), (2, 1, "full")])
+@pytest.mark.parametrize("code", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "rank", "shard"), [(1, 0, "none"), pytest.param(2, 0, "none", marks=pytest.mark.slow), (2, 1, "full")]
+)
 def test_an_error_in_the_thread_ends_all_at_the_next_step(
     tmp_path: Path, text: Path, whole: dict[int, str], code: int, world: int, rank: int, shard: str
 ) -> None:
@@ -193,7 +203,7 @@ def test_an_error_in_the_last_of_them_is_not_overlooked(tmp_path: Path, text: Pa
     assert ended.status == 5 and digests(tmp_path) == {}, ended.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [EVERY, EVERY + 1])
 def test_asked_to_stop_it_waits_for_what_is_on_its_way(
     tmp_path: Path, text: Path, whole: dict[int, str], number: int, step: int

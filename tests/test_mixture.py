@@ -42,7 +42,7 @@ def trace(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("world", "shard"), [(1, "none"), (2, "none"), (2, "full")])
-@pytest.mark.parametrize("exact", ["false", "true"])
+@pytest.mark.parametrize("exact", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_stopped_in_the_middle_it_ends_in_the_same_bits(
     here: Path, tmp_path: Path, world: int, shard: str, exact: str
 ) -> None:

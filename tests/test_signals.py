@@ -127,7 +127,7 @@ def test_the_main_process_that_dies_or_hangs_is_named_too(tmp_path: Path, text: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_process_that_dies_or_hangs_is_named_and_the_same_command_goes_on(
     tmp_path: Path, text: Path, number: int, shard: str
 ) -> None:

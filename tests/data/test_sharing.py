@@ -317,7 +317,7 @@ def encoded_by(folder: Path, rank: int) -> int:
 
 
 @pytest.mark.parametrize("used", ["ab", "aa"])
-@pytest.mark.parametrize("node", [1, 2])
+@pytest.mark.parametrize("node", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_machines_of_one_launch_each_encode_their_half(
     tmp_path: Path, disks: Path, expected: dict[str, str], used: str, node: int
 ) -> None:
@@ -333,7 +333,7 @@ def test_two_machines_of_one_launch_each_encode_their_half(
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-@pytest.mark.parametrize("used", ["ab", "aa"])
+@pytest.mark.parametrize("used", ["ab", pytest.param("aa", marks=pytest.mark.slow)])
 def test_a_machine_that_dies_ends_the_others_and_the_same_command_goes_on(
     tmp_path: Path, disks: Path, expected: dict[str, str], used: str, dies: int
 ) -> None:

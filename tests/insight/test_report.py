@@ -384,8 +384,15 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="install chromium")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+        pytest.param(390, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_a_browser_shows_it_without_an_error(trained: Path, tmp_path: Path, width: int, scheme: Any) -> None:
     """Opened, clicked through, walked through by keyboard, printed, and followed while the run goes on."""
     playwright = pytest.importorskip("playwright.sync_api", reason="install the extra `test`")
