@@ -45,7 +45,9 @@ class Slots:
         """Logits (B, V) after the next token of each row in `tokens`, in that order. The other rows lose their text."""
         width = next(width for width in self.widths if width > max(tokens))
         ids = [tokens.get(row, 0) for row in range(width)]
-        positions = [self.lengths[row] if row in tokens else 0 for row in range(width)]
+        # Idle rows follow one that goes on, so that they ask for no part of the cache of their own.
+        idle = self.lengths[next(iter(tokens))]
+        positions = [self.lengths[row] if row in tokens else idle for row in range(width)]
         for row in tokens:
             self.lengths[row] += 1
         if self.fast is not None:
