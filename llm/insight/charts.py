@@ -44,6 +44,13 @@ class Chart:
     labels: list[tuple[float, str, bool]] = field(default_factory=list)
 
 
+def _settled(series: Sequence[Series], levels: dict[str, float], most: float) -> list[float]:
+    """The values that a chart must have room for."""
+    values = [y for each in series for _, y in each.points[len(each.points) // 20 if not each.marked else 0 :]]
+    values += levels.values()
+    return [y for y in values if y <= most] or values
+
+
 def chart(
     title: str,
     series: Sequence[Series],
@@ -64,9 +71,7 @@ def chart(
     series = [Series(each.name, thinned(each.points), each.colour, each.marked) for each in series if each.points]
     if not series:
         return None
-    settled = [y for each in series for _, y in each.points[len(each.points) // 20 if not each.marked else 0 :]]
-    settled += (levels or {}).values()
-    settled = [y for y in settled if y <= most] or settled
+    settled = _settled(series, levels or {}, most)
     log = log and min(settled) > 0 and max(settled) > 20 * min(settled)
     scale = math.log10 if log else float
     right = max(x for each in series for x, _ in each.points) or 1.0

@@ -174,7 +174,9 @@ class Engine:
         most = max(1, len(self.waiting) - self.running)
         for job in list(self.waiting):
             jobs = job.checkpoint.jobs
-            if len(jobs) < SLOTS and most:
+            if not most:
+                return
+            if len(jobs) < SLOTS:
                 most -= 1
                 self.waiting.remove(job)
                 self._left_queue(job)

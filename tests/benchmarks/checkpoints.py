@@ -9,19 +9,15 @@ that the writing thread took, which is the most that it can cost.
 import argparse
 import json
 import statistics
-import tempfile
 import time
-from contextlib import chdir
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+from safety import real_trainer
+
 from llm.config.reading import load
-from llm.distributed.environment import DTYPES, start_group
-from llm.distributed.sharding import Sharding
-from llm.interop.pretrained import ready
 from llm.run_folder.background import BackgroundWork
-from llm.training.context import RunContext
 from llm.training.trainer import Trainer
 
 STEPS = 10
@@ -78,12 +74,8 @@ def rounds(number: int, kinds: list[str], overrides: list[str]) -> list[dict[str
     recipe = load(path, [*SHAPE, *overrides, f"text.cache={data}", "run=saves", "checkpoint.keep=1"])
     threads: list[dict[str, float]] = []
     timed_thread(threads)
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        run = Path("runs/saves")
-        accelerator, coordinator, settings = start_group(recipe, run)
-        recipe, tokenizer, shards = ready(recipe, print)
-        split = Sharding(settings.shard, accelerator.device, DTYPES[settings.precision])
-        trainer = Trainer(RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, split, run))
+    with real_trainer(recipe) as trainer:
+        settings = trainer.context.settings
         trainer.micro_batches.rehearse()
         print(
             f"{trainer.state.parameters / 1e6:.1f} M parameters, {settings.precision}, {settings.threads} threads",
@@ -102,7 +94,7 @@ def rounds(number: int, kinds: list[str], overrides: list[str]) -> list[dict[str
             for kind in order:
                 found[-1][kind] = block(trainer, kind, threads)
                 print(kind, {name: round(value, 3) for name, value in found[-1][kind].items()}, flush=True)
-        size = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*.safetensors"))
+        size = sum(path.stat().st_size for path in (trainer.context.folder / "checkpoints").rglob("*.safetensors"))
         print(f"a checkpoint: {size / 1e9:.2f} GB")
     return found
 

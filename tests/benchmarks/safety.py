@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import llm.training.step
 from llm.config.reading import load
+from llm.config.schema import Recipe
 from llm.distributed.environment import DTYPES, start_group
 from llm.distributed.sharding import LocalShard, Sharding
 from llm.interop.pretrained import ready
@@ -69,15 +70,22 @@ def seconds_of(act: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def main() -> None:
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/quickstart.yaml").absolute()
-    recipe = load(path, [*sys.argv[2:], f"text.cache={Path('data').absolute()}", "run=safety"])
+@contextmanager
+def real_trainer(recipe: Recipe) -> Iterator[Trainer]:
+    """The trainer of a run in a temporary folder, which is the current one meanwhile."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        run = Path("runs/safety")
+        run = Path("runs") / recipe.run
         accelerator, coordinator, settings = start_group(recipe, run)
         recipe, tokenizer, shards = ready(recipe, print)
         split = Sharding(settings.shard, accelerator.device, DTYPES[settings.precision])
-        trainer = Trainer(RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, split, run))
+        yield Trainer(RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, split, run))
+
+
+def main() -> None:
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/quickstart.yaml").absolute()
+    recipe = load(path, [*sys.argv[2:], f"text.cache={Path('data').absolute()}", "run=safety"])
+    with real_trainer(recipe) as trainer:
+        run = trainer.context.folder
         record = trainer.monitor.trace = trace.Trace(run, 0)
         found: dict[str, list[float]] = {"without": [], "with": []}
         for round in range(-1, ROUNDS):

@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 
 from llm.run_folder.loaded_run import LoadedRun
-from llm.serving import engine
+from llm.serving import api, engine
 from tests.insight.test_report import contrasts
 from tests.serving.conftest import Served, served
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DONE, BUSY = "#turns[aria-busy=false] [data-p]", "#turns[aria-busy=true] [data-p]"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="install chromium")
+
+
+@pytest.fixture(autouse=True)
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer ends by chance before its first word, which these tests then wait for."""
+    jobs = api._jobs
+
+    def longest(checkpoint: Any, asked: Any, *given: Any) -> Any:
+        return jobs(checkpoint, asked.model_copy(update={"ignore_eos": True}), *given)
+
+    monkeypatch.setattr(api, "_jobs", longest)
 
 
 @contextmanager
