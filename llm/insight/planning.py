@@ -369,6 +369,8 @@ def lines(plan: Plan) -> list[str]:
     if plan.seconds:
         how = "measured" if plan.speed_is_measured else "by table, within a factor of two; --probe measures it"
         said.append(f"time: about {readable(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s ({how})")
+    elif plan.tokens_per_second:
+        said.append(f"time: not known, as the length of the run is not; about {plan.tokens_per_second:,.0f} tokens/s")
     else:
         said.append("time: not known: name a card by --gpu, or measure with --probe")
     return said

@@ -203,7 +203,8 @@ def test_tokens_of_a_prepared_text_are_counted_and_no_estimate(tmp_path: Path) -
 def test_a_text_that_is_not_there_leaves_the_rest_of_the_plan(tmp_path: Path) -> None:
     made = planning.plan(load(ROOT / "recipes/small.yaml", ["text.files=none.txt"]), cards.card("3080ti"))
     assert (made.text_tokens, made.tokens, made.seconds) == (0, 0, 0) and made.fits
-    assert "is not known here" in "\n".join(planning.lines(made))
+    said = "\n".join(planning.lines(made))
+    assert "is not known here" in said and "as the length of the run is not; about" in said and "--gpu" not in said
 
 
 def test_the_micro_batch_is_the_largest_that_fits() -> None:
