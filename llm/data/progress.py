@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from llm.base.durations import readable
+
 Say = Callable[[str], None]
 Item = TypeVar("Item")
 
@@ -35,6 +37,6 @@ class Show:
             now = time.monotonic()
             if self.progress and now - told >= 10:
                 told, rate = now, done / (now - began)
-                seconds = max((total or 0) - done, 0) / max(rate, 1)
-                left = f" of {total / 1e6:,.0f} MB, {seconds:,.0f} s left" if total else " MB"
-                self.say(f"{what}: {done / 1e6:,.0f}{left}, {rate / 1e6:,.1f} MB/s")
+                of = f" of {total / 1e6:,.0f}" if total else ""
+                left = f", {readable(max(total - done, 0) / rate)} left" if total and rate else ""
+                self.say(f"{what}: {done / 1e6:,.0f}{of} MB{left}, {rate / 1e6:,.1f} MB/s")

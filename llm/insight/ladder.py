@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from llm.base.durations import readable
 from llm.base.errors import RecipeError, TextError
 from llm.config.reading import load
 from llm.config.resolving import MANY_EPOCHS, resolve
@@ -25,7 +26,6 @@ from llm.data.sources import WIKI, sources_of, wiki_documents
 from llm.insight import planning
 from llm.insight.cards import Device
 from llm.model import cost
-from llm.run_folder.metrics import readable
 
 # E, A and B in bits per byte of the packaged English text; parameters in millions, text in megabytes. The 21 measured
 # runs (0.3 to 2.9 M parameters, 0.06 to 9.2 M tokens; vocabularies of 1,024 to 16,384) and 124 M parameters on 0.73

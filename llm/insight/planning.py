@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.base import atomic_io
+from llm.base.durations import readable
 from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
 from llm.config.resolving import cpu_micro_batch, with_steps
 from llm.config.schema import MIN_VOCAB_SIZE, Recipe, Text
@@ -22,7 +23,6 @@ from llm.data.sources import sources_of
 from llm.data.text_files import packed_as
 from llm.insight.cards import GIB, Device
 from llm.model import cost, hf_config
-from llm.run_folder.metrics import readable
 
 # Bytes of held-out text per token (BOS included) by number of pieces: means over the packaged English, French and
 # Spanish texts and Python's standard library, which lie within 9 % of them (2026-11-28).

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, StrictUndefined
 
+from llm.base.durations import readable
 from llm.base.errors import LLMError, reason
 from llm.config.reading import dump
 from llm.config.schema import flat
@@ -24,7 +25,7 @@ from llm.insight import baselines
 from llm.insight.charts import Chart, Points, Series, chart, compact
 from llm.insight.copying import Copying, copying, repetition
 from llm.model.cost import size
-from llm.run_folder.record import Record, readable
+from llm.run_folder.record import Record
 
 SHOWN = 6  # evaluations whose samples stand side by side
 WORST = 8.0  # bits per byte without any knowledge: a run that diverged leaves the charts above them

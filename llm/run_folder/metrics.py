@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from llm.base import atomic_io
+from llm.base.durations import readable
 from llm.base.errors import RefusedError, tell
 from llm.config.schema import Recipe, flat
 from llm.run_folder import panel
 from llm.run_folder.panel import Panel
-from llm.run_folder.record import METRICS, readable
+from llm.run_folder.record import METRICS
 
 EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from llm.run_folder.record import readable
+from llm.base.durations import readable
 
 PAUSE = 200  # times what a drawing takes: at most 0.5 % of the time
 LEAST = (60, 16)  # columns and rows of a terminal that has room for it

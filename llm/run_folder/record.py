@@ -25,13 +25,6 @@ TEXTS = ("prompt", "sample", "event", "device", "precision")
 MOST = 1e30  # a number beyond it is none of a training
 
 
-def readable(seconds: float) -> str:
-    """A duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 @dataclass(frozen=True)
 class Record:
     """A run as it recorded itself. `faults` says in a line each what could not be read."""

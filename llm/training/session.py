@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from llm.base import atomic_io
+from llm.base.durations import readable
 from llm.base.errors import GroupError, LLMError, RefusedError, as_disk_error, reason
 from llm.config.reading import dump, with_checksum
 from llm.config.schema import Recipe
@@ -23,7 +24,6 @@ from llm.distributed.team import meet
 from llm.interop.pretrained import ready
 from llm.model import cost
 from llm.run_folder import checkpoint
-from llm.run_folder.record import readable
 from llm.training import own_data
 from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
