@@ -38,5 +38,5 @@ class Show:
             if self.progress and now - told >= 10:
                 told, rate = now, done / (now - began)
                 of = f" of {total / 1e6:,.0f}" if total else ""
-                left = f", {readable(max(total - done, 0) / rate)} left" if total and rate else ""
+                left = f", {readable(max(total - done, 0) / rate)} left" if total and done > total / 1000 else ""
                 self.say(f"{what}: {done / 1e6:,.0f}{of} MB{left}, {rate / 1e6:,.1f} MB/s")
