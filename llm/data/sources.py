@@ -99,14 +99,30 @@ def _files(name: str, field: str, left_out: list[tuple[str, str]]) -> Iterator[S
     if not os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
         yield from (_file(path, field) for path in _paths(name))
         return
+    before, found = len(left_out), False
     for path in folders.files_of(folder, left_out):
         source = _file(path, field)
-        try:
-            source.head()  # a table or an array of something else
-        except NoTextField as error:
-            left_out.append((str(path), str(error).removeprefix(f"{path} ").partition(":")[0]))
+        if reason := _no_text_in(source, path):
+            left_out.append((str(path), reason))
         else:
+            found = True
             yield source
+    if not found:
+        here = f" ({' '.join(left_out[before])})" if left_out[before:] else ""
+        raise TextError(f"{name} is a folder without any text{here}: put your text there")
+
+
+def _no_text_in(source: Source, path: Path) -> str | None:
+    """Why the rows of a file in a folder are no texts, such as those of a table of numbers; None if they may be."""
+    try:
+        row = source.head()
+    except NoTextField as error:
+        return str(error).removeprefix(f"{path} ").partition(":")[0]
+    except TextError:
+        return None  # it is refused when it is read
+    if row is None or source.is_chat or (isinstance(row, dict) and source.field in row):
+        return None
+    return f"has no text.field = {source.field!r} in its first row"
 
 
 def _paths(name: str) -> list[Path]:
@@ -171,8 +187,10 @@ def _texts_of(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[tuple[byt
     for place, row in rows:
         text = row.get(field) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            fields = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
-            raise TextError(f"{place} has no text in text.field = {field!r}: name another of its fields ({fields})")
+            mend = f'write each row as {{"{field}": ...}}'
+            if isinstance(row, dict):
+                mend = f"name another of its fields ({', '.join(map(str, row))})"
+            raise TextError(f"{place} has no text in text.field = {field!r}: {mend}")
         try:
             data = text.encode()
         except UnicodeEncodeError as error:

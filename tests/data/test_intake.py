@@ -223,7 +223,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a link to itself": ("notes", itself, "me.txt cannot be reached"),
     "a name that is not UTF-8": ("notes", odd_name, r"na\udcffme.txt has a name that is not UTF-8: rename it"),
     "no such column": ("a.csv", write(b"id,body\n1,a\n"), "no column text.field = 'text' in its first row (id,body)"),
-    "no such column of Parquet": ("a.parquet", table(id=[1], body=["a"]), "name one of id, body"),
+    "no such column of Parquet": ("a.parquet", table(id=[1], body=["a"]), "text.field = 'text' (id, body): name another"),
     "numbers in Parquet": ("a.parquet", table(text=[1, 2]), "has int64 in its column text, not text"),
     "bytes in Parquet": ("a.parquet", table(text=[b"a"]), "has binary in its column text"),
     "no Parquet": ("a.parquet", write(b"text\na\n"), "is damaged or no Parquet file"),
