@@ -89,7 +89,7 @@ def _tell_leaks(found: dict[str, Shards], say: Say) -> None:
                 both = np.isin(ours.validation.document_keys(), theirs.train.document_keys())
                 if both.any():
                     fault = f"{both.sum():,} of its held-out documents are trained on as part of {other}"
-                    say(f"{name}: {fault}, which holds out less: its bits per byte will flatter")
+                    say(f"{name}: {fault}, which holds out less: its bits per byte will look too good")
 
 
 def alone(recipe: Recipe, source: TextSource) -> Recipe:

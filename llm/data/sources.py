@@ -163,7 +163,7 @@ def _file(path: Path, field: str) -> Source:
         return rows_of(path, identity, field, notes)
 
     def rows(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
-        return _documents_of(values(notes), field)
+        return _documents_of(values(notes), field, notes)
 
     if text_files.holds_rows(path):
         return Source(str(path), identity, rows, path, head=lambda: _first(values(Counter())), field=field)
@@ -174,17 +174,20 @@ def _first(rows: Iterator[tuple[str, Any]]) -> Any:
     return next((row for _, row in rows), None)
 
 
-def _documents_of(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[tuple[bytes]]:
+def _documents_of(rows: Iterator[tuple[str, Any]], field: str, notes: Counter[str]) -> Iterator[tuple[bytes]]:
     """The document of each (place, row), which is a conversation if that of the first is one."""
     head = list(islice(rows, 1))
     is_chat = bool(head) and conversations.is_row(head[0][1], field)
     again = chain(head, rows)
-    return conversations.documents_of(again) if is_chat else _texts_of(again, field)
+    return conversations.documents_of(again) if is_chat else _texts_of(again, field, notes)
 
 
-def _texts_of(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[tuple[bytes]]:
-    """The text of each (place, row); TextError names the place of a row without one."""
+def _texts_of(rows: Iterable[tuple[str, Any]], field: str, notes: Counter[str]) -> Iterator[tuple[bytes]]:
+    """The text of each (place, row), where it is not null. TextError names the place of a row without the field."""
     for place, row in rows:
+        if isinstance(row, dict) and row.get(field, row) is None:
+            notes["rows without a text left out"] += 1
+            continue
         text = row.get(field) if isinstance(row, dict) else None
         if not isinstance(text, str):
             mend = f'write each row as {{"{field}": ...}}'
@@ -217,7 +220,7 @@ def own_source(name: str, documents: Callable[[], Iterable[str | bytes]]) -> Sou
 
     def texts(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
         digest = hashlib.sha256()
-        yield from _texts_of(rows(digest), "text")
+        yield from _texts_of(rows(digest), "text", notes)
         if digest.digest() != first.digest():
             raise TextError(f"{name} gave other documents than before: every call must give the same ones")
 
@@ -292,12 +295,12 @@ def _hub(name: str, field: str) -> Source:
         _ask_hub(name, dataset, revision)  # fails at once, where `datasets` would retry for half a minute
         try:
             stream = datasets.load_dataset(dataset, configuration, split="train", revision=revision, streaming=True)
-            yield from ((f"{name} row {number}", row) for number, row in enumerate(stream))
+            yield from ((f"{name} row {number}", row) for number, row in enumerate(stream, 1))
         except network_errors() as error:
             raise TextError(f"{name} cannot be read: {_first_line(error)}") from error
 
     def texts(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
-        return _documents_of(rows(), field)
+        return _documents_of(rows(), field, notes)
 
     return Source(name, [dataset, revision, configuration], texts, head=lambda: _first(rows()), field=field)
 
