@@ -172,7 +172,9 @@ def _parquet(path: Path, identity: Any, field: str, notes: Counter[str]) -> Rows
             names = [name for name in (field, *FORMS) if name in table.schema_arrow.names][:1]
             if not names:
                 columns = ", ".join(map(str, table.schema_arrow.names)) or "no other either"
-                raise NoTextField(f"{path} has no column text.field = {field!r} ({columns}): name another by text.field")
+                raise NoTextField(
+                    f"{path} has no column text.field = {field!r} ({columns}): name another by text.field"
+                )
             _refuse_twice(path, table.schema_arrow.names, names[0])
             kind = table.schema_arrow.field(names[0]).type
             values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind

@@ -251,9 +251,14 @@ def test_what_one_source_holds_out_and_another_trains_on_is_said(tmp_path: Path)
     sources_of(tmp_path)
     shared = ["text.sources.a.files=text.txt", "text.sources.b.files=[other.txt,text.txt]"]
     shared += ["text.sources.a.weight=1", "text.sources.b.weight=1"]
-    for share, words in ((0.5, "of its held-out documents are trained on as part of b, which holds out less"), (0.2, "")):
+    for share, words in (
+        (0.5, "of its held-out documents are trained on as part of b, which holds out less"),
+        (0.2, ""),
+    ):
         recipe = load(tmp_path / "recipe.yaml", [*shared, f"text.sources.a.validation={share}"])
-        recipe = replace(recipe, text=replace(recipe.text, sources=tuple(_in(tmp_path, each) for each in recipe.text.sources)))
+        recipe = replace(
+            recipe, text=replace(recipe.text, sources=tuple(_in(tmp_path, each) for each in recipe.text.sources))
+        )
         said: list[str] = []
         prepare(recipe, said.append, progress=False)
         assert any(words in line for line in said) and (words or not any("held-out" in line for line in said))
