@@ -22,19 +22,23 @@ def write_wiki(path: Path, language: str, *, force: bool) -> None:
     print("licence: CC BY-SA 4.0, the work of Wikipedia's authors: name them where you pass the text on")
 
 
-def list_text(text: Text) -> None:
-    """Print a line for each file of the text. TextError, at the end, if some are refused."""
+def list_text(*texts: Text) -> None:
+    """Print a line for each file of the texts. TextError, at the end, if some are refused."""
     from llm.data.documents import Corpus
 
     files = documents = size = refused = 0
     print(f"{'documents':>12}{'bytes':>16}  file")
-    for name, count, text_bytes, note in Corpus(text).report():
-        print(f"{count:12,}{text_bytes:16,}  {name}{f' ({note})' if note else ''}", flush=True)
-        files, documents, size = files + 1, documents + count, size + text_bytes
-        refused += note.startswith("refused")
-    print(f"{documents:12,}{size:16,}  {files:,} files")
+    corpora = [Corpus(text) for text in texts]
+    for corpus in corpora:
+        for name, count, text_bytes, note in corpus.report():
+            print(f"{count:12,}{text_bytes:16,}  {name}{f' ({note})' if note else ''}", flush=True)
+            files, documents, size = files + 1, documents + count, size + text_bytes
+            refused += note.startswith("refused")
+    print(f"{documents:12,}{size:16,}  {files:,} file{'s' * (files != 1)}")
     if refused:
         raise TextError(f"{refused:,} of {files:,} files are refused: mend them as their lines say")
+    for corpus in corpora:
+        _ = corpus.is_chat  # TextError for texts and conversations in one
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,7 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.wiki:
         write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
     elif options.recipe and options.list:
-        list_text(load(options.recipe, options.overrides).text)
+        from llm.data.mixed_pipeline import texts
+
+        list_text(*texts(load(options.recipe, options.overrides)).values())
     elif options.recipe:
         from llm.config.resolving import with_steps
         from llm.data.mixture import tokens_per_epoch

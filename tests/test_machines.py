@@ -200,7 +200,7 @@ def test_two_machines_prepare_a_text_together_and_one_that_dies_costs_no_finishe
     for number, machine in enumerate(machines):
         machine.folder = folders[number % disks]
     start(machines, 1, *shorter)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while not all([*folder.glob("cache/shards/*/journal.json")] for folder in folders):
         assert time.monotonic() < until
         time.sleep(0.02)

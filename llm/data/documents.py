@@ -277,7 +277,9 @@ class Corpus:
         chats = [source.is_chat for source in self.sources]
         if any(chats) and not all(chats):
             chat, text = (self.sources[chats.index(kind)].name for kind in (True, False))
-            raise TextError(f"{chat} holds conversations and {text} a text: a run is trained on one kind or the other")
+            raise TextError(
+                f"{chat} holds conversations and {text} a text: give each a place of its own in text.sources"
+            )
         return any(chats)
 
     @cached_property

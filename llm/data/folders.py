@@ -1,5 +1,6 @@
 """The files of a folder that is a text: all that are text, in the order of their names, hidden ones left out."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,45 +8,53 @@ from llm.base.errors import TextError
 from llm.data import text_files
 
 HEAD = 8192  # bytes that tell whether a file of an unknown suffix is text
+_ENTRY = re.compile(r"([a-z]+-)?[0-9a-f]{64}(\.json|\.lock)?")  # of a cache: a digest
 PLAIN = (".txt", ".md", ".markdown", ".rst", ".text", ".tex", ".org", ".log")
 
 
 def files_of(folder: Path, left_out: list[tuple[str, str]]) -> list[Path]:
     """The text files in `folder` and in the folders below it. `left_out` gets the others, and why.
 
-    TextError for a loop of links, a folder that may not be read, a name that is not UTF-8, and where no text is found.
+    Runs and the cache of prepared texts are left out like hidden files, so that a project's folder can be a text.
+    TextError for a loop of links, a folder that may not be read, and a name that is not UTF-8.
     """
     found = []
-    for path in _walk(folder, ()):
+    for path in _walk(folder):
         if reason := _no_text(path):
             left_out.append((str(path), reason))
         else:
             found.append(path)
-    if not found:
-        here = f" ({left_out[0][0]} {left_out[0][1]})" if left_out else ""
-        raise TextError(f"{folder} is a folder without any text{here}: put your text there")
     return found
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    try:
-        stat = folder.stat()
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise TextError(
-            f"{folder} cannot be read ({error.strerror}): give yourself the right to, or move it"
-        ) from error
-    if (here := (stat.st_dev, stat.st_ino)) in above:
-        raise TextError(f"{folder} is a link to a folder that it lies in: remove the link, or name the files")
-    for name in names:
-        path = folder / name
-        refuse_name(path)
-        if name.startswith("."):
+def _walk(top: Path) -> Iterator[Path]:
+    waiting: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(top, ())]  # each with the folders that it lies in
+    while waiting:
+        path, above = waiting.pop()
+        if _in_cache(path):
             continue
-        if path.is_dir():
-            yield from _walk(path, (*above, here))
-        else:
-            yield path
+        try:
+            if not path.is_dir():
+                yield path
+                continue
+            stat, names = path.stat(), sorted((each.name for each in path.iterdir()), reverse=True)
+        except OSError as error:
+            mend = "give yourself the right to, or move it"
+            raise TextError(f"{str(path)[:400]} cannot be read ({error.strerror}): {mend}") from error
+        if (here := (stat.st_dev, stat.st_ino)) in above:
+            link = next((each for each in (path, *path.parents) if each.is_symlink()), path)
+            raise TextError(f"{link} is a link to a folder that it lies in: remove the link, or name the files")
+        if above and {"lock", "status.json"} <= set(names):  # a run
+            continue
+        for below in (path / name for name in names if not name.startswith(".")):
+            refuse_name(below)
+            waiting.append((below, (*above, here)))
+
+
+def _in_cache(path: Path) -> bool:
+    """True for an entry of the cache of prepared texts."""
+    around = path.parent.parent
+    return bool(_ENTRY.fullmatch(path.name)) and all((around / name).is_dir() for name in ("locks", "surveys"))
 
 
 def refuse_name(path: Path) -> None:
@@ -71,10 +80,12 @@ def _no_text(path: Path) -> str | None:
     suffix = text_files.suffix_of(path)
     if suffix in text_files.UNSUPPORTED:
         return text_files.UNSUPPORTED[suffix].partition(":")[0]
-    if suffix in (*text_files.ROWS, *PLAIN) or text_files.packed_as(path):
+    if suffix in (*text_files.ROWS, *PLAIN):
         return None
-    with path.open("rb") as file:
-        head = file.read(HEAD)
+    try:
+        head = next(text_files.unpacked(path, text_files.identity(path, found)), b"")[:HEAD]
+    except TextError:
+        return None
     if head.startswith(text_files.UTF16):
         return None
     try:

@@ -122,10 +122,9 @@ def follow(past: Past, text: Text, cache: Path, show: Show, *, verify: bool) -> 
         return None
     if found.sha256 != survey.sha256:
         gone = int((~there).sum())
-        show.say(
-            f"text: {new:,} documents ({new_bytes / 1e6:,.1f} MB) are new since it was last prepared, {gone:,} are "
-            f"gone; the tokenizer stays (--new-tokenizer of llm.prepare trains another)"
-        )
+        said = f"{new:,} documents ({new_bytes / 1e6:,.1f} MB) are new since it was last prepared, {gone:,} are gone"
+        said = said if new or gone else "its documents are those of its last preparation, in another order or number"
+        show.say(f"text: {said}; the tokenizer stays (--new-tokenizer of llm.prepare trains another)")
     return Grown(corpus, found, past.tokenizer)
 
 
@@ -133,7 +132,8 @@ def _unchanged(corpus: Corpus, past: list[Any], survey: Survey) -> list[dict[str
     """The leading segments of the survey whose text is as it was."""
     theirs, ours = past[-1], [source.identity for source in corpus.sources]
     same = next((n for n, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
-    segments = [each for each in survey.segments if each["end"][0] < same or each["end"] == [same, 0]]
+    here = same if same < len(ours) else -1  # a segment that ends with the text is not ended there
+    segments = [each for each in survey.segments if each["end"][0] < same or each["end"] == [here, 0]]
     rest = survey.segments[len(segments) :]
     if same < min(len(theirs), len(ours)) and corpus.sources[same].is_plain and theirs[same][0] == ours[same][0]:
         chunks = iter(next(corpus.sources[same].texts(Counter())))

@@ -4,11 +4,16 @@ Where that has to be trained, its sample is drawn from all sources by bytes, wha
 the smallest hashes of all their training sides. So other weights leave tokenizer and shards as they are.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from llm.base import atomic_io
-from llm.base.errors import RecipeError
+from llm.base.errors import RecipeError, TextError
 from llm.config.schema import Evaluate, Recipe, Text, TextSource
 from llm.data import growth, pipeline
 from llm.data.conversations import text_of
@@ -52,9 +57,11 @@ def prepare(
             say(f"{name}: {line}")
 
         one = alone(recipe, source)
-        prepared = pipeline.prepare(one, say_of, progress, verify, tokenizer, anew=anew, team=team)
+        with _naming(source.name):
+            prepared = pipeline.prepare(one, say_of, progress, verify, tokenizer, anew=anew, team=team)
         tokenizer, found[source.name] = prepared.tokenizer, prepared.shards
     assert tokenizer is not None, "a recipe has a source"
+    _tell_leaks(found, say)
     shards = MixedShards(found)
     if recipe.train.on == "assistant" and not shards.is_chat:
         mend = "remove it, or name .jsonl rows of messages"
@@ -62,6 +69,27 @@ def prepare(
     if recipe.evaluate.also:
         shards.also = pipeline.prepare_also(recipe, tokenizer, say, progress, verify, team)
     return Prepared(tokenizer, shards)
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Errors name the keys of this source."""
+    try:
+        yield
+    except (TextError, RecipeError) as error:
+        own = re.sub(r"\btext\.(?=(?:documents|validation|field)\b)", f"text.sources.{source}.", str(error))
+        raise type(error)(own) from error
+
+
+def _tell_leaks(found: dict[str, Shards], say: Say) -> None:
+    """Say which documents that one source holds out are in another that holds out less, and are trained on there."""
+    for name, ours in found.items():
+        for other, theirs in found.items():
+            if theirs.manifest["validation"] < ours.manifest["validation"]:
+                both = np.isin(ours.validation.document_keys(), theirs.train.document_keys())
+                if both.any():
+                    fault = f"{both.sum():,} of its held-out documents are trained on as part of {other}"
+                    say(f"{name}: {fault}, which holds out less: its bits per byte will look too good")
 
 
 def alone(recipe: Recipe, source: TextSource) -> Recipe:
@@ -118,9 +146,10 @@ def _trained(recipe: Recipe, say: Say, progress: bool, verify: bool) -> Tokenize
     """One tokenizer of all sources, trained or from the cache."""
     cache, show = pipeline.cache_of(recipe.text.cache or "data"), Show(say, progress)
     found = []
-    for text in texts(recipe).values():
-        corpus, survey, drawn = surveyed(text, cache, show, verify=verify)
-        check(survey, text, None)
+    for name, text in texts(recipe).items():
+        with _naming(name):
+            corpus, survey, drawn = surveyed(text, cache, show, verify=verify)
+            check(survey, text, None)
         found.append((corpus, survey, drawn))
 
     def sample() -> list[bytes]:

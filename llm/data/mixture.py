@@ -199,5 +199,6 @@ def lines(recipe: Recipe, order: Order, steps: int) -> list[str]:
                 f"its share is {order.shares[source.name]:.1%} instead of {asked:.1%}"
             )
         elif not source.weight and source.epochs and abs(epochs / source.epochs - 1) > 0.01:
-            said.append(f"{source.name} is read {epochs:.2f} times, not {source.epochs:g}: the run has that length")
+            longer = "longer" if epochs > source.epochs else "shorter"
+            said.append(f"{source.name} is read {epochs:.2g} times instead of {source.epochs:g}: the run is {longer}")
     return [f"mixture: {'; '.join(each)}", *said]

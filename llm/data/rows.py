@@ -131,10 +131,12 @@ def _table(path: Path, chunks: Iterable[bytes], field: str, delimiters: str) -> 
     delimiter = next((each for each in delimiters if field in _columns(head, each)), None)
     if delimiter is None:
         shown = head.strip()[:80]
-        raise NoTextField(f"{path} has no column text.field = {field!r} in its first row ({shown}): name one of it")
+        fault = f"has no column text.field = {field!r} in its first row ({shown})"
+        raise NoTextField(f"{path} {fault}: name another by text.field")
     reader = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
     try:
         columns = next(reader)
+        _refuse_twice(path, columns, field)
         for row in reader:
             place = f"{path} line {reader.line_num}"
             if row and len(row) != len(columns):
@@ -153,6 +155,11 @@ def _columns(head: str, delimiter: str) -> list[str]:
         return []
 
 
+def _refuse_twice(path: Path, columns: list[str], name: str) -> None:
+    if columns.count(name) > 1:
+        raise TextError(f"{path} has {columns.count(name)} columns {name}: rename all but one of them")
+
+
 def _parquet(path: Path, identity: Any, field: str, notes: Counter[str]) -> Rows:
     """The column `field`, or that of conversations; rows where it is null are left out."""
     import pyarrow
@@ -164,8 +171,11 @@ def _parquet(path: Path, identity: Any, field: str, notes: Counter[str]) -> Rows
             table = pyarrow.parquet.ParquetFile(file)
             names = [name for name in (field, *FORMS) if name in table.schema_arrow.names][:1]
             if not names:
-                columns = ", ".join(map(str, table.schema_arrow.names))
-                raise NoTextField(f"{path} has no column text.field = {field!r}: name one of {columns}")
+                columns = ", ".join(map(str, table.schema_arrow.names)) or "no other either"
+                raise NoTextField(
+                    f"{path} has no column text.field = {field!r} ({columns}): name another by text.field"
+                )
+            _refuse_twice(path, table.schema_arrow.names, names[0])
             kind = table.schema_arrow.field(names[0]).type
             values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if names[0] == field and str(values) not in ("string", "large_string", "string_view"):

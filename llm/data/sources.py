@@ -99,14 +99,30 @@ def _files(name: str, field: str, left_out: list[tuple[str, str]]) -> Iterator[S
     if not os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
         yield from (_file(path, field) for path in _paths(name))
         return
+    before, found = len(left_out), False
     for path in folders.files_of(folder, left_out):
         source = _file(path, field)
-        try:
-            source.head()  # a table or an array of something else
-        except NoTextField as error:
-            left_out.append((str(path), str(error).removeprefix(f"{path} ").partition(":")[0]))
+        if reason := _no_text_in(source, path):
+            left_out.append((str(path), reason))
         else:
+            found = True
             yield source
+    if not found:
+        here = f" ({' '.join(left_out[before])})" if left_out[before:] else ""
+        raise TextError(f"{name} is a folder without any text{here}: put your text there")
+
+
+def _no_text_in(source: Source, path: Path) -> str | None:
+    """Why the rows of a file in a folder are no texts, such as those of a table of numbers; None if they may be."""
+    try:
+        row = source.head()
+    except NoTextField as error:
+        return str(error).removeprefix(f"{path} ").partition(":")[0]
+    except TextError:
+        return None  # it is refused when it is read
+    if row is None or source.is_chat or (isinstance(row, dict) and source.field in row):
+        return None
+    return f"has no text.field = {source.field!r} in its first row"
 
 
 def _paths(name: str) -> list[Path]:
@@ -147,7 +163,7 @@ def _file(path: Path, field: str) -> Source:
         return rows_of(path, identity, field, notes)
 
     def rows(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
-        return _documents_of(values(notes), field)
+        return _documents_of(values(notes), field, notes)
 
     if text_files.holds_rows(path):
         return Source(str(path), identity, rows, path, head=lambda: _first(values(Counter())), field=field)
@@ -158,21 +174,26 @@ def _first(rows: Iterator[tuple[str, Any]]) -> Any:
     return next((row for _, row in rows), None)
 
 
-def _documents_of(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[tuple[bytes]]:
+def _documents_of(rows: Iterator[tuple[str, Any]], field: str, notes: Counter[str]) -> Iterator[tuple[bytes]]:
     """The document of each (place, row), which is a conversation if that of the first is one."""
     head = list(islice(rows, 1))
     is_chat = bool(head) and conversations.is_row(head[0][1], field)
     again = chain(head, rows)
-    return conversations.documents_of(again) if is_chat else _texts_of(again, field)
+    return conversations.documents_of(again) if is_chat else _texts_of(again, field, notes)
 
 
-def _texts_of(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[tuple[bytes]]:
-    """The text of each (place, row); TextError names the place of a row without one."""
+def _texts_of(rows: Iterable[tuple[str, Any]], field: str, notes: Counter[str]) -> Iterator[tuple[bytes]]:
+    """The text of each (place, row), where it is not null. TextError names the place of a row without the field."""
     for place, row in rows:
+        if isinstance(row, dict) and row.get(field, row) is None:
+            notes["rows without a text left out"] += 1
+            continue
         text = row.get(field) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            fields = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
-            raise TextError(f"{place} has no text in text.field = {field!r}: name another of its fields ({fields})")
+            mend = f'write each row as {{"{field}": ...}}'
+            if isinstance(row, dict):
+                mend = f"name another of its fields ({', '.join(map(str, row))})"
+            raise TextError(f"{place} has no text in text.field = {field!r}: {mend}")
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -199,7 +220,7 @@ def own_source(name: str, documents: Callable[[], Iterable[str | bytes]]) -> Sou
 
     def texts(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
         digest = hashlib.sha256()
-        yield from _texts_of(rows(digest), "text")
+        yield from _texts_of(rows(digest), "text", notes)
         if digest.digest() != first.digest():
             raise TextError(f"{name} gave other documents than before: every call must give the same ones")
 
@@ -274,12 +295,12 @@ def _hub(name: str, field: str) -> Source:
         _ask_hub(name, dataset, revision)  # fails at once, where `datasets` would retry for half a minute
         try:
             stream = datasets.load_dataset(dataset, configuration, split="train", revision=revision, streaming=True)
-            yield from ((f"{name} row {number}", row) for number, row in enumerate(stream))
+            yield from ((f"{name} row {number}", row) for number, row in enumerate(stream, 1))
         except network_errors() as error:
             raise TextError(f"{name} cannot be read: {_first_line(error)}") from error
 
     def texts(notes: Counter[str]) -> Iterator[Iterable[bytes]]:
-        return _documents_of(rows(), field)
+        return _documents_of(rows(), field, notes)
 
     return Source(name, [dataset, revision, configuration], texts, head=lambda: _first(rows()), field=field)
 

@@ -139,6 +139,26 @@ def test_of_a_folder_only_new_and_edited_files_are_encoded(tmp_path: Path, encod
     is_as_from_scratch(tmp_path, grown, notes)
 
 
+def test_a_text_that_grew_and_shrank_again_is_the_one_of_before(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.txt").write_bytes(MARKER.join(MANY[:300]))
+    first, _ = ready(tmp_path, notes)
+    (notes / "b.txt").write_bytes(MARKER.join(MANY[300:400]))
+    ready(tmp_path, notes)
+    (notes / "b.txt").unlink()
+    again, _ = ready(tmp_path, notes)
+    assert again.shards.fingerprint == first.shards.fingerprint
+
+
+def test_documents_in_another_order_are_said_to_be_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"".join(each + MARKER for each in MANY))
+    ready(tmp_path, path)
+    path.write_bytes(b"".join(each + MARKER for each in MANY[::-1]))
+    assert "text: its documents are those of its last preparation, in another order" in ready(tmp_path, path)[1]
+
+
 def test_an_unchanged_beginning_is_not_cut_into_documents_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

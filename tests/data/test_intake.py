@@ -23,7 +23,8 @@ from llm.base.errors import TextError
 from llm.config.schema import Text
 from llm.data import rows, text_files
 from llm.data.documents import Corpus
-from llm.prepare import list_text
+from llm.prepare import list_text, main
+from tests.forks import write_recipe, write_text
 from tests.test_hostile import PIECES
 
 TOUGH = [
@@ -147,10 +148,14 @@ def test_conversations_may_lie_in_an_array_or_in_parquet(tmp_path: Path) -> None
     assert len(read(tmp_path / "a.json")) == 3 and read(tmp_path / "a.json") == read(tmp_path / "a.parquet")
 
 
-def test_a_row_without_a_text_is_left_out_of_parquet_and_counted(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
-    notes: Counter[str] = Counter()
-    assert read(tmp_path / "a.parquet", notes=notes) == [b"a", b"b"] and notes == {"rows without a text left out": 1}
+def test_a_row_whose_text_is_null_is_left_out_and_counted(tmp_path: Path) -> None:
+    texts = [None, "a", None, "b"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name in ("a.parquet", "a.json", "a.jsonl"):
+        notes: Counter[str] = Counter()
+        assert read(tmp_path / name, notes=notes) == [b"a", b"b"] and notes == {"rows without a text left out": 2}
 
 
 def folder(path: Path) -> Path:
@@ -161,7 +166,8 @@ def folder(path: Path) -> Path:
     }  # fmt: skip
     others = {
         "photo.png": b"\x89PNG\r\n\x1a\n\0\0\xff", "scan.pdf": b"%PDF-1", "empty.txt": b"", "table.csv": b"a,b\n1,2\n",
-        "package.json": b'{"name": "x"}', ".hidden.txt": b"h", ".git/x.txt": b"x",
+        "package.json": b'{"name": "x"}', "log.jsonl": b'{"step": 1}\n', "photo.gz": gzip.compress(b"\x89PNG\r\n\0\0\xff"),
+        ".hidden.txt": b"h", ".git/x.txt": b"x", os.fsdecode(b".\xff"): b"h",
     }  # fmt: skip
     for name, data in (texts | others).items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -174,25 +180,72 @@ def test_a_folder_is_a_text_and_what_is_none_is_named(tmp_path: Path, capsys: py
     found = Corpus(Text(files=(f"{folder(tmp_path / 'notes')}/",)))
     assert list(found.documents()) == [b"r", b"a", b"b", b"print()", b"d", b"c", b"w", b"z"]  # sorted by name
     left = {Path(name).name: reason for name, reason in found.left_out}
-    assert left.keys() == {"photo.png", "scan.pdf", "empty.txt", "table.csv", "package.json", "gone.txt"}
+    named = {"photo.png", "scan.pdf", "empty.txt", "table.csv", "package.json", "gone.txt", "log.jsonl", "photo.gz"}
+    assert left.keys() == named
     assert left["photo.png"] == "is no text" and "text.field = 'text'" in left["table.csv"]
     list_text(Text(files=(str(tmp_path / "notes"),)))
     said = capsys.readouterr().out
     assert re.search(r"^ +1 +1  \S+/deep/er/c\.csv$", said, re.M) and "photo.png (left out: it is no text)" in said
-    assert "wide.txt (UTF-16 files read: 1)" in said and re.search(r"^ +8 +14  14 files$", said, re.M)
+    assert "wide.txt (UTF-16 files read: 1)" in said and re.search(r"^ +8 +14  16 files$", said, re.M)
 
 
 def test_the_list_names_every_file_that_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_bytes("né".encode("latin-1") * 9)
     (tmp_path / "b.txt").write_text("b\n")
     (tmp_path / "c.jsonl").write_text('{"text": "c"}\n{"text": 1}')
-    with pytest.raises(TextError, match="2 of 3 files are refused"):
+    (tmp_path / "d.json").write_text('[{"te')
+    with pytest.raises(TextError, match="3 of 4 files are refused"):
         list_text(Text(files=(str(tmp_path),)))
     said = capsys.readouterr().out.splitlines()
     assert (
         "a.txt (refused: " in said[1] and "iconv" in said[1] and said[2].split() == ["1", "2", str(tmp_path / "b.txt")]
     )
-    assert "c.jsonl (refused: " in said[3] and "line 2" in said[3]
+    assert "c.jsonl (refused: " in said[3] and "line 2" in said[3] and "d.json (refused: " in said[4]
+
+
+def test_the_list_names_the_files_of_all_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "b"}]}\n')
+    sources = [f"text.sources.{name}.{key}" for name, key in (("a", "files=a.txt"), ("c", "files=c.jsonl"))]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("text: {files: [a.txt, c.jsonl]}\ntrain: {steps: 1}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises(TextError, match=r"give each a place of its own in text\.sources"):
+            main([str(recipe), "--list"])
+        main([str(recipe), "--list", *sources, "text.sources.a.weight=1", "text.sources.c.weight=1"])
+    said = [line.split()[2:] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert said == [["a.txt"], ["c.jsonl"], ["2", "files"]]
+
+
+def test_a_project_whose_folder_is_the_text_does_not_read_its_own_runs_and_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "notes.txt")
+    for name in (".", "data"):
+        recipe = write_recipe(tmp_path, tmp_path / "notes.txt", **{"text.files": f"[{name}]", "text.cache": "data"})
+        (tmp_path / "data/texts").mkdir(parents=True, exist_ok=True)
+        write_text(tmp_path / "data/texts/own.txt", documents=70)
+        (tmp_path / "runs/tiny").mkdir(parents=True, exist_ok=True)
+        for own in ("lock", "status.json", "README.md"):
+            (tmp_path / "runs/tiny" / own).write_text("no text")
+        main([str(recipe)])
+        found = Corpus(Text(files=(name,)))
+        of_project = ["data/texts/own.txt", *(["notes.txt", "recipe.yaml"] if name == "." else [])]
+        assert [source.name for source in found.sources] == of_project and found.left_out == []
+
+
+def test_a_folder_may_be_deep(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(1100):
+        deep = deep / "d"
+        deep.mkdir()
+    (deep / "a.txt").write_text("a")
+    try:
+        assert read(tmp_path) == [b"a"]
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # Python's own removal recurses
 
 
 def looped(path: Path) -> None:
@@ -210,6 +263,17 @@ def odd_name(path: Path) -> None:
     (path / os.fsdecode(b"na\xffme.txt")).write_text("a")
 
 
+def outside(path: Path) -> None:
+    """A link to the folder around the text."""
+    path.mkdir()
+    (path / "up").symlink_to("..")
+
+
+def of_numbers(path: Path) -> None:
+    path.mkdir()
+    (path / "a.csv").write_text("id,size\n1,2\n")
+
+
 def write(data: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(data)
 
@@ -218,15 +282,25 @@ def table(**columns: object) -> Callable[[Path], object]:
     return lambda path: pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
+def twice(path: Path) -> None:
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text"]), path)
+
+
 BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a loop of links": ("notes", looped, "deep/back is a link to a folder that it lies in"),
+    "a link around": ("notes", outside, "notes/up is a link to a folder that it lies in"),
+    "tables alone": ("notes", of_numbers, "is a folder without any text"),
     "a link to itself": ("notes", itself, "me.txt cannot be reached"),
     "a name that is not UTF-8": ("notes", odd_name, r"na\udcffme.txt has a name that is not UTF-8: rename it"),
     "no such column": ("a.csv", write(b"id,body\n1,a\n"), "no column text.field = 'text' in its first row (id,body)"),
-    "no such column of Parquet": ("a.parquet", table(id=[1], body=["a"]), "name one of id, body"),
+    "no such column of Parquet": ("a.parquet", table(id=[1], body=["a"]), "text.field = 'text' (id, body): name another"),
     "numbers in Parquet": ("a.parquet", table(text=[1, 2]), "has int64 in its column text, not text"),
     "bytes in Parquet": ("a.parquet", table(text=[b"a"]), "has binary in its column text"),
     "no Parquet": ("a.parquet", write(b"text\na\n"), "is damaged or no Parquet file"),
+    "no column of Parquet": ("a.parquet", table(), "no column text.field = 'text' (no other either)"),
+    "two columns": ("a.csv", write(b"text,text\na,b\n"), "has 2 columns text: rename all but one of them"),
+    "two columns of Parquet": ("a.parquet", twice, "has 2 columns text"),
     "half of Parquet": ("a.parquet", write(as_parquet(TOUGH)[:-100]), "is damaged or no Parquet file"),
     "a short row": ("a.csv", write(b"id,text\n1,a\n2\n"), "a.csv line 3 ends a row of 1 columns, the first row has 2"),
     "an open quote": ("a.csv", write(b'id,text\n1,"a\n2,b\n'), "is damaged (unexpected end of data)"),

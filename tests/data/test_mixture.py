@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.base.errors import RecipeError
+from llm.base.errors import RecipeError, TextError
 from llm.config.reading import dump, load
-from llm.config.schema import Recipe, science
+from llm.config.schema import Recipe, TextSource, science
 from llm.data.batches import BatchLoader, Tokens
 from llm.data.mixed_pipeline import alone, find_shards, prepare
 from llm.data.mixture import PERIOD, MixedShuffle, lines, order_of, pattern, shares
@@ -245,6 +245,37 @@ def test_the_mixture_is_said_before_the_run(tmp_path: Path) -> None:
         "text.sources.other.documents=lines"])  # fmt: skip
     said = lines(capped, order_of(capped, shards), 25)
     assert len(said) == 2 and "other would be read more than text.sources.other.epochs = 0.01 times" in said[1]
+
+
+def test_what_one_source_holds_out_and_another_trains_on_is_said(tmp_path: Path) -> None:
+    sources_of(tmp_path)
+    shared = ["text.sources.a.files=text.txt", "text.sources.b.files=[other.txt,text.txt]"]
+    shared += ["text.sources.a.weight=1", "text.sources.b.weight=1"]
+    for share, words in (
+        (0.5, "of its held-out documents are trained on as part of b, which holds out less"),
+        (0.2, ""),
+    ):
+        recipe = load(tmp_path / "recipe.yaml", [*shared, f"text.sources.a.validation={share}"])
+        recipe = replace(
+            recipe, text=replace(recipe.text, sources=tuple(_in(tmp_path, each) for each in recipe.text.sources))
+        )
+        said: list[str] = []
+        prepare(recipe, said.append, progress=False)
+        assert any(words in line for line in said) and (words or not any("held-out" in line for line in said))
+
+
+def _in(folder: Path, source: TextSource) -> TextSource:
+    return replace(source, text=replace(source.text, files=tuple(str(folder / name) for name in source.text.files)))
+
+
+def test_an_error_names_the_key_of_its_source(tmp_path: Path) -> None:
+    sources_of(tmp_path)
+    (tmp_path / "small.txt").write_text("A few words.")
+    files = {"text": "text.txt", "small": "small.txt"}
+    overrides = [f"text.sources.{name}.files={tmp_path / file}" for name, file in files.items()]
+    overrides += [f"text.sources.{name}.weight=1" for name in files]
+    with pytest.raises(TextError, match=r"use more text, or text\.sources\.small\.validation=0"):
+        prepare(load(tmp_path / "recipe.yaml", overrides), lambda line: None, progress=False)
 
 
 def test_a_recipe_of_sources_is_written_and_read_again_and_overridden(tmp_path: Path) -> None:
