@@ -46,7 +46,7 @@ def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
 
 
 def is_known(model: nn.Module) -> bool:
-    """True for a model of ours. A sharded one's weights, which has `unshard`, are gathered in its own forward pass only."""
+    """True for a model of ours, whole: a sharded one, which has `unshard`, gathers weights in its own forward only."""
     return all(type(module) in KNOWN for module in model.modules()) and not hasattr(model, "unshard")
 
 
@@ -64,7 +64,7 @@ def prepare(model: Transformer, *, int8: bool = False) -> None:
 
 
 class FastDecoder:
-    """The step of a model on a CPU. Letters as in transformer.py; in the cache B are its rows, in the step N are texts' tokens."""
+    """The step of a model on a CPU. Letters as in transformer.py; N tokens of a step, of several texts or one."""
 
     # Widths that round as SLOTS do, by shape, vocabulary, type and threads: kernels are chosen by these, not by values.
     known_widths: ClassVar[dict[tuple[object, ...], list[int]]] = {}
@@ -154,7 +154,7 @@ class FastDecoder:
         return torch.cat([self.step(cache, text[a.start : a.stop], a, [0] * len(a)) for a in parts])
 
     def runs(self, cache: Cache, rows: Sequence[int], positions: Sequence[int], at: Tensor) -> list[Run]:
-        """Parts of the tokens that attention takes at once: those of one `reach`, in rows that follow each other, or in one row.
+        """Parts of the tokens that attention takes at once: of one `reach`, in rows that follow each other or in one.
 
         Kernels sum over all slots that they are given, so that their number shows in the last bits.
         """
@@ -173,8 +173,10 @@ class FastDecoder:
 
 
 def _targets(cache: Cache, rows: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, ...] | None:
-    """Where keys and values go, (N, 2, K, E) of each layer, if the places are a slice of the cache: one position of rows
-    that follow each other, or positions of one row that do."""
+    """Where keys and values go, (N, 2, K, E) of each layer, if that is a slice of the cache.
+
+    It is one for the same position of rows that follow each other, and for such positions of one row.
+    """
     row, at, count = rows[0], positions[0], len(rows)
     if list(rows) == [*range(row, row + count)] and len(set(positions)) == 1:
         return cache.both[:, :, row : row + count, :, at].permute(1, 2, 0, 3, 4).unbind()

@@ -1,7 +1,7 @@
 """Guesses of the next tokens of a text: what followed when its last few tokens stood there before.
 
-Prompt lookup decoding (Saxena, 2023). The model checks all of a guess in one step, so a wrong one costs time and never changes
-a text. How much is guessed depends on the text and on how earlier guesses fared, not on a clock.
+Prompt lookup decoding (Saxena, 2023). The model checks all of a guess in one step, so a wrong one costs time and never
+changes a text. How much is guessed depends on the text and on how earlier guesses fared, not on a clock.
 """
 
 LENGTHS = (4, 3, 2)  # of the ends of the text that are looked up, longest first
@@ -38,7 +38,7 @@ class Lookup:
         return []
 
     def learn(self, guessed: int, right: int) -> None:
-        """Note how many tokens of a guess came true: guess more after a true one, pause after one that was all wrong."""
+        """Note how many tokens of a guess came true: guess more after all did, pause after none."""
         if right == guessed:
             self.most, self.pause = min(MOST, 2 * self.most + 1), 1
         elif right:

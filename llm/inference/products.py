@@ -1,8 +1,8 @@
 """Products of a few rows with a matrix of weights on a CPU, in which each row's bits ignore the rows beside it.
 
-In fp32 large matrices are kept in oneDNN's blocked order, whose kernel adds the terms of a row in one order for any number of
-rows; small ones are faster in MKL's, which does so from two rows on. In int8 sums are of integers, hence exact; each
-row of the input is scaled by its own largest value.
+In fp32 large matrices are kept in oneDNN's blocked order, whose kernel adds the terms of a row in one order for nearly
+any number of rows; small ones are faster in MKL's kernel, which does so from two rows on where there is AVX-512. In
+int8 sums are of integers, hence exact; each row of the input is scaled by its own largest value.
 """
 
 import warnings
