@@ -1,8 +1,8 @@
 """Products of a few rows with a matrix of weights on a CPU, in which each row's bits ignore the rows beside it.
 
-In fp32 large matrices are kept in oneDNN's blocked order, whose kernel adds the terms of a row in one order for nearly
-any number of rows; small ones are faster in MKL's kernel, which does so from two rows on where there is AVX-512. In
-int8 sums are of integers, hence exact; each row of the input is scaled by its own largest value.
+In fp32 with AVX-512, MKL's kernel adds the terms of a row in one order from two rows on. Without, it does so from four
+on, and large matrices are kept in oneDNN's blocked order instead, whose kernel does so for nearly any number. In int8
+sums are of integers, hence exact; each row of the input is scaled by its own largest value.
 """
 
 import warnings
@@ -35,7 +35,7 @@ class Product:
 
     def __init__(self, weight: Tensor) -> None:
         large = weight.numel() >= PACKED and weight.dtype == torch.float32
-        self.packed = large and mkldnn.is_available()
+        self.packed = large and mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512"
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
         else:
