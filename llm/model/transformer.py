@@ -59,9 +59,9 @@ class Cache:
     """
 
     def __init__(self, shape: Model, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        size = (shape.layers, rows, shape.kv_heads, length, shape.head_dim)
-        self.keys = torch.zeros(size, device=device, dtype=dtype)  # (layers, B, K, L, E)
-        self.values = torch.zeros(size, device=device, dtype=dtype)
+        size = (2, shape.layers, rows, shape.kv_heads, length, shape.head_dim)
+        self.both = torch.zeros(size, device=device, dtype=dtype)
+        self.keys, self.values = self.both  # (layers, B, K, L, E) each
         self.rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self.slots = torch.arange(length, device=device)  # (L,)
 
