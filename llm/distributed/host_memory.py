@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from llm.distributed.threads import control_groups
 
@@ -52,7 +53,7 @@ def kept_memory() -> Iterator[None]:
     machines. The peak is the same. Whoever tunes glibc by its own variables decides.
     """
     theirs = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if theirs or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
