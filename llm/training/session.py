@@ -43,7 +43,7 @@ def train(
     a `team`, as `ready` does. With `until` the run stops after that step as a signal would stop it.
     """
     try:
-        with as_it_was(), kept_memory():
+        with as_it_was():
             return _train(recipe, prepare, until, runs / recipe.run, parts or Parts())
     except (LLMError, KeyboardInterrupt) as error:
         clear_tracebacks(error)  # a notebook keeps the last one, and with it the model
@@ -68,7 +68,8 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
             settings = replace(settings, compile=bool(settings.compile))
         settings = compiling.settled(settings, recipe, tokenizer.vocab_size, accelerator.device, coordinator)
         context = RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, sharding, run, parts)
-        _run(context, until)
+        with kept_memory():
+            _run(context, until)
     coordinator.leave()
     return run
 
