@@ -1,4 +1,4 @@
-"""machine.compile: auto, decided before the first step by shape, length and compiler, for all ranks, never by a timing."""
+"""machine.compile: auto. Shape, length and compiler decide before the first step, for all ranks; no timing does."""
 
 from dataclasses import replace
 
@@ -10,8 +10,8 @@ from llm.distributed.coordinator import Coordinator
 from llm.distributed.environment import DTYPES, RuntimeSettings
 from llm.model import cost
 
-# By device: the most seconds that compiling takes, without the compiler's cache; operations a second of one thread or one
-# card that runs uncompiled; the share of its time that compiling saves in 32 and in 16 bits (tests/benchmarks/README.md).
+# By device: seconds that compiling takes at most, without the compiler's cache; operations a second of a thread or a
+# card that runs uncompiled; the share of the time that compiling saves in 32 and 16 bits (tests/benchmarks/README.md).
 COMPILING = {"cpu": (60.0, 7e10, {4: 0.04, 2: 0.15}), "cuda": (30.0, 2e13, {4: 0.3, 2: 0.35})}
 
 
