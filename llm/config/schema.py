@@ -156,8 +156,10 @@ class Machine:
     shard: Literal["none", "full", "hybrid"] = setting("full: across all processes, hybrid: within a node", "none")
     exact: bool = setting("the same bits on 1, 2, 4 ... processes, for more memory and traffic", False)
     recompute: bool = setting("recompute activations in the backward pass: less memory, a third slower", False)
-    compile: bool = setting(
-        "compile each block, and on a GPU the loss; pays off in long runs, needs a C++ compiler or Triton", False
+    compile: bool | Auto = setting(
+        "compile each block and, in 16 bits or on a GPU, the loss; auto: in runs so long that it saves more than it "
+        "takes, where a C++ compiler or Triton works",
+        "auto",
     )
 
 

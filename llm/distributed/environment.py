@@ -120,7 +120,7 @@ class RuntimeSettings:
     shard: Literal["none", "full", "hybrid"]
     exact: bool
     recompute: bool
-    compile: bool
+    compile: bool | None  # None: `auto`, to be settled once the run's length is known (llm.training.compiling)
 
     def keys(self, micro_batch: int | str) -> dict[str, Any]:
         """Recipe keys with the values they came to, for a manifest."""
@@ -145,7 +145,7 @@ def resolve_settings(recipe: Recipe, shard: Any, run: Path, coordinator: Coordin
         shard=shard,
         exact=machine.exact,
         recompute=machine.recompute,
-        compile=machine.compile,
+        compile=_compile(recipe, known, coordinator),
     )
 
 
@@ -154,9 +154,17 @@ def _known(record: Path) -> dict[str, Any]:
     try:
         return atomic_io.read_checksummed(record) if record.exists() else {}
     except RefusedError as error:
-        mend = "remove it, and the precision, micro-batch and threads that are auto are chosen anew"
+        mend = "remove it, and what is auto of precision, micro-batch, threads and compile is chosen anew"
         kept = "checkpoints/*/checkpoint.json hold those that decided the bits"
         raise RefusedError(f"{error}: {mend}; {kept}") from error
+
+
+def _compile(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator) -> bool | None:
+    """As the recipe says or the run has been trained so far; a run that recorded nothing of it was not compiled."""
+    if recipe.machine.compile != "auto":
+        return recipe.machine.compile
+    recorded = int(known.get("compile", False)) if known else 2
+    return (False, True, None)[coordinator.largest(recorded if process.rank() == 0 else 0)]
 
 
 def _micro_batch(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator) -> int:
@@ -182,7 +190,7 @@ def start_group(recipe: Recipe, run: Path) -> tuple[Accelerator, Coordinator, Ru
         process.say("the accelerate configuration asks for FSDP: machine.shard = full")
         shard = "full"
     _leave_to_recipe(not has_accelerator())
-    if recipe.machine.compile:
+    if recipe.machine.compile:  # or auto
         try:
             getpass.getuser()  # the compiler names its cache after the user
         except (OSError, KeyError):
@@ -337,8 +345,9 @@ def die_with_parent() -> None:
 
 def save_settings(settings: RuntimeSettings, micro_batch: int, run: Path) -> None:
     """Record the settings for the next start of this run."""
-    found = {"precision": settings.precision, "micro_batch": micro_batch, "threads": settings.threads}
-    atomic_io.write_checksummed(run / RECORD, {**found, "world": process.world()})
+    names = ("precision", "threads", "compile")
+    found = {name: getattr(settings, name) for name in names} | {"micro_batch": micro_batch, "world": process.world()}
+    atomic_io.write_checksummed(run / RECORD, found)
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 256, seconds: float = 0.1) -> float:
