@@ -55,11 +55,12 @@ def all_reduce(flat: Tensor, group: Group = None) -> Tensor:
     """Sum of the one-dimensional `flat` over the group, in place and in canonical order."""
     if size(group) == 1:
         return flat
-    padded = F.pad(flat, (0, -flat.numel() % size(group)))
+    missing = -flat.numel() % size(group)
+    padded = F.pad(flat, (0, missing)) if missing else flat
     part = torch.empty(padded.numel() // size(group), dtype=flat.dtype, device=flat.device)
     reduce_scatter(part, padded, group)
     _all_gather(padded, part, group=group)
-    return flat.copy_(padded[: flat.numel()])
+    return flat.copy_(padded[: flat.numel()]) if missing else flat
 
 
 def gather(values: Tensor, group: Group = None) -> Tensor:
@@ -69,13 +70,6 @@ def gather(values: Tensor, group: Group = None) -> Tensor:
     gathered = torch.empty(size(group) * values.numel(), dtype=values.dtype, device=values.device)
     _all_gather(gathered, values.flatten(), group=group)
     return gathered.view(-1, *values.shape)
-
-
-def canonical_sum_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP communication hook that sums (not averages) gradients in canonical order."""
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(all_reduce(bucket.buffer()))
-    return future
 
 
 class CanonicalReduceScatter:
