@@ -22,7 +22,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from llm.base.errors import RecipeError, RefusedError
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # the file system lacks the operation
-BLOCK, STAGE = 4096, 4 << 20  # bytes: what O_DIRECT wants to be whole, and what is written at once
+BLOCK, STAGE = 4096, 16 << 20  # bytes: what O_DIRECT wants to be whole, and what is written at once
 DRAFT = ".draft-"  # prefix of unfinished files and folders: ignore them, sweep them away
 
 

@@ -176,13 +176,19 @@ def start(given: argparse.Namespace, names: list[str]) -> None:
     children = []
     for rank in range(given.processes):
         local, of = (0, 1) if names else (rank, given.processes)
-        place: dict[str, Any] = {"RANK": rank, "WORLD_SIZE": given.processes, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": of}
+        place: dict[str, Any] = {
+            "RANK": rank,
+            "WORLD_SIZE": given.processes,
+            "LOCAL_RANK": local,
+            "LOCAL_WORLD_SIZE": of,
+        }
         place |= {"MASTER_ADDR": "10.78.0.1" if names else "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         place |= {"GLOO_SOCKET_IFNAME": names[rank], "TP_SOCKET_IFNAME": names[rank]} if names else {}
         line = ["ip", "netns", "exec", names[rank]] if names else []
         line += [sys.executable, __file__, "--worker", *sys.argv[1:]]
         children.append(subprocess.Popen(line, env=os.environ | {name: str(value) for name, value in place.items()}))
-    if any([child.wait() for child in children]):
+    statuses = [child.wait() for child in children]
+    if any(statuses):
         raise SystemExit(1)
 
 

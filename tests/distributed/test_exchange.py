@@ -66,7 +66,7 @@ def test_many_buckets_that_are_slow_are_one_bucket_to_the_bit(
         for each in run_group(act, tmp_path / name, 1 if name == "alone" else world):
             assert each.status == 0, each.err
     assert digest(tmp_path / "many") == digest(tmp_path / "one")
-    assert (digest(tmp_path / "alone") == digest(tmp_path / "one")) == alone
+    assert not alone or digest(tmp_path / "alone") == digest(tmp_path / "one")
     orders = [(tmp_path / f"many/buckets-{rank}.txt").read_text().split("\n") for rank in range(world)]
     assert all(order == orders[0] for order in orders) and orders[0][0].startswith(f"{world} ")
     assert len(set(orders[0])) > 4
