@@ -4,7 +4,9 @@ Each rank fills its buckets in the same order and sums them in that order. How g
 not touch their bits: every number is summed alone, in canonical order (sharding.py).
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -19,27 +21,32 @@ BUCKET_MB = {"cpu": 1, "cuda": 25}  # the smaller, the sooner the first is sent;
 class Exchange:
     """Sums buckets in a thread of its own, on a GPU in a stream of its own; `finish` before a gradient is read."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, "exchange", compute_alone)
-        self.sums: list[Future[Tensor]] = []
+        self.waits: list[Callable[[], object]] = []  # one for each sum that was started
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
 
     def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's communication hook. The sum comes into the bucket itself, so that DDP has nothing to wait for."""
         flat, ready = bucket.buffer(), torch.futures.Future[Tensor]()
-        if self.stream is None:
-            self.sums.append(self.thread.submit(all_reduce, flat))
-        else:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                all_reduce(flat)
+        self.waits.append(self._start(flat))
         ready.set_result(flat)
         return ready
 
+    def _start(self, flat: Tensor) -> Callable[[], object]:
+        if not flat.is_cuda:
+            return self.thread.submit(all_reduce, flat).result
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            all_reduce(flat)
+        return partial(here.wait_stream, self.stream)
+
     def finish(self) -> None:
         """Wait for the sums. Raises the error of one that failed, as when a peer is gone."""
-        sums, self.sums = self.sums, []
-        for each in sums:
-            each.result()
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+        waits, self.waits = self.waits, []
+        for wait in waits:
+            wait()

@@ -24,7 +24,7 @@ class GradientStep:
 
     def __init__(self, context: RunContext, state: TrainState, wrapped: Any) -> None:
         self.context, self.state, self.wrapped = context, state, wrapped
-        self.exchange = Exchange(context.device)
+        self.exchange = Exchange()
         if process.world() > 1 and not context.sharding.sharded:
             wrapped.register_comm_hook(None, self.exchange.hook)
         self.finite_flags: list[Tensor] = []  # one for each update since the monitor last read them

@@ -142,7 +142,7 @@ def test_memory_that_ends_after_some_buckets_were_sent_ends_the_group_and_touche
 def test_the_thread_of_the_sums_computes_alone_and_leaves_the_main_thread_its_team(tmp_path: Path) -> None:
     def act() -> None:
         torch.set_num_threads(3)
-        found = Exchange(torch.device("cpu")).thread.submit(torch.get_num_threads).result()
+        found = Exchange().thread.submit(torch.get_num_threads).result()
         assert (found, torch.get_num_threads()) == (1, 3)
 
     (ended,) = run_group(act, tmp_path, 1)
