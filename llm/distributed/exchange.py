@@ -1,7 +1,7 @@
 """Sums of gradients over all ranks beside the backward pass, bucket by bucket.
 
-Each rank fills its buckets in the same order and sums them in that order. How gradients are divided into buckets does
-not touch their bits: every number is summed alone, in canonical order (sharding.py).
+Each rank fills its buckets in the same order and sums them in that order. How gradients are divided into buckets and
+pieces does not touch their bits: every number is summed alone, in canonical order (sharding.py).
 """
 
 from collections.abc import Callable
@@ -12,17 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.distributed.sharding import all_reduce
+from llm.distributed.coordinator import HUNG
+from llm.distributed.sharding import all_reduce, gather_chunks, size, sum_chunk
 from llm.distributed.threads import compute_alone
 
 BUCKET_MB = {"cpu": 1, "cuda": 25}  # the smaller, the sooner the first is sent; each takes two exchanges
+PIECE = 1 << 18  # numbers: while the sums of one are gathered, the next one is summed
 
 
 class Exchange:
-    """Sums buckets in a thread of its own, on a GPU in a stream of its own; `finish` before a gradient is read."""
+    """Sums buckets in two threads of its own, on a GPU in a stream of its own; `finish` before a gradient is read.
+
+    All ranks make theirs together. Each thread has a group to itself, in which it makes the same calls on every rank.
+    """
 
     def __init__(self) -> None:
-        self.thread = ThreadPoolExecutor(1, "exchange", compute_alone)
+        self.summing, self.gathering = (ThreadPoolExecutor(1, "exchange", compute_alone) for _ in range(2))
+        self.group = dist.new_group(backend="gloo", timeout=HUNG) if size() > 1 else None
         self.waits: list[Callable[[], object]] = []  # one for each sum that was started
 
     @cached_property
@@ -32,13 +38,14 @@ class Exchange:
     def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's communication hook. The sum comes into the bucket itself, so that DDP has nothing to wait for."""
         flat, ready = bucket.buffer(), torch.futures.Future[Tensor]()
-        self.waits.append(self._start(flat))
+        self.waits += map(self._start, flat.split(PIECE) if flat.is_cpu else [flat])
         ready.set_result(flat)
         return ready
 
     def _start(self, flat: Tensor) -> Callable[[], object]:
-        if not flat.is_cuda:
-            return self.thread.submit(all_reduce, flat).result
+        if flat.is_cpu:
+            chunk = self.summing.submit(sum_chunk, flat)
+            return self.gathering.submit(lambda: gather_chunks(flat, chunk.result(), self.group)).result
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):

@@ -18,9 +18,10 @@ import struct
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -32,20 +33,13 @@ from torch import Tensor
 
 from llm.config.reading import load
 from llm.distributed import exchange, process
+from llm.distributed.exchange import Exchange
+from llm.distributed.sharding import all_reduce
 from llm.training.trainer import Trainer
 
 KINDS = ("without", "waiting", "beside")
 TUN, NO_HEADER, SET_NAME, NEW_NETWORK = 0x0001, 0x1000, 0x400454CA, 0x40000000  # of Linux's if_tun.h and sched.h
 MTU = 9000  # bytes of a packet: the larger, the less a relay in Python has to do
-
-
-class AtOnce:
-    """In place of the thread: `submit` does the work before it returns."""
-
-    def submit(self, act: Callable[[Tensor], Tensor], flat: Tensor) -> Future[Tensor]:
-        done: Future[Tensor] = Future()
-        done.set_result(act(flat))
-        return done
 
 
 def timed(trainer: Trainer, act: Callable[[], object]) -> float:
@@ -59,25 +53,35 @@ def timed(trainer: Trainer, act: Callable[[], object]) -> float:
 
 def measure(trainer: Trainer, rounds: int) -> dict[str, list[float]]:
     """Seconds of each kind, and of the exchange alone, in each round."""
-    step, beside, real = trainer.gradient_step, trainer.gradient_step.exchange.thread, exchange.all_reduce
-    buckets: list[Tensor] = []
+    step, buckets = trainer.gradient_step, list[Tensor]()
     trainer.micro_batches.rehearse()
     batches = trainer.micro_batches.batches(0)
+
+    def noted(self: Exchange, flat: Tensor) -> Callable[[], object]:
+        buckets.append(flat)
+        return lambda: None
+
+    def waited(self: Exchange, flat: Tensor) -> Callable[[], object]:
+        all_reduce(flat)
+        return lambda: None
+
+    starts, piece = {"without": noted, "waiting": waited, "beside": Exchange._start}, exchange.PIECE
     step.accumulate(batches)  # DDP divides its buckets anew after the first step
-    exchange.all_reduce = lambda flat: buckets.append(flat) or flat  # type: ignore[func-returns-value]
-    step.accumulate(batches)
     found: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "alone")}
     for number in range(rounds):
         gradients = []
         for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
-            exchange.all_reduce = (lambda flat: flat) if kind == "without" else real
-            step.exchange.thread = AtOnce() if kind == "waiting" else beside  # type: ignore[assignment]
+            buckets.clear()
+            Exchange._start = starts[kind]  # type: ignore[method-assign]
+            exchange.PIECE = piece if kind == "beside" else 1 << 40
             found[kind].append(timed(trainer, lambda: step.accumulate(batches)))
-            if kind != "without":
+            if kind == "without":
+                whole = list(buckets)
+            else:
                 gradients.append([p.grad.clone() for p in trainer.state.model.parameters() if p.grad is not None])
         assert all(map(torch.equal, *gradients)), "the exchange beside the backward pass has other bits"
-        found["alone"].append(timed(trainer, lambda: [real(flat) for flat in buckets]))
-    sizes = [flat.numel() * flat.element_size() / 1e6 for flat in buckets]
+        found["alone"].append(timed(trainer, partial(deque, map(all_reduce, whole), maxlen=0)))
+    sizes = [flat.numel() * flat.element_size() / 1e6 for flat in whole]
     process.say(f"{len(sizes)} buckets of {min(sizes):.2f} to {max(sizes):.2f} MB, {sum(sizes):.1f} MB in all")
     return found
 

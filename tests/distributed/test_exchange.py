@@ -25,12 +25,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
-def divided(act: Act, megabytes: float, all_reduce: Callable[[Tensor], Tensor]) -> Act:
-    """`act` in a process with buckets of that size, each summed by `all_reduce`."""
+def divided(act: Act, megabytes: float, sum_chunk: Callable[[Tensor], Tensor]) -> Act:
+    """`act` in a process with buckets of that size, each summed by `sum_chunk`."""
 
     def child() -> None:
         exchange.BUCKET_MB["cpu"] = megabytes  # type: ignore[assignment]
-        exchange.all_reduce = all_reduce
+        exchange.sum_chunk = sum_chunk
         act()
 
     return child
@@ -44,7 +44,7 @@ def slowly(flat: Tensor) -> Tensor:
     return sum_(flat)
 
 
-sum_ = exchange.all_reduce
+sum_ = exchange.sum_chunk
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -117,14 +117,14 @@ def test_memory_that_ends_after_some_buckets_were_sent_ends_the_group_and_touche
                 sums.extend(range(3))
         return update(self, step)
 
-    def all_reduce(flat: Tensor) -> Tensor:
+    def sum_chunk(flat: Tensor) -> Tensor:
         if sums and sums.pop() == 0:
             short()
         return sum_(flat)
 
     def act() -> None:
         Trainer.update = updated  # type: ignore[method-assign]
-        divided(train(recipe), SMALL, all_reduce)()
+        divided(train(recipe), SMALL, sum_chunk)()
 
     main, other = run_group(act, tmp_path, 2)
     assert other.status == main.status == 6, other.err
@@ -142,7 +142,7 @@ def test_memory_that_ends_after_some_buckets_were_sent_ends_the_group_and_touche
 def test_the_thread_of_the_sums_computes_alone_and_leaves_the_main_thread_its_team(tmp_path: Path) -> None:
     def act() -> None:
         torch.set_num_threads(3)
-        found = Exchange().thread.submit(torch.get_num_threads).result()
+        found = Exchange().summing.submit(torch.get_num_threads).result()
         assert (found, torch.get_num_threads()) == (1, 3)
 
     (ended,) = run_group(act, tmp_path, 1)
