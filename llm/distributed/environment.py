@@ -31,6 +31,7 @@ from llm.config.schema import Recipe, flat
 from llm.distributed import coordinator as coordination
 from llm.distributed import process, threads
 from llm.distributed.coordinator import Coordinator
+from llm.distributed.exchange import BUCKET_MB
 
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
@@ -208,11 +209,12 @@ def start_group(recipe: Recipe, run: Path) -> tuple[Accelerator, Coordinator, Ru
             same["LOCAL_WORLD_SIZE"] = process.place().local_world
         coordinator.agree("recipe", same, "start every process with the same recipe and overrides")
         settings = resolve_settings(recipe, shard, run, coordinator)
+    bucket_mb = BUCKET_MB["cuda" if torch.cuda.is_available() else "cpu"]
     with patch_environment(omp_num_threads=settings.threads):  # else accelerate chooses the number
         accelerator = Accelerator(
             cpu=not has_accelerator(),
             mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)],
         )
     if accelerator.num_processes != process.world():
         made = f"asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}"

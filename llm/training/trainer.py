@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm.base.errors import StoppedError
-from llm.distributed import process, sharding
+from llm.distributed import process
 from llm.distributed.environment import DTYPES, measured_flops
 from llm.insight import hints
 from llm.model import cost, hf_config
@@ -202,11 +202,8 @@ def new_state(context: RunContext) -> TrainState:
 
 
 def wrap(context: RunContext, model: Transformer) -> Any:
-    """The model in DDP with our canonical sum of gradients; as it is where it is sharded."""
+    """The model in DDP; as it is where it is sharded."""
     if context.sharding.sharded:
         return model
     # Says where the model is: to find that out, accelerate would import all of torch's sharded tensors.
-    wrapped = context.accelerator.prepare_model(model, device_placement=True)
-    if process.world() > 1:
-        wrapped.register_comm_hook(None, sharding.canonical_sum_hook)
-    return wrapped
+    return context.accelerator.prepare_model(model, device_placement=True)
