@@ -145,10 +145,12 @@ class Trainer:
                 return flops
         return measured_flops(device, dtype, 1024)
 
-    @cached_property
+    @property
     def step_flops(self) -> float:
-        """Operations of a step on each rank."""
-        each = cost.flops_per_token(self.recipe.model, self.context.tokenizer.vocab_size)
+        """Operations of the last step on each rank."""
+        sampled = self.state.model.sampled
+        covered = self.context.tokenizer.vocab_size if sampled is None else len(sampled.pieces) + 1
+        each = cost.flops_per_token(self.recipe.model, covered)
         return each * self.recipe.train.tokens_per_step / process.world()
 
     def costs(self) -> tuple[cost.Memory, cost.Traffic]:
