@@ -42,7 +42,7 @@ class Slots:
 
     def join(self, row: int, text: list[int]) -> Tensor:
         """Read `text` into a row, in place of the one there; returns the logits (V,) after it."""
-        self.lengths[row] = len(text)
+        self.lengths[row], self.ahead = len(text), None
         if self.fast is not None:
             self.lookups[row] = Lookup(text)
         return prefill(self.model, self.cache.row(row), [text])[0]

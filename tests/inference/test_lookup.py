@@ -85,6 +85,17 @@ def test_the_logits_after_a_guess_are_those_of_a_step_to_the_bit(counted: list[i
     assert torch.equal(*found)
 
 
+@torch.no_grad()
+def test_a_guess_for_a_text_is_none_for_the_next_in_its_place() -> None:
+    model = tiny.transformer(vocabulary=64, context=CONTEXT).eval()
+    fresh, used = Slots(model, 1, CONTEXT), Slots(model, 1, CONTEXT)
+    used.join(0, [5] * 9)
+    used.step({0: 5})
+    assert used.ahead is not None and used.ahead.guess[0] == 5
+    assert torch.equal(used.join(0, [7, 8]), fresh.join(0, [7, 8]))
+    assert torch.equal(used.step({0: 5}), fresh.step({0: 5}))
+
+
 def test_repeated_text_is_guessed_and_new_text_is_not() -> None:
     lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 1, 2, 3])
     assert lookup.guess() == [4, 5, 6]
