@@ -38,7 +38,6 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
     launch = train(recipe, f"machine.shard={shard}")
 
     def act() -> None:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # for a run that looks whether somebody has tuned it
         make, before = Trainer.__init__, []
 
         def measured(self: Trainer, *arguments: object, **keywords: object) -> None:

@@ -47,7 +47,6 @@ def limited(recipe: Path, headroom: int, at: int, *overrides: str) -> Callable[[
 
     def act() -> None:
         # What is freed goes back at once: else the C library may keep enough of a pass for the next one.
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(BLOCK)  # for a run that looks whether somebody has tuned it
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK)
         update, rehearse = Trainer.update, MicroBatches.rehearse
 

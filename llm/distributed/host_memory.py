@@ -1,18 +1,13 @@
-"""The memory that this machine can still give to this process, by Linux's own figures, and what it keeps for itself."""
+"""The memory that this machine can still give to this process, by Linux's own figures."""
 
-import ctypes
 import math
-import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from llm.distributed.threads import control_groups
 
 KIB = 1024
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def has_room(size: int, processes: int = 1) -> bool:
@@ -43,25 +38,3 @@ def _fields(path: Path) -> dict[str, int]:
     except OSError:
         return {}
     return {name: int(value) for name, value, *_ in (each for each in lines if len(each) > 1) if value.isdecimal()}
-
-
-@contextmanager
-def kept_memory() -> Iterator[None]:
-    """Keep what tensors free for the next ones, instead of giving it back to the system after each (glibc only).
-
-    The system clears each page that it gives, and finds it again at its first use: together a third of a step on some
-    machines. The peak is the same. Whoever tunes glibc by its own variables decides.
-    """
-    theirs = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if theirs or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
-        yield
-        return
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:  # as at the start of a process
-        libc.mallopt(M_MMAP_MAX, 65536)
-        libc.mallopt(M_TRIM_THRESHOLD, 128 * KIB)
-        libc.malloc_trim(0)

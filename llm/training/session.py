@@ -20,7 +20,6 @@ from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.environment import DTYPES, as_it_was, die_with_parent, has_accelerator, start_group
-from llm.distributed.host_memory import kept_memory
 from llm.distributed.sharding import Sharding
 from llm.distributed.team import meet
 from llm.interop.pretrained import ready
@@ -68,8 +67,7 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
             settings = replace(settings, compile=bool(settings.compile))
         settings = compiling.settled(settings, recipe, tokenizer.vocab_size, accelerator.device, coordinator)
         context = RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, sharding, run, parts)
-        with kept_memory():
-            _run(context, until)
+        _run(context, until)
     coordinator.leave()
     return run
 

@@ -1,14 +1,10 @@
 """How much memory a process may still take, by the machine and by its control groups."""
 
-import ctypes
-import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from llm.distributed import host_memory
-from tests.forks import run
 
 GB = 1 << 30
 
@@ -47,26 +43,3 @@ def test_a_system_that_does_not_tell_has_room(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(host_memory, "_fields", lambda path: {})
     monkeypatch.setattr(host_memory, "control_groups", lambda controller: [])
     assert host_memory.has_room(10**15)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's own")
-@pytest.mark.parametrize("tuned", [False, True])
-def test_freed_memory_is_kept_for_the_next_and_given_back_at_the_end(tmp_path: Path, tuned: bool) -> None:
-    """Unless the user tunes the C library by its own variables."""
-
-    def resident() -> int:
-        return 1024 * host_memory._fields(Path("/proc/self/status"))["VmRSS"]
-
-    def act() -> None:
-        if tuned:
-            os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"
-        before = resident()
-        with host_memory.kept_memory():
-            for _ in range(2):
-                torch.ones(1 << 26)  # 256 MiB, freed at once
-            kept = resident() - before
-        assert (kept > 1 << 27) is not tuned
-        assert resident() - before < 1 << 27
-
-    ended = run(act, tmp_path)
-    assert ended.status == 0, ended.err
