@@ -13,7 +13,7 @@ from llm.base.command import Parser
 from llm.base.errors import LLMError, RecipeError, run
 from llm.data.conversations import checked
 from llm.inference import terminal
-from llm.inference.sampling import Sampling, flag
+from llm.inference.sampling import INT8, Sampling, flag
 
 if TYPE_CHECKING:
     from llm.inference.chat import Conversation
@@ -40,6 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         bounds = {name: each.metadata[name] for name in ("least", "most")}
         help = f"{each.metadata['help']} (default {default:g})"
         parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
+    parser.add_argument("--int8", action="store_true", help=INT8)
     parser.add_number("--seed", most=(1 << 63) - 1, help="the same seed gives the same answers (default: another)")
     given = parser.parse_args(arguments)
     given.sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
@@ -51,10 +52,12 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from llm.inference.chat import Conversation
+    from llm.inference.fast_decode import prepare
     from llm.run_folder.loaded_run import open_run
 
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     conversation = Conversation(open_run(given.run))
+    prepare(conversation.run.model, int8=given.int8)
     # Arguments in another encoding than the locale's arrive as surrogates.
     conversation.instruct((given.system or "").encode(errors="surrogateescape").decode(errors="replace"))
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)

@@ -26,13 +26,19 @@ def main(arguments: list[str] | None = None) -> None:
     add("--pairs", type=Path, metavar="FILE", help="GOOD, a tab and BAD on a line, or .jsonl with good and bad")
     add("--tasks", metavar="NAME,...", help="tasks of lm-eval, run on the checkpoint's folder itself")
     add("--task-folder", type=Path, metavar="FOLDER", help="folder with tasks of your own, as .yaml")
+    add("--int8", action="store_true", help="score the text as `sample --int8` reads it: what rounding costs")
     parser.add_number("--rows", default=8, least=1, help="windows at once (default 8)")
     given = parser.parse_args(arguments)
+    if given.int8 and (given.pairs or given.tasks):
+        raise RecipeError("--int8 is for texts: leave out --pairs and --tasks")
     from llm.inference import scoring
+    from llm.inference.fast_decode import prepare
     from llm.run_folder.loaded_run import open_run
 
     opened = open_run(given.run)
-    print(f"run                   {opened.name}")
+    if given.int8:
+        prepare(opened.model, int8=True)
+    print(f"run                   {opened.name}{', in int8' if given.int8 else ''}")
     if given.pairs:
         right, count = scoring.count_preferred(opened, scoring.read_pairs(given.pairs), given.rows)
         share = f"{right:,} of {count:,}, {right / count:.2%}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llm.base.command import Parser
 from llm.base.errors import RecipeError, run
 from llm.inference import terminal
-from llm.inference.sampling import Sampling, flag
+from llm.inference.sampling import INT8, Sampling, flag
 from llm.inference.stop import Stop
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         bounds = {name: each.metadata[name] for name in ("least", "most")}
         help = f"{each.metadata['help']} (default {default:g})"
         parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
+    add("--int8", action="store_true", help=INT8)
     parser.add_number("--seed", most=(1 << 63) - 1, help="the same seed gives the same text (default: a new one)")
     given = parser.parse_args(arguments)
     if not all(given.stop):
@@ -46,10 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
     sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
     import torch
 
+    from llm.inference.fast_decode import prepare
     from llm.run_folder.loaded_run import open_run
 
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     opened = open_run(given.run)
+    prepare(opened.model, int8=given.int8)
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)
     print(f"{opened.name}, seed {seed}", file=sys.stderr)
     is_dialogue = given.prompt is None and sys.stdin.isatty()

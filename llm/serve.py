@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llm.base.command import Parser
 from llm.base.errors import RecipeError, optional, run
+from llm.inference.sampling import INT8
 
 PORT = 8000
 KEY = "ONETEXT_API_KEY"
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--key-file", type=Path, metavar="FILE", help="file that holds the API key")
     add("--cors", action="append", metavar="ORIGIN", default=[], help="pages of this origin may ask too; * for all")
     add("--follow", action="store_true", help="serve the newest good checkpoint of a run that is still training")
+    add("--int8", action="store_true", help=INT8)
     parser.add_number("--queue", default=128, least=1, help="texts that may wait (default 128); more get status 429")
     parser.add_number("--tokens", default=4096, least=1, help="at most this many new tokens an answer (default 4,096)")
     parser.add_number("--seconds", kind=float, default=600, least=0.1, help="an answer ends after these (default 600)")
@@ -41,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     optional("starlette", mend)
     optional("uvicorn", mend)
     with closing(listening(given.host, given.port)) as listener:
+        from llm.inference.fast_decode import prepare
         from llm.run_folder.loaded_run import find, open_run
         from llm.serving.answering import Limits
         from llm.serving.api import Server, application
@@ -49,8 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         folder, which = find(given.run)
         opened = open_run(str(folder.absolute() / ("newest" if given.follow else which)))
+        prepare(opened.model, int8=given.int8)
         limits = Limits(given.body, 20.0, given.tokens, given.seconds)
-        server = Server(Engine(opened, given.queue), limits, key, given.cors)
+        server = Server(Engine(opened, given.queue, int8=given.int8), limits, key, given.cors)
         app = application(server, (lambda: follow(server)) if given.follow else None)
         shown = f"[{given.host}]" if ":" in given.host else given.host
         print(f"http://{shown}:{listener.getsockname()[1]}/ serves {opened.name}; Ctrl-C ends it", flush=True)

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 import uuid
@@ -21,6 +22,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from llm.base.errors import RecipeError, RefusedError
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # the file system lacks the operation
+BLOCK, STAGE = 4096, 16 << 20  # bytes: what O_DIRECT wants to be whole, and what is written at once
 DRAFT = ".draft-"  # prefix of unfinished files and folders: ignore them, sweep them away
 
 
@@ -37,12 +39,71 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def _write_at(path: Path, chunks: Iterable[tuple[int, bytes | memoryview]]) -> None:
-    with path.open("r+b") as file:
+    with path.open("r+b", buffering=0) as file, _Stage(path, file.fileno()) as stage:
         for offset, chunk in chunks:
-            file.seek(offset)
-            file.write(chunk)
-        file.flush()
+            stage.write(offset, memoryview(chunk))
+        stage.empty()
         _flush(file.fileno())
+
+
+class _Stage:
+    """Memory in which what goes to a file is collected, to be written in large pieces.
+
+    Whole blocks pass by the page cache, where the file system allows: to fill that costs more of a processor than all
+    else about a write. What begins or ends within a block, of which others may write the rest, goes through it.
+    """
+
+    def __init__(self, path: Path, file: int) -> None:
+        self.file, self.direct = file, -1
+        self.memory = memoryview(mmap.mmap(-1, STAGE))  # O_DIRECT wants it aligned
+        self.begin = self.end = 0  # of what is collected, in the file
+        if hasattr(os, "O_DIRECT"):
+            try:
+                self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+
+    def __enter__(self) -> "_Stage":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.direct >= 0:
+            os.close(self.direct)
+
+    def write(self, offset: int, chunk: memoryview) -> None:
+        if offset != self.end:
+            self.empty()
+            self.begin = self.end = offset
+        while chunk:
+            base = self.begin // BLOCK * BLOCK  # of the memory, in the file
+            part = chunk[: base + STAGE - self.end]
+            self.memory[self.end - base :][: len(part)] = part
+            self.end, chunk = self.end + len(part), chunk[len(part) :]
+            if self.end == base + STAGE:
+                self.empty()
+
+    def empty(self) -> None:
+        """Write what was collected."""
+        base, first, last = self.begin // BLOCK * BLOCK, -(-self.begin // BLOCK) * BLOCK, self.end // BLOCK * BLOCK
+        if self.direct < 0 or first >= last:
+            self._put(self.file, self.begin - base, self.end - base, base)
+        else:
+            self._put(self.file, self.begin - base, first - base, base)
+            self._put(self.direct, first - base, last - base, base)
+            self._put(self.file, last - base, self.end - base, base)
+        self.begin = self.end
+
+    def _put(self, file: int, low: int, high: int, base: int) -> None:
+        """Write these bytes of the memory, whose first is byte `base` of the file."""
+        while low < high:
+            try:
+                os.lseek(file, base + low, os.SEEK_SET)
+                low += os.write(file, self.memory[low:high])
+            except OSError as error:
+                if file == self.file or error.errno not in UNSUPPORTED:
+                    raise
+                file = self.file
 
 
 def _flush(handle: int) -> None:

@@ -104,6 +104,12 @@ class Train:
     )
     document_mask: bool = setting("attention stays within each document, instead of the whole window", True)
     tokens_per_step: int = setting("tokens", 8192, least=1, below=1e10)
+    sampled_softmax: int = setting(
+        "pieces that the training loss weighs a target against until the rate has fallen to half; 0: all",
+        0,
+        least=0,
+        below=1 << 31,
+    )
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"
     )
@@ -156,8 +162,10 @@ class Machine:
     shard: Literal["none", "full", "hybrid"] = setting("full: across all processes, hybrid: within a node", "none")
     exact: bool = setting("the same bits on 1, 2, 4 ... processes, for more memory and traffic", False)
     recompute: bool = setting("recompute activations in the backward pass: less memory, a third slower", False)
-    compile: bool = setting(
-        "compile each block, and on a GPU the loss; pays off in long runs, needs a C++ compiler or Triton", False
+    compile: bool | Auto = setting(
+        "compile each block and, in 16 bits or on a GPU, the loss; auto: in runs so long that it saves more than it "
+        "takes, where a C++ compiler or Triton works",
+        "auto",
     )
 
 

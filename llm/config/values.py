@@ -40,7 +40,8 @@ def convert(name: str, value: str | list[str], kind: Any, each: "Field[Any]") ->
         return value
     if bool in options:
         if value.lower() not in TRUTH:
-            raise RecipeError(f"{name} = {_short(value)!r}: expected true or false")
+            others = "".join(f" or {word}" for word in words)
+            raise RecipeError(f"{name} = {_short(value)!r}: expected true or false{others}")
         return TRUTH[value.lower()]
     if Epochs in options and (match := re.fullmatch(r"(.*\S)\s*epochs?", value.strip().lower())):
         return _epochs(name, value, match[1])

@@ -31,6 +31,7 @@ from llm.config.schema import Recipe, flat
 from llm.distributed import coordinator as coordination
 from llm.distributed import process, threads
 from llm.distributed.coordinator import Coordinator
+from llm.distributed.exchange import BUCKET_MB
 
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
@@ -120,7 +121,7 @@ class RuntimeSettings:
     shard: Literal["none", "full", "hybrid"]
     exact: bool
     recompute: bool
-    compile: bool
+    compile: bool | None  # None: `auto`, to be settled once the run's length is known (llm.training.compiling)
 
     def keys(self, micro_batch: int | str) -> dict[str, Any]:
         """Recipe keys with the values they came to, for a manifest."""
@@ -145,7 +146,7 @@ def resolve_settings(recipe: Recipe, shard: Any, run: Path, coordinator: Coordin
         shard=shard,
         exact=machine.exact,
         recompute=machine.recompute,
-        compile=machine.compile,
+        compile=_compile(recipe, known, coordinator),
     )
 
 
@@ -154,9 +155,17 @@ def _known(record: Path) -> dict[str, Any]:
     try:
         return atomic_io.read_checksummed(record) if record.exists() else {}
     except RefusedError as error:
-        mend = "remove it, and the precision, micro-batch and threads that are auto are chosen anew"
+        mend = "remove it, and what is auto of precision, micro-batch, threads and compile is chosen anew"
         kept = "checkpoints/*/checkpoint.json hold those that decided the bits"
         raise RefusedError(f"{error}: {mend}; {kept}") from error
+
+
+def _compile(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator) -> bool | None:
+    """As the recipe says or the run has been trained so far; a run that recorded nothing of it was not compiled."""
+    if recipe.machine.compile != "auto":
+        return recipe.machine.compile
+    recorded = int(known.get("compile", False)) if known else 2
+    return (False, True, None)[coordinator.largest(recorded if process.rank() == 0 else 0)]
 
 
 def _micro_batch(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator) -> int:
@@ -182,7 +191,7 @@ def start_group(recipe: Recipe, run: Path) -> tuple[Accelerator, Coordinator, Ru
         process.say("the accelerate configuration asks for FSDP: machine.shard = full")
         shard = "full"
     _leave_to_recipe(not has_accelerator())
-    if recipe.machine.compile:
+    if recipe.machine.compile:  # or auto
         try:
             getpass.getuser()  # the compiler names its cache after the user
         except (OSError, KeyError):
@@ -200,11 +209,12 @@ def start_group(recipe: Recipe, run: Path) -> tuple[Accelerator, Coordinator, Ru
             same["LOCAL_WORLD_SIZE"] = process.place().local_world
         coordinator.agree("recipe", same, "start every process with the same recipe and overrides")
         settings = resolve_settings(recipe, shard, run, coordinator)
+    bucket_mb = BUCKET_MB["cuda" if torch.cuda.is_available() else "cpu"]
     with patch_environment(omp_num_threads=settings.threads):  # else accelerate chooses the number
         accelerator = Accelerator(
             cpu=not has_accelerator(),
             mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)],
         )
     if accelerator.num_processes != process.world():
         made = f"asked for (WORLD_SIZE), accelerate made {accelerator.num_processes}"
@@ -337,8 +347,9 @@ def die_with_parent() -> None:
 
 def save_settings(settings: RuntimeSettings, micro_batch: int, run: Path) -> None:
     """Record the settings for the next start of this run."""
-    found = {"precision": settings.precision, "micro_batch": micro_batch, "threads": settings.threads}
-    atomic_io.write_checksummed(run / RECORD, {**found, "world": process.world()})
+    names = ("precision", "threads", "compile")
+    found = {name: getattr(settings, name) for name in names} | {"micro_batch": micro_batch, "world": process.world()}
+    atomic_io.write_checksummed(run / RECORD, found)
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 256, seconds: float = 0.1) -> float:

@@ -53,13 +53,24 @@ def reduce_scatter(output: Tensor, flat: Tensor, group: Group = None) -> None:
 
 def all_reduce(flat: Tensor, group: Group = None) -> Tensor:
     """Sum of the one-dimensional `flat` over the group, in place and in canonical order."""
-    if size(group) == 1:
+    return flat if size(group) == 1 else gather_chunks(flat, sum_chunk(flat, group), group)
+
+
+def sum_chunk(flat: Tensor, group: Group = None) -> Tensor:
+    """This rank's chunk of the sum of the one-dimensional `flat`; the last ones are padded with zeros."""
+    missing = -flat.numel() % size(group)
+    padded = F.pad(flat, (0, missing)) if missing else flat
+    chunk = torch.empty(padded.numel() // size(group), dtype=flat.dtype, device=flat.device)
+    reduce_scatter(chunk, padded, group)
+    return chunk
+
+
+def gather_chunks(flat: Tensor, chunk: Tensor, group: Group = None) -> Tensor:
+    """Fill `flat` with the chunks of all ranks."""
+    if flat.numel() % size(group) == 0:
+        _all_gather(flat, chunk, group=group)
         return flat
-    padded = F.pad(flat, (0, -flat.numel() % size(group)))
-    part = torch.empty(padded.numel() // size(group), dtype=flat.dtype, device=flat.device)
-    reduce_scatter(part, padded, group)
-    _all_gather(padded, part, group=group)
-    return flat.copy_(padded[: flat.numel()])
+    return flat.copy_(gather(chunk, group).flatten()[: flat.numel()])
 
 
 def gather(values: Tensor, group: Group = None) -> Tensor:
@@ -69,13 +80,6 @@ def gather(values: Tensor, group: Group = None) -> Tensor:
     gathered = torch.empty(size(group) * values.numel(), dtype=values.dtype, device=values.device)
     _all_gather(gathered, values.flatten(), group=group)
     return gathered.view(-1, *values.shape)
-
-
-def canonical_sum_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP communication hook that sums (not averages) gradients in canonical order."""
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(all_reduce(bucket.buffer()))
-    return future
 
 
 class CanonicalReduceScatter:

@@ -95,14 +95,30 @@ def yield_to_neighbours() -> None:
         return
     import torch
 
-    library = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
-    if library is None or torch.get_num_threads() == 1:
+    openmp = _openmp()
+    if openmp is None or torch.get_num_threads() == 1:
         return
-    openmp = ctypes.CDLL(str(library))
     team = max(2, openmp.omp_get_num_procs() - torch.get_num_threads() + 2)  # one thread more than there are cores
     if team <= IDLE:
         Watch.started = True
         Watch(openmp, team).start()
+
+
+def compute_alone() -> None:
+    """Give the calling thread no OpenMP team of its own, which would take cores from that of the main thread."""
+    import torch
+
+    torch.get_num_threads()  # at the first question torch sets this thread's number
+    if (openmp := _openmp()) is not None:
+        openmp.omp_set_num_threads(1)  # of this thread alone
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The libgomp that torch brings along, if it does."""
+    import torch
+
+    library = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+    return None if library is None else ctypes.CDLL(str(library))
 
 
 class Watch(Thread):

@@ -2,21 +2,30 @@
 the model's arithmetic on a CPU over a copy of the weights in a layout of its own.
 
 On a CPU the cost per token is reading the weights once plus a few torch calls per block. So matrices that read the same
-vector are merged, and a norm's weight is folded into the next matrix. A row's bits must ignore its neighbours: each row
-reads a part of the cache that depends on its own length alone, and the number of rows is one whose kernels round as
-those of 16 rows do.
+vector are merged, and a norm's weight is folded into the next matrix. A row's bits must ignore its neighbours: products
+see to that (`products.py`), each row reads a part of the cache that depends on its own length alone, and the number of
+rows is one whose kernels round as those of 16 rows do.
 """
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.base.errors import RecipeError
+from llm.inference.products import ENGINE, Int8Product, Product, unit
 from llm.model.transformer import MLP, Attention, Block, Cache, Decoder, RMSNorm, Transformer
 
+READ = 64  # tokens of one text at once
+# Of a step: its first token and the one after the last, each layer's keys and values (N, K, L, E), the mask to add.
+Run = tuple[int, int, Sequence[Tensor], Sequence[Tensor], Tensor]
+
 SLOTS = 16  # rows that are decoded at once
-WIDTHS = (2, 4, 8)  # fewer rows, where they round alike; one alone is another kernel on most machines
+WIDTHS = (1, 2, 4, 8)  # fewer rows, where they round alike; one alone is another kernel on most machines
 
 # Modules of our own models: FastDecoder copies their arithmetic, GraphDecoder records it.
 KNOWN = (Transformer, Decoder, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)
@@ -31,42 +40,53 @@ def reach(length: int, context: int) -> int:
 
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
-    """One matrix (D, all outputs) of the projections, with the norm's weight folded in; it expects `unit` vectors."""
-    columns = torch.cat([projection.weight.t() for projection in projections], dim=1)
-    return columns.mul_(norm.weight[:, None] * len(norm.weight) ** 0.5)
+    """One matrix (all outputs, D) of the projections, with the norm's weight folded in; it expects `unit` vectors."""
+    rows = torch.cat([projection.weight for projection in projections])
+    return rows.mul_(norm.weight * len(norm.weight) ** 0.5)
 
 
-def unit(x: Tensor, least: Tensor) -> Tensor:
-    """RMSNorm without its weight and the factor sqrt(size): three calls, where the fused one takes ten on a CPU.
+def is_known(model: nn.Module) -> bool:
+    """True for a model of ours, whole: a sharded one, which has `unshard`, gathers weights in its own forward only."""
+    return all(type(module) in KNOWN for module in model.modules()) and not hasattr(model, "unshard")
 
-    `least` is sqrt(size * epsilon).
+
+def prepare(model: Transformer, *, int8: bool = False) -> None:
+    """Lay out, once and for all, the weights of a model that will not change; `int8`: round them to 8 bits.
+
+    Does nothing without `int8` where FastDecoder has no part. RecipeError where int8 is not to be had.
     """
-    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least)
+    device = model.lm_head.weight.device.type
+    fits = is_known(model) and device == "cpu" and model.lm_head.weight.dtype == torch.float32
+    if int8 and not (fits and ENGINE in torch.backends.quantized.supported_engines):
+        raise RecipeError(f"--int8 is for a model of ours on an x86-64 CPU; this one is on {device}: leave it out")
+    if fits and not (model in PREPARED and PREPARED[model].int8 == int8):
+        PREPARED[model] = FastDecoder(model, int8=int8)
 
 
 class FastDecoder:
-    """The step of a model on a CPU. Letters as in transformer.py."""
+    """The step of a model on a CPU. Letters as in transformer.py; N tokens of a step, of several texts or one."""
 
     # Widths that round as SLOTS do, by shape, vocabulary, type and threads: kernels are chosen by these, not by values.
     known_widths: ClassVar[dict[tuple[object, ...], list[int]]] = {}
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, int8: bool = False) -> None:
         shape, decoder = model.shape, model.model
         self.shape, self.heads, self.kv_heads, self.head_dim = shape, shape.heads, shape.kv_heads, shape.head_dim
         self.embedding, self.cos, self.sin = decoder.embed_tokens.weight, decoder.cos, decoder.sin
-        self.blocks, head = [], (shape.head_dim,)
+        self.int8, self.blocks, head = int8, [], (shape.head_dim,)
+        product = Int8Product if int8 else Product
         norms: list[Tensor] = []
         for block in decoder.layers:
             assert isinstance(block, Block)
             attention, mlp = block.self_attn, block.mlp
             reads = merged(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
             gates = merged(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-            writes, down = (each.weight.t().contiguous() for each in (attention.o_proj, mlp.down_proj))
-            self.blocks.append((reads, writes, gates, down))
+            matrices = (reads, attention.o_proj.weight, gates, mlp.down_proj.weight)
+            self.blocks.append([product(weight) for weight in matrices])
             for norm, count in ((attention.q_norm, shape.heads), (attention.k_norm, shape.kv_heads)):
                 norms += [norm.weight if isinstance(norm, RMSNorm) else torch.full(head, shape.head_dim**-0.5)] * count
-        self.head = merged(decoder.norm, model.lm_head)
+        self.head = product(merged(decoder.norm, model.lm_head))
         self.norms = torch.stack(norms).view(shape.layers, 1, -1, shape.head_dim) * shape.head_dim**0.5
         self.normed = isinstance(attention.q_norm, RMSNorm)  # Llama has no QK-norm
         eps = decoder.norm.eps
@@ -78,12 +98,10 @@ class FastDecoder:
     def find_widths(self) -> list[int]:
         """Numbers of rows whose bits are those of SLOTS rows, SLOTS included, ascending; tried out once."""
         weights = self.embedding
-        key = (self.shape, weights.shape, weights.dtype, self.normed, torch.get_num_threads())
+        key = (self.shape, weights.shape, weights.dtype, self.normed, self.int8, torch.get_num_threads())
         if key not in self.known_widths:
             cache = Cache(self.shape, SLOTS, reach(1, self.shape.context), weights.device, weights.dtype)
-            generator = torch.Generator().manual_seed(0)
-            for part in (cache.keys, cache.values):
-                part.copy_(torch.randn(part.shape, generator=generator))
+            cache.both.copy_(torch.randn(cache.both.shape, generator=torch.Generator().manual_seed(0)))
             tokens = [row * 7 % len(weights) for row in range(SLOTS)]
             positions = [row * 11 % len(cache.slots) for row in range(SLOTS)]
             whole = self.step(cache, tokens, positions)
@@ -93,46 +111,81 @@ class FastDecoder:
         return self.known_widths[key]
 
     @torch.inference_mode()
-    def step(self, cache: Cache, tokens: list[int], positions: list[int]) -> Tensor:
-        """Logits (B, V) after the next token of each of the cache's first rows, which is written at its position."""
-        rows, rotated = len(tokens), self.heads + self.kv_heads
-        grouped = (rows, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
-        at, row = torch.tensor(positions), cache.rows[:rows, 0]
-        parts = self.parts(cache, positions, at)
-        cos = (self.norms * self.cos[at][:, None]).unbind()  # (B, H + K, E) each
-        sin = (self.crossed * self.sin[at][:, None]).unbind()
-        x = self.embedding[torch.tensor(tokens)]  # (B, D)
-        for layer, (reads, writes, gates, down) in enumerate(self.blocks):
-            heads = (unit(x, self.least) @ reads).view(rows, -1, self.head_dim)  # (B, H + K + K, E)
-            qk = unit(heads[:, :rotated], self.least_head) if self.normed else heads[:, :rotated]
-            qk = torch.addcmul(qk * cos[layer], qk.roll(self.head_dim // 2, -1), sin[layer])
-            keys, values = cache.keys[layer], cache.values[layer]  # (B, K, L, E)
-            keys[row, :, at] = qk[:, self.heads :]
-            values[row, :, at] = heads[:, rotated:]
-            # Heads that share keys are passed as queries of one head.
-            q, y = qk[:, : self.heads].view(grouped), None
-            for used, mask, chosen in parts:
-                here = F.scaled_dot_product_attention(q, keys[:rows, :, :used], values[:rows, :, :used], attn_mask=mask)
-                y = here if y is None else torch.where(chosen, here, y)
-            assert y is not None
-            x = torch.addmm(x, y.reshape(rows, -1), writes)
-            gate, up = (unit(x, self.least) @ gates).chunk(2, dim=-1)
-            x = torch.addmm(x, F.silu(gate) * up, down)
-        return unit(x, self.least) @ self.head
+    def step(
+        self, cache: Cache, tokens: Sequence[int], positions: Sequence[int], rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits (N, V) after each of `tokens`, which is written into the cache at its position of its row.
 
-    def parts(self, cache: Cache, positions: list[int], at: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """For each `reach` in use: its slots, the mask (B, 1, 1, L) to add, and the rows (B, 1, 1, 1) that have it.
+        By default these are the first rows, one token each. Several tokens of one row see those before them.
+        """
+        count, rotated = len(tokens), self.heads + self.kv_heads
+        grouped = (count, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
+        rows = range(count) if rows is None else rows
+        at, row = torch.tensor(positions), torch.tensor(rows)
+        runs = self.runs(cache, rows, positions, at)
+        targets = _targets(cache, rows, positions)
+        cos = (self.norms * self.cos[at][:, None]).unbind()  # (N, H + K, E) each
+        sin = (self.crossed * self.sin[at][:, None]).unbind()
+        x = self.embedding[torch.tensor(tokens)]  # (N, D)
+        for layer, (reads, writes, gates, down) in enumerate(self.blocks):
+            heads = reads.of_unit(x, self.least).view(count, -1, self.head_dim)  # (N, H + K + K, E)
+            qk = heads[:, :rotated]
+            units = unit(qk, self.least_head) if self.normed else qk
+            half = units.roll(self.head_dim // 2, -1)
+            torch.addcmul(units * cos[layer], half, sin[layer], out=qk)
+            written = heads[:, self.heads :].view(count, 2, self.kv_heads, self.head_dim)
+            if targets is not None:
+                targets[layer].copy_(written)
+            else:
+                cache.both[:, layer][:, row, :, at] = written
+            # Heads that share keys are passed as queries of one head.
+            q = qk[:, : self.heads].view(grouped)
+            y = [F.scaled_dot_product_attention(q[a:b], k[layer], v[layer], attn_mask=m) for a, b, k, v, m in runs]
+            x = writes.added(x, (y[0] if len(y) == 1 else torch.cat(y)).reshape(count, -1))
+            gate, up = gates.of_unit(x, self.least).chunk(2, dim=-1)
+            x = down.added(x, F.silu(gate).mul_(up))
+        return self.head.of_unit(x, self.least)
+
+    @torch.inference_mode()
+    def read(self, text: Sequence[int]) -> Tensor:
+        """Logits (T, V) after each token of a text, by the arithmetic of single steps."""
+        cache = Cache(self.shape, 1, reach(len(text), self.shape.context), self.cos.device, self.embedding.dtype)
+        parts = [range(low, min(low + READ, len(text))) for low in range(0, len(text), READ)]
+        return torch.cat([self.step(cache, text[a.start : a.stop], a, [0] * len(a)) for a in parts])
+
+    def runs(self, cache: Cache, rows: Sequence[int], positions: Sequence[int], at: Tensor) -> list[Run]:
+        """Parts of the tokens that attention takes at once: of one `reach`, in rows that follow each other or in one.
 
         Kernels sum over all slots that they are given, so that their number shows in the last bits.
         """
-        reaches = [reach(position + 1, self.shape.context) for position in positions]
+        used = [reach(position + 1, self.shape.context) for position in positions]
+        is_one = len(set(rows)) == 1
         found = []
-        for used in sorted(set(reaches)):
-            hidden = cache.slots[:used] > at[:, None]
+        for (slots, *_), group in groupby(range(len(rows)), lambda i: (used[i], 0 if is_one else rows[i] - i)):
+            part = list(group)
+            a, b, row = part[0], part[-1] + 1, rows[part[0]]
+            here = cache.both[:, :, row : row + (1 if is_one else b - a), :, :slots]
+            keys, values = here.expand(-1, -1, b - a, -1, -1, -1)
+            hidden = cache.slots[:slots] > at[a:b, None]
             mask = torch.zeros(hidden.shape, dtype=self.embedding.dtype).masked_fill_(hidden, -torch.inf)
-            chosen = torch.tensor([each == used for each in reaches])
-            found.append((used, mask[:, None, None], chosen[:, None, None, None]))
+            found.append((a, b, keys.unbind(), values.unbind(), mask[:, None, None]))
         return found
+
+
+def _targets(cache: Cache, rows: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, ...] | None:
+    """Where keys and values go, (N, 2, K, E) of each layer, if that is a slice of the cache.
+
+    It is one for the same position of rows that follow each other, and for such positions of one row.
+    """
+    row, at, count = rows[0], positions[0], len(rows)
+    if list(rows) == [*range(row, row + count)] and len(set(positions)) == 1:
+        return cache.both[:, :, row : row + count, :, at].permute(1, 2, 0, 3, 4).unbind()
+    if len(set(rows)) == 1 and list(positions) == [*range(at, at + count)]:
+        return cache.both[:, :, row, :, at : at + count].permute(1, 3, 0, 2, 4).unbind()
+    return None
+
+
+PREPARED: WeakKeyDictionary[Transformer, FastDecoder] = WeakKeyDictionary()
 
 
 class GraphDecoder:

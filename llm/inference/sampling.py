@@ -8,6 +8,8 @@ from typing import Any
 
 from llm.base.command import checked
 
+INT8 = "on a CPU: weights of 8 bits, faster from some 10 M parameters on; `evaluate --int8` says what that costs"
+
 
 def option(default: float, *, least: float, most: float, help: str) -> Any:
     """A number with least <= value <= most."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llm.base.constants import IGNORED
 from llm.base.errors import TextError
@@ -19,6 +21,7 @@ from llm.data.packing import table_of
 from llm.data.shards import AnyShards, Shards, Split, of_run
 from llm.data.text_files import JSON_LINES, suffix_of
 from llm.distributed.process import warn
+from llm.inference.fast_decode import PREPARED
 from llm.run_folder.loaded_run import LoadedRun
 
 PAIR_KEYS = (("good", "bad"), ("sentence_good", "sentence_bad"))  # of a pair in .jsonl; the second are BLiMP's
@@ -101,7 +104,7 @@ def score_answers(run: LoadedRun, shards: Shards, rows: int = 8) -> Score:
     nats, device = 0.0, run.model.lm_head.weight.device
     for batch in packed_batches(table, rows):
         batch = batch.to(device)
-        nats += run.model(batch.tokens, batch.targets, segments=batch.segments).item()
+        nats += _loss(run, batch.tokens, batch.targets, batch.segments)
     said = b"".join(run.tokenizer.bytes_of(id) or b" " for id in table.target_ids().tolist())
     size = sum(len(run.tokenizer.bytes_of(id)) for id in table.target_ids().tolist())
     return Score(nats, table.targets, size, len(said.split()))
@@ -187,7 +190,7 @@ def _nats(run: LoadedRun, tokens: Split | Tokens, rows: int) -> float:
     begin = run.tokenizer.bos if run.recipe.train.document_mask else None
     for batch in eval_batches(tokens, run.recipe.model.context, rows, begin=begin):
         batch = batch.to(device)
-        nats += run.model(batch.tokens, batch.targets, segments=batch.segments).item()
+        nats += _loss(run, batch.tokens, batch.targets, batch.segments)
     return nats
 
 
@@ -201,7 +204,22 @@ def _nats_alone(run: LoadedRun, document: np.ndarray, rows: int) -> float:
         last = last.to(run.model.lm_head.weight.device)
         targets = last[:, 1:].clone()
         targets[:, :-rest] = IGNORED
-        nats += run.model(last[:, :-1], targets).item()
+        nats += _loss(run, last[:, :-1], targets, None)
+    return nats
+
+
+def _loss(run: LoadedRun, tokens: Tensor, targets: Tensor, segments: Tensor | None) -> float:
+    """The sum of the losses of windows (B, T), in nats; with the arithmetic of decoding where that is in int8."""
+    decoder = PREPARED.get(run.model)
+    if decoder is None or not decoder.int8:
+        return float(run.model(tokens, targets, segments=segments).item())
+    nats = 0.0
+    for row in range(len(tokens)):
+        ends = [] if segments is None else (segments[row].diff().nonzero()[:, 0] + 1).tolist()
+        for low, high in pairwise([0, *ends, tokens.shape[1]]):
+            logits = decoder.read(tokens[row, low:high].tolist())
+            aims = targets[row, low:high]
+            nats += F.cross_entropy(logits, aims, ignore_index=IGNORED, reduction="sum").item()
     return nats
 
 

@@ -21,7 +21,7 @@ from llm.base.durations import readable
 from llm.base.errors import RecipeError, TextError
 from llm.config.reading import load
 from llm.config.resolving import MANY_EPOCHS, resolve
-from llm.config.schema import Checkpoint, Evaluate, Machine, Model, Recipe, Text, Tokenizer, Tracking, Train
+from llm.config.schema import Checkpoint, Evaluate, Model, Recipe, Text, Tokenizer, Tracking, Train
 from llm.data.sources import WIKI, sources_of, wiki_documents
 from llm.insight import planning
 from llm.insight.cards import Device
@@ -267,7 +267,7 @@ def _shapes() -> Iterator[tuple[Model, int]]:
 
 def _candidate(text: str, device: Device, hours: float, law: Law, shape: Model, vocab_size: int) -> Proposal | None:
     """The best that this shape can do in the time; None if it does not fit the memory or the text."""
-    recipe = _recipe("best", text, shape, vocab_size, 8 * shape.context, compiled=device.cuda)
+    recipe = _recipe("best", text, shape, vocab_size, 8 * shape.context)
     if not (speed := planning.tabulated_speed(recipe, device)):
         raise RecipeError(f"the speed of {device.name} is not in the table: name it by --gpu, with --memory if need be")
     unique = planning.text_tokens(recipe)[0]
@@ -298,7 +298,7 @@ def _tokens_per_step(tokens: float, context: int) -> int:
     return context * 2 ** max(2, round(math.log2(max(1.0, wanted / context)))) if wanted >= 4 * context else 4 * context
 
 
-def _recipe(run: str, text: str, shape: Model, vocab_size: int, per_step: int, *, compiled: bool = False) -> Recipe:
+def _recipe(run: str, text: str, shape: Model, vocab_size: int, per_step: int) -> Recipe:
     """A recipe with the settings that won in recipes/README.md."""
     return resolve(
         Recipe(
@@ -309,7 +309,6 @@ def _recipe(run: str, text: str, shape: Model, vocab_size: int, per_step: int, *
             train=Train(tokens=per_step, tokens_per_step=per_step, decay=0.6),
             evaluate=Evaluate(prompts=("auto",)),
             tracking=Tracking(),
-            machine=Machine(compile=compiled),
         )
     )
 

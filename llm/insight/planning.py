@@ -34,7 +34,7 @@ CONTEXT, SLACK = 0.6 * GIB, 1.06  # bytes that CUDA itself takes; what its alloc
 GPU_SHARE = 0.6  # of a card's matrix throughput that large products reach
 GPU_BYTES = 850  # that a block moves per token and feature
 GPU_BLOCK = 0.5e-3  # seconds that a card needs for a block forward and backward, however few its tokens
-EAGER = 2.0  # times as slow without machine.compile
+EAGER = 2.0  # times as slow with machine.compile=false; with auto only runs of a minute or two are
 CPU_SHARE, CPU_WIDTH = 0.85, 90  # a CPU's share of its product's speed: CPU_SHARE dim / (dim + CPU_WIDTH)
 FORWARD = 3.5  # an evaluation reads so many times more tokens per second than training
 PROBE_STEPS = 20

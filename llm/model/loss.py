@@ -5,6 +5,7 @@ whatever precision the model runs in.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,32 +60,66 @@ def loss_and_grad_fused(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     return nats, (((wide - log_total).exp() - hit.float()) * counted).to(logits.dtype)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """The pieces that a sampled softmax covers beside each row's target: `pieces` (n,), all different, of int64.
+
+    `log_weights` (n,) of fp32: a piece of weight w stands for w pieces of the vocabulary.
+    """
+
+    pieces: Tensor
+    log_weights: Tensor
+
+    def logits(self, part: Tensor, head: Tensor, target: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (rows, 1 + n) in fp32, each row's target first and not among the rest, and the target's index, 0."""
+        rest = product(part, head.T).float() + self.log_weights
+        rest.masked_fill_(self.pieces == target[:, None], float("-inf"))
+        first = (part.float() * own.float()).sum(-1, keepdim=True)
+        return torch.cat([first, rest], dim=1), target.where(target == IGNORED, 0)
+
+
 class _HeadAndLoss(torch.autograd.Function):
     learn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(loss_and_grad)
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> Tensor:
-        head = weight.to(hidden.dtype)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool, sampled: Sampled | None
+    ) -> Tensor:
+        covered = weight if sampled is None else weight[sampled.pieces]
+        head = covered.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if learn else None
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learn else None
+        weight_gradient = torch.zeros(covered.shape, dtype=torch.float32, device=weight.device) if learn else None
+        own_gradient = []  # of the targets' rows, where the softmax is sampled
         most = CHUNK_NUMBERS["cuda" if hidden.device.type == "cuda" else "cpu"]
         chunks = max(1, -(-hidden.shape[0] // max(1, most // weight.shape[0])))
         rows = max(1, -(-hidden.shape[0] // chunks))  # chunks of nearly equal size
         for low in range(0, hidden.shape[0], rows):
             part, target = hidden[low : low + rows], targets[low : low + rows]
-            logits = product(part, head.T)  # (rows, vocab_size)
+            if sampled is None:
+                logits = product(part, head.T)  # (rows, vocab_size)
+            else:
+                own = weight[target.clamp(min=0)].to(hidden.dtype)
+                logits, target = sampled.logits(part, head, target, own)
             if hidden_gradient is None or weight_gradient is None:
                 total += _nats(logits, target)[-1]
+                continue
+            nats, grad_logits = _HeadAndLoss.learn(logits, target)
+            total += nats
+            grad_logits = grad_logits.to(head.dtype)
+            first, rest = (None, grad_logits) if sampled is None else grad_logits.tensor_split([1], dim=1)
+            torch.mm(rest, head, out=hidden_gradient[low : low + rows])
+            if first is not None:
+                hidden_gradient[low : low + rows].addcmul_(first, own)
+                own_gradient.append(first.float() * part.float())
+            if hidden.dtype == torch.float32:
+                weight_gradient.addmm_(rest.T, part)
             else:
-                nats, grad_logits = _HeadAndLoss.learn(logits, target)
-                total += nats
-                grad_logits = grad_logits.to(head.dtype)
-                torch.mm(grad_logits, head, out=hidden_gradient[low : low + rows])
-                if hidden.dtype == torch.float32:
-                    weight_gradient.addmm_(grad_logits.T, part)
-                else:
-                    weight_gradient += product(grad_logits.T, part)
+                weight_gradient += product(rest.T, part)
+        if sampled is not None and weight_gradient is not None:
+            weight_gradient = _spread(
+                weight_gradient, sampled.pieces, torch.cat(own_gradient), targets, weight.shape[0]
+            )
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
         return total
@@ -93,16 +128,27 @@ class _HeadAndLoss(torch.autograd.Function):
     def backward(ctx: Any, *scales: Tensor) -> Any:
         (hidden_gradient, weight_gradient), (scale,) = ctx.saved_tensors, scales
         hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
-        return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None
+        return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None, None
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _spread(rest: Tensor, pieces: Tensor, own: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """The gradient (vocab_size, dim) of all rows: `rest` (n, dim) of `pieces`, and `own` (rows, dim) of the targets.
+
+    The embedding's own backward sums rows of one piece in a fixed order on any device.
+    """
+    whole = torch.ops.aten.embedding_dense_backward(own, targets.clamp(min=0), vocab_size, -1, False)
+    return whole.index_add_(0, pieces, rest)
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, sampled: Sampled | None = None) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over the targets that are not IGNORED: nats, an fp32 scalar.
 
-    hidden (rows, dim), in the type of the product; weight (vocab_size, dim); targets (rows,) of int64.
+    hidden (rows, dim), in the type of the product; weight (vocab_size, dim); targets (rows,) of int64. With `sampled`
+    the softmax covers these pieces and each row's target only, an estimate (Bengio and Senécal, "Adaptive importance
+    sampling to accelerate training of a neural probabilistic language model", 2008).
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadAndLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+        return _HeadAndLoss.apply(hidden, weight, targets, torch.is_grad_enabled(), sampled)
 
 
 def compile_loss(wanted: bool = True) -> None:

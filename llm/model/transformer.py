@@ -18,7 +18,7 @@ from llm.base.hashing import mix
 from llm.config.schema import Model
 from llm.distributed.sharding import local_shard
 from llm.model.dropout import dropout
-from llm.model.loss import cross_entropy_sum
+from llm.model.loss import Sampled, cross_entropy_sum
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -59,9 +59,9 @@ class Cache:
     """
 
     def __init__(self, shape: Model, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        size = (shape.layers, rows, shape.kv_heads, length, shape.head_dim)
-        self.keys = torch.zeros(size, device=device, dtype=dtype)  # (layers, B, K, L, E)
-        self.values = torch.zeros(size, device=device, dtype=dtype)
+        size = (2, shape.layers, rows, shape.kv_heads, length, shape.head_dim)
+        self.both = torch.zeros(size, device=device, dtype=dtype)
+        self.keys, self.values = self.both  # (layers, B, K, L, E) each
         self.rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self.slots = torch.arange(length, device=device)  # (L,)
 
@@ -221,6 +221,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.family = shape, family
+        self.sampled: Sampled | None = None  # what the softmax covers where gradients are wanted; None: all pieces
         self.model = Decoder(shape, vocab_size, seed, shard_module, family)
         self.lm_head = nn.Linear(shape.dim, vocab_size, bias=False)
         if shape.tied:
@@ -260,7 +261,8 @@ class Transformer(nn.Module):
         hidden = self.model(tokens, windows, None, segments).flatten(0, 1)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())
+        sampled = self.sampled if torch.is_grad_enabled() else None
+        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten(), sampled)
 
     def logits(self, tokens: Tensor, cache: Cache | None = None, last: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) after `tokens` (B, T), or (B, V) after the token at index `last` (B,) of each row only."""

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from llm.base.errors import LLMError, reason
-from llm.inference.fast_decode import SLOTS
+from llm.inference.fast_decode import SLOTS, prepare
 from llm.inference.generation import choose, generator_of
 from llm.inference.sampling import Sampling
 from llm.inference.slots import Slots
@@ -45,8 +45,8 @@ class Token:
 class Checkpoint:
     """A loaded checkpoint with its slots, which take memory once the first text joins."""
 
-    def __init__(self, run: LoadedRun) -> None:
-        self.run, self.name = run, run.name
+    def __init__(self, run: LoadedRun, int8: bool) -> None:
+        self.run, self.name, self.int8 = run, run.name, int8
         self.jobs: dict[int, Job] = {}  # by slot
         self.waiting = 0
         self._slots: Slots | None = None
@@ -54,6 +54,8 @@ class Checkpoint:
     @property
     def slots(self) -> Slots:
         if self._slots is None:
+            if self.int8:
+                prepare(self.run.model, int8=True)
             self._slots = Slots(self.run.model, SLOTS)
         return self._slots
 
@@ -93,10 +95,11 @@ class Job:
 
 
 class Engine:
-    """Runs jobs over the newest checkpoint; `queue` jobs may wait beside those in slots."""
+    """Runs jobs over the newest checkpoint; `queue` jobs may wait beside those in slots. `int8` as of `prepare`."""
 
-    def __init__(self, run: LoadedRun, queue: int) -> None:
-        self.checkpoints, self.queue, self.waiting = [Checkpoint(run)], queue, deque[Job]()
+    def __init__(self, run: LoadedRun, queue: int, *, int8: bool = False) -> None:
+        self.checkpoints, self.queue, self.waiting = [Checkpoint(run, int8)], queue, deque[Job]()
+        self.int8 = int8
         self.counts: Counter[str] = Counter()  # of /metrics
         self._wake, self._worker = asyncio.Event(), ThreadPoolExecutor(1, "model")
         self._pace = 1.0  # seconds that a job takes in its slot, a moving average
@@ -136,7 +139,7 @@ class Engine:
 
     def swap(self, run: LoadedRun) -> None:
         """Answer new requests from another checkpoint; jobs that were submitted before stay with theirs."""
-        self.checkpoints.append(Checkpoint(run))
+        self.checkpoints.append(Checkpoint(run, self.int8))
         self._tidy()
         self.counts["swaps"] += 1
 

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from llm.base.errors import GroupError
 from llm.data.batches import Batch
-from llm.distributed import process
-from llm.distributed.environment import save_settings
+from llm.distributed import environment, process
 from llm.model.loss import compile_loss
 from llm.training.context import RunContext, TrainState
 from llm.training.memory import clear_tracebacks, within_memory
@@ -27,7 +27,7 @@ class MicroBatches:
     def __init__(self, context: RunContext, state: TrainState, wrapped: Any, event: Event) -> None:
         self.context, self.state, self.wrapped, self.event = context, state, wrapped, event
         self.size = context.settings.micro_batch
-        self.compile_wanted, self.compiled = context.settings.compile, False
+        self.compile_wanted, self.compiled = bool(context.settings.compile), False
         self.windows = context.recipe.windows_per_step // process.world()  # of a step, for this rank
 
     def batches(self, step: int) -> list[Batch]:
@@ -60,8 +60,13 @@ class MicroBatches:
         if self.compiled:  # as a process would that starts with this size
             torch._dynamo.reset()
         self.size, self.compiled = size, False
-        save_settings(settings, size, self.context.folder)
+        self.save_settings()
         self.event(step, f"{short}: repeating it, and going on, in micro-batches of {size}")
+
+    def save_settings(self) -> None:
+        """Record for the next start of this run what every `auto` came to."""
+        settings = replace(self.context.settings, compile=self.compile_wanted)
+        environment.save_settings(settings, self.size, self.context.folder)
 
     # ------------------------------------------------------------------ before the first step
 
@@ -114,7 +119,8 @@ class MicroBatches:
         began, blocks = time.perf_counter(), self.state.model.blocks
         for block in blocks:
             block.compile()
-        compile_loss(self.context.device.type == "cuda")  # gains nothing on a CPU
+        on_cpu, precision = self.context.device.type == "cpu", self.context.settings.precision
+        compile_loss(not (on_cpu and precision == "fp32"))  # there the products are all but all of it
         try:
             self._forward_backward(self.size)
         except TorchDynamoException as error:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,13 +19,13 @@ from llm.data.shards import AnyShards, keep_place
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
-from llm.distributed.environment import DTYPES, as_it_was, die_with_parent, has_accelerator, save_settings, start_group
+from llm.distributed.environment import DTYPES, as_it_was, die_with_parent, has_accelerator, start_group
 from llm.distributed.sharding import Sharding
 from llm.distributed.team import meet
 from llm.interop.pretrained import ready
 from llm.model import cost
 from llm.run_folder import checkpoint
-from llm.training import own_data
+from llm.training import compiling, own_data
 from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
 from llm.training.trainer import Trainer
@@ -62,6 +63,9 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
     coordinator.meet_on_disk(run)
     with _locked(run, coordinator), _status(run):
         sharding = Sharding(settings.shard, accelerator.device, DTYPES[settings.precision])
+        if parts.model is not None:  # a caller's, whose cost is unknown
+            settings = replace(settings, compile=bool(settings.compile))
+        settings = compiling.settled(settings, recipe, tokenizer.vocab_size, accelerator.device, coordinator)
         context = RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, sharding, run, parts)
         _run(context, until)
     coordinator.leave()
@@ -169,7 +173,7 @@ def _write_run_files(trainer: Trainer) -> None:
             atomic_io.write_checksummed(run / checkpoint.IDENTITY, {"run": trainer.checkpoints.identity})
             atomic_io.write_bytes(run / "recipe.yaml", with_checksum(dump(context.recipe)).encode())
             keep_place(context.shards, run)
-            save_settings(context.settings, trainer.micro_batches.size, run)
+            trainer.micro_batches.save_settings()
             context.tokenizer.save(run / "tokenizer")
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llm.base.constants import IGNORED
 from llm.data.batches import Batch
-from llm.distributed import sharding
+from llm.distributed import process, sharding
+from llm.distributed.exchange import Exchange
 from llm.distributed.pairwise_sum import PairwiseSum
 from llm.distributed.sharding import LocalShard, local_shard
 from llm.optim.optimizer import gradient_norm, wide
@@ -23,6 +24,9 @@ class GradientStep:
 
     def __init__(self, context: RunContext, state: TrainState, wrapped: Any) -> None:
         self.context, self.state, self.wrapped = context, state, wrapped
+        self.exchange = Exchange()
+        if process.world() > 1 and not context.sharding.sharded:
+            wrapped.register_comm_hook(None, self.exchange.hook)
         self.finite_flags: list[Tensor] = []  # one for each update since the monitor last read them
         self.diverged = torch.zeros((), dtype=torch.bool, device=context.device)
 
@@ -51,8 +55,8 @@ class GradientStep:
     def _backward(self, batch: Batch, *, exchange: bool) -> Tensor:
         """Forward and backward of one micro-batch; its loss, a sum in nats.
 
-        DDP exchanges whole gradients once a step, with the last micro-batch. Sharded gradients are exchanged after
-        every one, since no rank has room for them whole.
+        DDP exchanges whole gradients once a step, beside the backward pass of the last micro-batch. Sharded gradients
+        are exchanged after every one, since no rank has room for them whole.
         """
         accelerator, scale = self.context.accelerator, self.state.scale / self.context.recipe.train.tokens_per_step
         waits = not exchange and not self.context.sharding.sharded
@@ -60,6 +64,7 @@ class GradientStep:
             with accelerator.autocast():
                 loss: Tensor = self.wrapped(*batch.inputs)
             (loss * scale).backward()
+        self.exchange.finish()
         return loss.detach()
 
     def apply(self, sums: Tensor, lr_factor: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm.base.errors import StoppedError
-from llm.distributed import process, sharding
+from llm.distributed import process
 from llm.distributed.environment import DTYPES, measured_flops
 from llm.insight import hints
 from llm.model import cost, hf_config
@@ -27,6 +27,7 @@ from llm.training.memory import within_memory
 from llm.training.micro_batch import MicroBatches
 from llm.training.monitor import Monitor
 from llm.training.resume import Checkpoints
+from llm.training.sampling import SampledSoftmax
 from llm.training.step import FP16_SCALE, GradientStep
 from llm.training.stopping import ON_PANEL, StopRequest
 
@@ -39,7 +40,7 @@ class Trainer:
         self.state = new_state(context)
         wrapped = wrap(context, self.state.model)
         self.gradient_step = GradientStep(context, self.state, wrapped)
-        self.length = Length(context)
+        self.length, self.softmax = Length(context), SampledSoftmax(context)
         self.monitor = Monitor(context, self.state, self.gradient_step, self.length)
         self.micro_batches = MicroBatches(context, self.state, wrapped, self.monitor.event)
         self.evaluator = Evaluator(context, self.state, self.monitor)
@@ -93,8 +94,10 @@ class Trainer:
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step`, counted from 0; mean loss (nats a token) and norm of the gradient, of the whole group."""
+        rate = self.length.lr_factor(step)
+        self.state.model.sampled = self.softmax.at(step, rate)
         sums = self.micro_batches.accumulate(step, self.gradient_step.accumulate)
-        return self.gradient_step.apply(sums, self.length.lr_factor(step))
+        return self.gradient_step.apply(sums, rate)
 
     def advance(self) -> None:
         """Count the update that was just done."""
@@ -142,10 +145,12 @@ class Trainer:
                 return flops
         return measured_flops(device, dtype, 1024)
 
-    @cached_property
+    @property
     def step_flops(self) -> float:
-        """Operations of a step on each rank."""
-        each = cost.flops_per_token(self.recipe.model, self.context.tokenizer.vocab_size)
+        """Operations of the last step on each rank."""
+        sampled = self.state.model.sampled
+        covered = self.context.tokenizer.vocab_size if sampled is None else len(sampled.pieces) + 1
+        each = cost.flops_per_token(self.recipe.model, covered)
         return each * self.recipe.train.tokens_per_step / process.world()
 
     def costs(self) -> tuple[cost.Memory, cost.Traffic]:
@@ -202,11 +207,8 @@ def new_state(context: RunContext) -> TrainState:
 
 
 def wrap(context: RunContext, model: Transformer) -> Any:
-    """The model in DDP with our canonical sum of gradients; as it is where it is sharded."""
+    """The model in DDP; as it is where it is sharded."""
     if context.sharding.sharded:
         return model
     # Says where the model is: to find that out, accelerate would import all of torch's sharded tensors.
-    wrapped = context.accelerator.prepare_model(model, device_placement=True)
-    if process.world() > 1:
-        wrapped.register_comm_hook(None, sharding.canonical_sum_hook)
-    return wrapped
+    return context.accelerator.prepare_model(model, device_placement=True)

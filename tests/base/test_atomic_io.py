@@ -578,3 +578,46 @@ def test_a_home_that_is_not_there_is_refused_by_the_name_that_needs_it(monkeypat
     monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
     with pytest.raises(errors.RecipeError, match="~ has no home folder here"):
         atomic_io.expanded("~/text.txt")
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "O_DIRECT", "opening past the page cache", "writing past it"])
+@pytest.mark.parametrize("seed", range(8))
+def test_pieces_of_any_length_lie_where_they_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, seed: int
+) -> None:
+    """Pieces of a byte and of several stages, in any order, with gaps that others fill."""
+    monkeypatch.setattr(atomic_io, "STAGE", 4 * atomic_io.BLOCK)
+    draw, path, size = random.Random(seed), tmp_path / "file", 200_000
+    real_open, real_write, past = os.open, os.write, set()
+
+    def opened(name: Any, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT and lacks.startswith("opening"):
+            raise OSError(errno.EINVAL, "not supported")
+        handle = real_open(name, flags, *mode)
+        if flags & os.O_DIRECT:
+            past.add(handle)
+        return handle
+
+    def written(handle: int, data: memoryview) -> int:
+        if handle in past and lacks.startswith("writing"):
+            raise OSError(errno.EINVAL, "not supported")
+        return real_write(handle, data[: draw.choice([len(data), 2 * atomic_io.BLOCK])])
+
+    expected, at, chunks = bytearray(draw.randbytes(size)), 0, []
+    path.write_bytes(expected)
+    while at < size:
+        gap, length = draw.choice([0, 0, 5, 4096]), draw.choice([1, 100, 4096, 10_000, 50_000])
+        data = draw.randbytes(min(length, max(0, size - at - gap)))
+        expected[at + gap : at + gap + len(data)] = data
+        chunks.append((at + gap, memoryview(data)))
+        at += gap + length
+    if seed % 2:
+        draw.shuffle(chunks)
+    with monkeypatch.context() as patch:
+        if lacks == "O_DIRECT":
+            patch.delattr(os, "O_DIRECT", raising=False)
+        else:
+            patch.setattr(os, "open", opened)
+            patch.setattr(os, "write", written)
+        atomic_io.write_at(path, chunks)
+    assert path.read_bytes() == expected

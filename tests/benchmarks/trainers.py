@@ -4,8 +4,10 @@
     python tests/benchmarks/trainers.py --gigabytes 12 --precision bf16 --shapes small medium large     # on a GPU, held to so much of it
 
 Both train Qwen3's architecture with fused AdamW from the same windows of the packaged text, without dropout, evaluation or
-checkpoints; each in processes of its own, in turn. A step's time is the median of its run without the first three. On a GPU both
-take the largest micro-batch that fits, ours as `auto` finds it, theirs by halving until it runs.
+checkpoints, across documents; each in processes of its own, in turn. A step's time is the median of its run without the first
+three. On a GPU both take the largest micro-batch that fits, ours as `auto` finds it, theirs by halving until it runs. The ceiling
+is a step of nothing but its matrix products, into memory that is there: of all weights and of half of attention's square, forward
+and backward.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,12 @@ GPU_SHAPES = {
     "large": (8, ["train.tokens_per_step=65536"]),
 }
 PLAIN = ["text.files=[wiki-leads]", "evaluate.every=100k", "checkpoint.every=100k", "evaluate.prompts=[]", "tracking.every=1",
-         "train.optimizer=adamw", "train.learning_rate=1e-3", "train.weight_decay=0.1", "model.dropout=0", "train.warmup=0", "train.decay=0"]  # fmt: skip
+         "train.optimizer=adamw", "train.learning_rate=1e-3", "train.weight_decay=0.1", "model.dropout=0", "train.warmup=0", "train.decay=0", "train.document_mask=false"]  # fmt: skip
 WHO = {
     "ours": ["machine.compile=false"],
     "ours, compiled": ["machine.compile=true"],
     "theirs": [],
+    "ceiling": [],
     "ours, Muon": ["machine.compile=true", "train.optimizer=muon", "train.learning_rate=0.02"],
 }
 # Runs a script held to so many gigabytes of the card (0: a CPU) and says how much of it was taken.
@@ -131,6 +134,41 @@ def theirs(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
     result(recipe.train.tokens_per_step / statistics.median(steps), micro_batch=micro_batch, said=peak)
 
 
+def ceiling(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
+    """Time the products of a step on random numbers."""
+    import torch
+
+    from llm.config.reading import load
+    from llm.distributed.environment import DTYPES
+    from llm.model import cost
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    recipe = load(Path(recipe_path), overrides)
+    shape, vocabulary, context = recipe.model, recipe.tokenizer.vocabulary, recipe.model.context
+    device, dtype = torch.device("cuda" if gigabytes else "cpu"), DTYPES[recipe.machine.precision]
+    rows = recipe.train.tokens_per_step if gigabytes else min(recipe.train.tokens_per_step, max(2048, context))
+
+    def of(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device).to(dtype)
+
+    pairs = []
+    for out, width in [*cost.tensors(shape, vocabulary)[0] * shape.layers, (vocabulary, shape.dim)]:
+        x, weight, gradient = of(rows, width), of(out, width), of(rows, out)
+        pairs += [(x, weight.T), (gradient, weight), (gradient.T, x)]
+    q, k = (of(rows // context * shape.heads, each, shape.head_dim) for each in (context // 2, context))
+    scores = q @ k.mT
+    pairs += [(q, k.mT), (scores, k), (scores.mT, q), (q, k.mT), (scores, k), (scores.mT, q)] * shape.layers
+    results, times = [a @ b for a, b in pairs], []
+    for _ in range(recipe.train.steps):
+        began = time.perf_counter()
+        for (a, b), result_of in zip(pairs, results, strict=True):
+            torch.matmul(a, b, out=result_of)
+        if gigabytes:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    result(rows / statistics.median(times))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -139,11 +177,12 @@ def main() -> None:
     parser.add_argument("--who", nargs="*", default=list(WHO), choices=list(WHO))
     parser.add_argument("--gigabytes", type=float, default=0, help="train on a GPU, held to so much of its memory")
     parser.add_argument("--steps", type=int, default=0, help="of each run, instead of what its shape says")
-    parser.add_argument("--only", choices=["ours", "theirs"])
+    parser.add_argument("--only", choices=["ours", "theirs", "ceiling"])
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
     if given.only:
-        return (ours if given.only == "ours" else theirs)(given.rest[0], given.gigabytes, given.rest[1:])
+        act = {"ours": ours, "theirs": theirs, "ceiling": ceiling}[given.only]
+        return act(given.rest[0], given.gigabytes, given.rest[1:])
     print(f"{'tokens a second, ' + given.precision:36}{'min':>10}{'median':>10}{'max':>10}")
     with tempfile.TemporaryDirectory() as folder:
         for shape in given.shapes:
@@ -175,11 +214,13 @@ def main() -> None:
                 others = {k: v for k, v in results[-1].items() if k != "tokens_per_second"}
                 numbers = f"{min(speeds):10,.0f}{statistics.median(speeds):10,.0f}{max(speeds):10,.0f}"
                 print(f"{shape + ', ' + who:36}{numbers}   {others}")
-            for who in (who for who in ("ours", "ours, compiled") if {who, "theirs"} <= set(given.who)):
-                pairs = zip(found[who], found["theirs"], strict=True)
+            for who, other in product(("ours", "ours, compiled"), ("theirs", "ceiling")):
+                if not {who, other} <= set(given.who):
+                    continue
+                pairs = zip(found[who], found[other], strict=True)
                 ratio = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
                 numbers = f"{min(ratio):10.2f}{statistics.median(ratio):10.2f}{max(ratio):10.2f}"
-                print(f"{f'{shape}, {who} / theirs':36}{numbers}", flush=True)
+                print(f"{f'{shape}, {who} / {other}':36}{numbers}", flush=True)
 
 
 if __name__ == "__main__":

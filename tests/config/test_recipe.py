@@ -101,6 +101,7 @@ SCIENCE = {
     "train.on": "all",
     "train.document_mask": "no",
     "train.tokens_per_step": "16384",
+    "train.sampled_softmax": "2048",
     "train.optimizer": "adamw",
     "train.learning_rate": "1e-3",
     "train.warmup": "5",

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm.base.constants import IGNORED
 from llm.model import loss
-from llm.model.loss import cross_entropy_sum
+from llm.model.loss import Sampled, cross_entropy_sum
 
 ROWS, DIM, VOCABULARY = 37, 8, 50
 SCALE = 0.37  # of the gradient that comes from above
@@ -53,6 +53,42 @@ def test_it_is_cross_entropy_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch,
     for found, true in zip(ours(*world(spread=spread)), exact(*world(spread=spread)), strict=True):
         assert found.dtype == torch.float32
         assert off(found, true) < 1e-6  # fp32 rounds by 6e-8; a sum of some dozens adds a few of these
+
+
+def sampled() -> Sampled:
+    return Sampled(torch.tensor([3, 0, 41, 17, 8, 29]), torch.tensor([0.0, 0.0, 0.0, 2.5, 2.5, 2.5]))
+
+
+def exact_sampled(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
+    """By torch, in fp64, over the whole vocabulary: pieces that are not covered have no weight, targets always 1."""
+    wide = [hidden.detach().double().requires_grad_(), weight.detach().to(hidden.dtype).double().requires_grad_()]
+    log_weights = torch.full((len(targets), VOCABULARY), float("-inf"), dtype=torch.float64)
+    log_weights[:, sampled().pieces] = sampled().log_weights.double()
+    log_weights.scatter_(1, targets.clamp(min=0)[:, None], 0.0)
+    total = F.cross_entropy(wide[0] @ wide[1].T + log_weights, targets, ignore_index=IGNORED, reduction="sum")
+    return [total.detach(), *torch.autograd.grad(total * SCALE, wide)]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize("rows", [1, ROWS - 1, 1000])
+def test_a_sampled_softmax_covers_its_pieces_and_each_target(
+    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, most: float
+) -> None:
+    monkeypatch.setitem(loss.CHUNK_NUMBERS, "cpu", rows * VOCABULARY)
+    hidden, weight, targets = world(dtype)
+    total = cross_entropy_sum(hidden, weight, targets, sampled())
+    found = [total.detach(), *torch.autograd.grad(total * SCALE, [hidden, weight])]
+    for each, true in zip(found, exact_sampled(*world(dtype)), strict=True):
+        assert off(each, true) < most
+
+
+def test_a_sampled_softmax_of_all_pieces_is_the_softmax() -> None:
+    hidden, weight, targets = world()
+    everything = Sampled(torch.randperm(VOCABULARY), torch.zeros(VOCABULARY))
+    total = cross_entropy_sum(hidden, weight, targets, everything)
+    found = [total.detach(), *torch.autograd.grad(total * SCALE, [hidden, weight])]
+    for each, true in zip(found, exact(*world()), strict=True):
+        assert off(each, true) < 1e-6
 
 
 def test_a_chunk_holds_at_least_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +152,7 @@ import re, sys
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from llm.model.loss import cross_entropy_sum
+from llm.model.loss import Sampled, cross_entropy_sum
 
 def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

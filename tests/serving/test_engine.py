@@ -35,6 +35,7 @@ def text(length: int, seed: int = 0) -> list[int]:
     return tiny.ids(length, seed=seed, vocabulary=64).tolist()
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
 @pytest.mark.parametrize("widths", [fast_decode.WIDTHS, ()], ids=["narrow", "always-16"])
 @settings(deadline=None, max_examples=25)
 @given(
@@ -43,12 +44,13 @@ def text(length: int, seed: int = 0) -> list[int]:
     own=st.sampled_from([1, 5, 120, 126, 200, 254, 270]),
 )
 def test_a_rows_bits_ignore_its_place_and_its_neighbours(
-    widths: tuple[int, ...], place: int, lengths: dict[int, int], own: int
+    widths: tuple[int, ...], int8: bool, place: int, lengths: dict[int, int], own: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_decode, "WIDTHS", widths)
         patch.setattr(fast_decode.FastDecoder, "known_widths", {})
         model, alone, mine = model_of(), text(own), text(own)
+        fast_decode.prepare(model, int8=int8)
         single, shared = Slots(model, 1, own + 8), Slots(model, 16)
         if not widths:
             assert single.widths == [16]
@@ -107,11 +109,12 @@ asked = st.tuples(
 
 
 @settings(deadline=None, max_examples=20)
-@given(requests=st.lists(asked, min_size=2, max_size=24), small=st.booleans())
-def test_answers_are_those_of_each_alone(requests: list[Any], small: bool) -> None:
+@given(requests=st.lists(asked, min_size=2, max_size=24), small=st.booleans(), int8=st.booleans())
+def test_answers_are_those_of_each_alone(requests: list[Any], small: bool, int8: bool) -> None:
     """Mixed lengths, settings, joins and leaves; contexts that fill up; more texts than slots."""
     model = model_of(context=80 if small else CONTEXT)
-    engine = Engine(run_of(model), queue=100)
+    fast_decode.prepare(model, int8=int8)
+    engine = Engine(run_of(model), queue=100, int8=int8)
 
     async def ask(
         number: int, length: int, tokens: int, sampling: Sampling, delay: int, leaves: int | None

@@ -1,0 +1,59 @@
+"""Sums of gradients over all ranks beside the backward pass, bucket by bucket.
+
+Each rank fills its buckets in the same order and sums them in that order. How gradients are divided into buckets and
+pieces does not touch their bits: every number is summed alone, in canonical order (sharding.py).
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.distributed.coordinator import HUNG
+from llm.distributed.sharding import all_reduce, gather_chunks, size, sum_chunk
+from llm.distributed.threads import compute_alone
+
+BUCKET_MB = {"cpu": 1, "cuda": 25}  # the smaller, the sooner the first is sent; each takes two exchanges
+PIECE = 1 << 18  # numbers: while the sums of one are gathered, the next one is summed
+
+
+class Exchange:
+    """Sums buckets in two threads of its own, on a GPU in a stream of its own; `finish` before a gradient is read.
+
+    All ranks make theirs together. Each thread has a group to itself, in which it makes the same calls on every rank.
+    """
+
+    def __init__(self) -> None:
+        self.summing, self.gathering = (ThreadPoolExecutor(1, "exchange", compute_alone) for _ in range(2))
+        self.group = dist.new_group(backend="gloo", timeout=HUNG) if size() > 1 else None
+        self.waits: list[Callable[[], object]] = []  # one for each sum that was started
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """DDP's communication hook. The sum comes into the bucket itself, so that DDP has nothing to wait for."""
+        flat, ready = bucket.buffer(), torch.futures.Future[Tensor]()
+        self.waits += map(self._start, flat.split(PIECE) if flat.is_cpu else [flat])
+        ready.set_result(flat)
+        return ready
+
+    def _start(self, flat: Tensor) -> Callable[[], object]:
+        if flat.is_cpu:
+            chunk = self.summing.submit(sum_chunk, flat)
+            return self.gathering.submit(lambda: gather_chunks(flat, chunk.result(), self.group)).result
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            all_reduce(flat)
+        return partial(here.wait_stream, self.stream)
+
+    def finish(self) -> None:
+        """Wait for the sums. Raises the error of one that failed, as when a peer is gone."""
+        waits, self.waits = self.waits, []
+        for wait in waits:
+            wait()
