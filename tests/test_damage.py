@@ -472,3 +472,18 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_steps_that_it_skipped(here
     ended = run(train(path), Path.cwd())
     assert ended.status == 0 and "from step 8" in ended.out and digest(here, "old") == before, ended.err
     assert load(path).train.skip == ("4-5",)
+
+
+def test_a_run_whose_checkpoints_lack_keys_that_came_later_goes_on(here: Path) -> None:
+    """By the values that were meant before there were such keys."""
+    assert run(train(Path("recipe.yaml"), "run=old", "train.document_mask=false"), Path.cwd()).status == 0
+    before, path = digest(here, "old"), here / "runs/old/recipe.yaml"
+    shutil.rmtree(checkpoint.folder_of(here / "runs/old", 12))
+    for folder in checkpoint.folders(here / "runs/old"):
+        science = atomic_io.read_checksummed(folder / checkpoint.MANIFEST)["science"]
+        sealed(folder, science={name: value for name, value in science.items() if name not in checkpoint.LATER_KEYS})
+    for other in ("train.document_mask=true", "train.sampled_softmax=64"):
+        refused = run(train(path, other), Path.cwd())
+        assert refused.status == 4 and other.partition("=")[0] in refused.err, refused.err
+    ended = run(train(path), Path.cwd())
+    assert ended.status == 0 and "from step 10" in ended.out and digest(here, "old") == before, ended.err

@@ -23,12 +23,14 @@ from llm.base import atomic_io
 from llm.base.errors import DiskError, LLMError, RefusedError
 from llm.config.reading import load
 from llm.config.resolving import counted_from_1
-from llm.config.schema import STEP, Train, science
+from llm.config.schema import STEP, science
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.sharding import LocalShard, Sharding
 from llm.run_folder.tensor_files import as_bytes, header, own_rows
 
 FORMAT = 2  # of a manifest; in format 1, train.skip counted steps from 0
+# Keys of the science half that earlier versions had not, with the values by which they trained.
+LATER_KEYS = {"train.on": "auto", "train.document_mask": False, "train.sampled_softmax": 0}
 IDENTITY = "identity.json"  # in the run
 MANIFEST = "checkpoint.json"
 WEIGHTS = "model.safetensors"
@@ -257,7 +259,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     true_name = f"step-{manifest['step']:06d}"
     if folder.name.startswith("step-") and folder.name != true_name:
         raise RefusedError(f"{folder} holds the checkpoint of step {manifest['step']}: rename it to {true_name}")
-    manifest["science"].setdefault("train.on", Train.on)  # a key that earlier versions had not
+    manifest["science"] = LATER_KEYS | manifest["science"]
     if manifest["format"] == 1 and (skip := manifest["science"].get("train.skip")):
         manifest["science"]["train.skip"] = counted_from_1(skip)
     if folder.parent.name == "checkpoints" and not _belongs(manifest, folder.parent.parent):
