@@ -5,30 +5,53 @@ pieces does not touch their bits: every number is summed alone, in canonical ord
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llm.distributed.coordinator import HUNG
-from llm.distributed.sharding import all_reduce, gather_chunks, size, sum_chunk
+from llm.distributed.sharding import all_reduce, gather_chunks, sum_chunk
 from llm.distributed.threads import compute_alone
 
 BUCKET_MB = {"cpu": 1, "cuda": 25}  # the smaller, the sooner the first is sent; each takes two exchanges
 PIECE = 1 << 18  # numbers: while the sums of one are gathered, the next one is summed
 
+Result = TypeVar("Result")
+
+
+class Lane:
+    """A thread that does one exchange after another, and none after a failure: peers would take it for that one."""
+
+    def __init__(self) -> None:
+        self.thread, self.failed = ThreadPoolExecutor(1, "exchange", compute_alone), False
+
+    def submit(self, act: Callable[[], Result]) -> Future[Result]:
+        return self.thread.submit(self._do, act)
+
+    def _do(self, act: Callable[[], Result]) -> Result:
+        if self.failed:
+            raise RuntimeError("an exchange failed before")
+        try:
+            return act()
+        except BaseException:
+            self.failed = True
+            raise
+
 
 class Exchange:
     """Sums buckets in two threads of its own, on a GPU in a stream of its own; `finish` before a gradient is read.
 
-    All ranks make theirs together. Each thread has a group to itself, in which it makes the same calls on every rank.
+    All ranks make theirs together; `on_cpu` if buckets will come from there. Each thread has a group to itself, in
+    which it makes the same calls on every rank.
     """
 
-    def __init__(self) -> None:
-        self.summing, self.gathering = (ThreadPoolExecutor(1, "exchange", compute_alone) for _ in range(2))
-        self.group = dist.new_group(backend="gloo", timeout=HUNG) if size() > 1 else None
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        self.summing, self.gathering = Lane(), Lane()
+        self.group = dist.new_group(backend="gloo", timeout=HUNG) if on_cpu else None
         self.waits: list[Callable[[], object]] = []  # one for each sum that was started
 
     @cached_property
@@ -44,7 +67,7 @@ class Exchange:
 
     def _start(self, flat: Tensor) -> Callable[[], object]:
         if flat.is_cpu:
-            chunk = self.summing.submit(sum_chunk, flat)
+            chunk = self.summing.submit(partial(sum_chunk, flat))
             return self.gathering.submit(lambda: gather_chunks(flat, chunk.result(), self.group)).result
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)

@@ -24,8 +24,9 @@ class GradientStep:
 
     def __init__(self, context: RunContext, state: TrainState, wrapped: Any) -> None:
         self.context, self.state, self.wrapped = context, state, wrapped
-        self.exchange = Exchange()
-        if process.world() > 1 and not context.sharding.sharded:
+        exchanges = process.world() > 1 and not context.sharding.sharded
+        self.exchange = Exchange(on_cpu=exchanges and context.device.type == "cpu")
+        if exchanges:
             wrapped.register_comm_hook(None, self.exchange.hook)
         self.finite_flags: list[Tensor] = []  # one for each update since the monitor last read them
         self.diverged = torch.zeros((), dtype=torch.bool, device=context.device)
