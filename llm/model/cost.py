@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
-from llm.base.constants import CHUNK_NUMBERS, STACKED, STACKED_NUMBERS
+from llm.base.constants import CACHED_NUMBERS, CHUNK_NUMBERS, STACKED, STACKED_NUMBERS
 from llm.config.schema import Model
 
 Shapes: TypeAlias = list[tuple[int, ...]]
 
 # Bytes that a block saves per token for its backward pass, for each feature of the residual stream, of queries and
-# keys or values, and inside the MLP; by device and by bytes of a number in the products. A CPU's RMSNorm is composed
-# of operations that save their inputs; autocast casts the input of each product anew.
-SAVED = {("cpu", 4): (24, 16, 16), ("cpu", 2): (26, 12, 8), ("cuda", 4): (16, 12, 16), ("cuda", 2): (18, 6, 8)}
-RECOMPUTED = 2  # temporary tensors of the MLP's width beside a recomputed block, measured
+# keys or values, and inside the MLP; by device and by bytes of a number in the products. On a CPU `fused.py` computes
+# a block; autocast on a GPU casts the input of each product anew.
+SAVED = {("cpu", 4): (8, 16, 12), ("cpu", 2): (4, 8, 6), ("cuda", 4): (16, 12, 16), ("cuda", 2): (18, 6, 8)}
+RECOMPUTED = {"cpu": 4, "cuda": 2}  # temporary tensors of the MLP's width beside a recomputed block, measured
 
 
 def tensors(shape: Model, vocab_size: int) -> tuple[Shapes, Shapes, Shapes]:
@@ -100,18 +100,22 @@ def step_memory(
     sums = 4 * (2 + 2 * shape.heads + shape.kv_heads)  # of the norms and of attention's softmax
     masks = 2 * dim * number if shape.dropout else 0
     block = tokens * (stream * dim + heads * (queries + keys) + mlp * shape.ffn_dim + sums + masks)
-    cast = shape.layers * _numbers(matrices) * 2 if half else 0
+    kept = matrices if cuda else [matrices[3], matrices[6]]  # those whose 16 bits autocast keeps for the backward pass
+    cast = shape.layers * _numbers(kept) * 2 if half else 0
     ends = tokens * dim * ((4 if cuda else 8) + (4 if shape.dropout else 0)) + 8 * shape.context * shape.head_dim
     saved = shape.layers * (tokens * dim * 4 if recompute else block) + ends
 
     head = 4 * vocab_size * dim  # bytes of a gradient of the output matrix
     chunks = max(1, -(-tokens // max(1, CHUNK_NUMBERS[device] // vocab_size)))
     chunk = -(-tokens // chunks) * vocab_size  # numbers
-    alive = (8 if half else 4) + (number if chunks > 1 else 0)  # bytes: in its own type, in fp32, their gradient
-    logits = chunk * alive + head + 2 * tokens * dim * number + (head // 2 if half else 0)
+    # In place on a CPU, but for a block of rows in fp32; on a GPU in their type and in fp32, with their gradient.
+    alive = (8 if half and cuda else number) + (number if chunks > 1 else 0)  # bytes
+    wide = 4 * min(chunk, CACHED_NUMBERS) if half and not cuda else 0
+    logits = chunk * alive + wide + head + 2 * tokens * dim * number + (head // 2 if half else 0)
 
     own = 4 * _numbers(matrices)  # of one block
-    beside = block + tokens * (dim * 4 + RECOMPUTED * shape.ffn_dim * number)  # that one is recomputed, going backward
+    # That one is recomputed, going backward.
+    beside = block + tokens * (dim * 4 + RECOMPUTED[device] * shape.ffn_dim * number)
     earlier = held.gradients if micro_batches > 1 else 0  # of the micro-batches before
     peak = max(
         earlier + saved + cast + logits,

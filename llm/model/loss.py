@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.base.constants import CHUNK_NUMBERS, IGNORED
+from llm.base.constants import CACHED_NUMBERS, CHUNK_NUMBERS, IGNORED
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -36,21 +36,30 @@ def _targets(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loss_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss (nats) of logits (rows, vocab_size) and its gradient in their type, in place where possible.
+    """Summed loss (nats) of logits (rows, vocab_size) and its gradient, which replaces them.
 
     Each pass over the logits costs as much as a product of narrow matrices, so there are few: one exponential serves
-    the sum and the gradient.
+    the sum and the gradient. A CPU takes them in blocks of rows that stay in a core's cache.
     """
+    rows = len(logits) if logits.is_cuda else max(1, CACHED_NUMBERS // logits.shape[1])
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.stack([_to_gradient(part, target) for part, target in parts]).sum(), logits
+
+
+def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Replace `logits` by the gradient of their summed loss, which is returned."""
     wide = logits.float()
     counted, index = _targets(targets)
     highest = wide.amax(-1, keepdim=True)
     wanted = wide.gather(-1, index) - highest
-    grad_logits = wide.sub_(highest).exp_()
-    total = grad_logits.sum(-1, keepdim=True)
+    gradient = wide.sub_(highest).exp_()
+    total = gradient.sum(-1, keepdim=True)
     nats = ((total.log() - wanted) * counted).sum()
-    grad_logits.mul_(counted / total)  # the softmax, or 0
-    grad_logits.scatter_add_(-1, index, -counted.to(grad_logits.dtype))
-    return nats, grad_logits.to(logits.dtype)
+    gradient.mul_(counted / total)  # the softmax, or 0
+    gradient.scatter_add_(-1, index, -counted.to(gradient.dtype))
+    if gradient.dtype != logits.dtype:
+        logits.copy_(gradient)
+    return nats
 
 
 def loss_and_grad_fused(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.base.hashing import mix
 from llm.config.schema import Model
 from llm.distributed.sharding import local_shard
+from llm.model import fused
 from llm.model.dropout import dropout
 from llm.model.loss import Sampled, cross_entropy_sum
 
@@ -113,6 +114,19 @@ class Attention(nn.Module):
             y = y.reshape(len(y), self.shape.heads, 1, -1)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
+    def forward_fused(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention of norm(x), with one product for queries, keys and values."""
+        heads, kv_heads, size = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
+        reads = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        mixed = fused.normed_product(x, norm.weight, norm.eps, *reads).unflatten(-1, (-1, size))  # (B, T, H + 2 K, E)
+        turning, v = mixed.split([heads + kv_heads, kv_heads], dim=2)
+        assert isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm)
+        weight = torch.cat([self.q_norm.weight.expand(heads, size), self.k_norm.weight.expand(kv_heads, size)])
+        turned = fused.normed_and_turned(turning, weight, cos.transpose(1, 2), sin.transpose(1, 2), self.q_norm.eps)
+        q, k, v = (each.transpose(1, 2) for each in (*turned.split([heads, kv_heads], dim=2), v))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=kv_heads < heads)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
 
 class MLP(nn.Module):
     def __init__(self, shape: Model) -> None:
@@ -123,6 +137,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside
+
+    def forward_fused(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """The MLP of norm(x), with one product for gate and up."""
+        reads = (self.gate_proj.weight, self.up_proj.weight)
+        return self.down_proj(fused.swiglu(fused.normed_product(x, norm.weight, norm.eps, *reads)))
 
 
 class Block(nn.Module):
@@ -151,8 +170,18 @@ class Block(nn.Module):
         cache: Cache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, cache, mask), windows, 0)
-        return x + self.drop(self.mlp(self.post_attention_layernorm(x)), windows, 1)
+        attention, mlp = self.self_attn, self.mlp
+        fused = cache is None and torch.is_grad_enabled() and x.device.type == "cpu"
+        if fused and isinstance(attention.q_norm, RMSNorm):
+            attended = attention.forward_fused(x, self.input_layernorm, cos, sin, mask)
+        else:
+            attended = attention(self.input_layernorm(x), cos, sin, cache, mask)
+        x = x + self.drop(attended, windows, 0)
+        if fused and isinstance(mlp, MLP):
+            changed = mlp.forward_fused(x, self.post_attention_layernorm)
+        else:
+            changed = mlp(self.post_attention_layernorm(x))
+        return x + self.drop(changed, windows, 1)
 
 
 def places(segments: Tensor) -> tuple[Tensor, Tensor]:

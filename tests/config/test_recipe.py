@@ -17,7 +17,9 @@ from llm.config.schema import Evaluate, Recipe, Text, Train, flat, science
 
 MUTATED = 300  # recipes in the fast suite
 MUTATED_SLOWLY = 1_000
-SECONDS = 10.0  # of CPU time, the most that any reading may take: one that grows with the square of its text takes minutes
+SECONDS = (
+    10.0  # of CPU time, the most that any reading may take: one that grows with the square of its text takes minutes
+)
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 TEXT = "text: {files: [my.txt]}\n"
 SMALLEST = TEXT + "train: {steps: 100}\n"
