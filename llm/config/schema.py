@@ -105,10 +105,10 @@ class Train:
     document_mask: bool = setting("attention stays within each document, instead of the whole window", True)
     tokens_per_step: int = setting("tokens", 8192, least=1, below=1e10)
     sampled_softmax: int = setting(
-        "pieces that the training loss weighs a target against until the rate has fallen to half; 0: all",
-        0,
-        least=0,
-        below=1 << 31,
+        "pieces that the training loss weighs each target against; 0: all", 0, least=0, below=1 << 31
+    )
+    shallow: int = setting(
+        "steps, at the start, that train the first half of the blocks alone, in less time", 0, least=0, below=1e12
     )
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"

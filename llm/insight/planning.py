@@ -53,6 +53,7 @@ class Plan:
     text_tokens: int  # of the training side; 0: unknown
     validation_tokens: int
     text_is_estimated: bool
+    vocab_size: int
     shard_bytes: int
     checkpoint_bytes: int  # of one
     checkpoints: int  # at once, with the one being written
@@ -90,8 +91,13 @@ class Plan:
         """Seconds of the whole run with its evaluations; 0: unknown."""
         if not (self.tokens_per_second and self.tokens):
             return 0.0
-        evaluations = -(-self.steps // self.recipe.evaluate.every)
-        return (self.tokens + evaluations * self.validation_tokens / FORWARD) / self.tokens_per_second
+        shape, train, done = self.recipe.model, self.recipe.train, self.recipe.from_step
+        train = replace(train, steps=self.steps, shallow=max(0, train.shallow - done))
+        each = cost.flops_per_token(shape, cost.covered(train, self.vocab_size))  # of the steps whose speed is known
+        evaluated = -(-self.steps // self.recipe.evaluate.every) * self.validation_tokens / FORWARD
+        evaluation = evaluated * cost.flops_per_token(shape, self.vocab_size)
+        flops = cost.run_flops(shape, train, self.vocab_size) + evaluation
+        return flops / each / self.tokens_per_second
 
 
 def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan:
@@ -115,7 +121,7 @@ def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan
     memory, each = step_memory(recipe, device, micro_batch), 2 if vocab_size <= 1 << 16 else 4
     return Plan(
         replace(recipe, tokenizer=given), device, parts(recipe), memory, micro_batch, fits,
-        train, validation, estimated,
+        train, validation, estimated, vocab_size,
         shard_bytes=(train + validation) * each + 4 * documents, checkpoint_bytes=memory.weights + memory.moments,
         checkpoints=min(recipe.checkpoint.keep + 2, max(1, -(-recipe.train.steps // recipe.checkpoint.every))),
         tokens_per_second=speed, speed_is_measured=bool(tokens_per_second), sources=source_tokens(recipe, train),
@@ -262,7 +268,8 @@ def bytes_per_token(vocab_size: int) -> float:
 def tabulated_speed(recipe: Recipe, device: Device) -> float:
     """Tokens per second by the device's figures, within a factor of two or so; 0 where they are unknown."""
     shape, half = recipe.model, in_half(recipe, device)
-    flops, again = cost.flops_per_token(shape, recipe.tokenizer.vocabulary), 4 / 3 if recipe.machine.recompute else 1.0
+    flops = cost.flops_per_token(shape, cost.covered(recipe.train, recipe.tokenizer.vocabulary))
+    again = 4 / 3 if recipe.machine.recompute else 1.0
     peak = device.half if half else device.single
     if not peak:
         return 0.0
@@ -298,7 +305,7 @@ def probe(recipe: Recipe, train: Callable[..., Any]) -> float:
     every, steps = max(1, PROBE_STEPS // 5), max(recipe.train.steps, 3 * PROBE_STEPS)
     short = replace(
         recipe, run="probe", from_=None,
-        train=replace(recipe.train, steps=steps, tokens=0, epochs=0.0, hours=0.0, warmup=0),
+        train=replace(recipe.train, steps=steps, tokens=0, epochs=0.0, hours=0.0, warmup=0, shallow=0),
         evaluate=replace(recipe.evaluate, every=10**9, prompts=()),
         checkpoint=replace(recipe.checkpoint, every=10**9),
         tracking=replace(recipe.tracking, every=every, wandb="off", tensorboard=False),

@@ -4,12 +4,12 @@ It never imports torch: `python -m llm.plan` answers at once.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeAlias
 
 from llm.base.constants import CACHED_NUMBERS, CHUNK_NUMBERS, STACKED, STACKED_NUMBERS
-from llm.config.schema import Model
+from llm.config.schema import Model, Train
 
 Shapes: TypeAlias = list[tuple[int, ...]]
 
@@ -196,6 +196,19 @@ def size(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
+
+
+def covered(train: Train, vocab_size: int) -> int:
+    """Pieces that the training loss weighs a target against."""
+    return min(train.sampled_softmax or vocab_size, vocab_size)
+
+
+def run_flops(shape: Model, train: Train, vocab_size: int) -> int:
+    """FLOPs of all steps of a run whose length in steps is known."""
+    pieces, shallow = covered(train, vocab_size), min(train.shallow, train.steps)
+    half = replace(shape, layers=-(-shape.layers // 2))
+    steps = shallow * flops_per_token(half, pieces) + (train.steps - shallow) * flops_per_token(shape, pieces)
+    return steps * train.tokens_per_step
 
 
 def flops_per_token(shape: Model, vocab_size: int) -> int:

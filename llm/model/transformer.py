@@ -8,6 +8,7 @@ T tokens, D dim, H heads, K kv_heads, E head_dim, F ffn_dim, V vocab_size, L len
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,19 @@ class Block(nn.Module):
         return x + self.drop(changed, windows, 1)
 
 
+class _Unused(torch.autograd.Function):
+    """`x` itself. The gradients of `weights` are zero: who sums gradients waits for each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*weights)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, *map(torch.zeros_like, ctx.saved_tensors)
+
+
 def places(segments: Tensor) -> tuple[Tensor, Tensor]:
     """Positions (B, T), counted from the start of each segment, and the mask (B, 1, T, T) of attention within it."""
     at = torch.arange(segments.shape[1], device=segments.device)
@@ -204,6 +218,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape, self.seed, self.rate = shape, seed, float(shape.dropout)
         self.recompute = False  # activation checkpointing of each block
+        self.depth = shape.layers  # blocks that learn; those after them must still be the identity
         self.embed_tokens = nn.Embedding(vocab_size, shape.dim)
         self.layers = nn.ModuleList(shard_module(Block(shape, layer, seed, family)) for layer in range(shape.layers))
         self.norm = RMSNorm(shape.dim, family.norm_eps)
@@ -224,8 +239,10 @@ class Decoder(nn.Module):
         if segments is not None:
             at, mask = places(segments)
         cos, sin = self.cos[at][:, None].to(x.dtype), self.sin[at][:, None].to(x.dtype)  # (B or 1, 1, T, E)
-        for block in self.layers:
-            if self.recompute and torch.is_grad_enabled():
+        for layer, block in enumerate(self.layers):
+            if layer >= self.depth and torch.is_grad_enabled():
+                x = _Unused.apply(x, *block.parameters())
+            elif self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, windows, None, mask, use_reentrant=False, preserve_rng_state=False)
             elif cache is None:
                 x = block(x, cos, sin, windows, None, mask)

@@ -41,6 +41,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     2024, each optimal for the output of the previous one, as in Amsel et al., "The Polar Express", 2025.
     """
     tall = matrices.shape[1] > matrices.shape[2]
+    # Rows of one length first: features with small gradients have their share of the update (recipes/README.md).
+    matrices = matrices / (matrices.norm(dim=2, keepdim=True) + TINY)
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + TINY)
     for step, (a, b, c) in enumerate(POLYNOMIALS):

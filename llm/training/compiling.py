@@ -23,7 +23,7 @@ def pays(recipe: Recipe, vocab_size: int, *, device: str, number: int, workers: 
     if device not in COMPILING:
         return False
     (taken, rate, saved), train = COMPILING[device], recipe.train
-    flops = cost.flops_per_token(recipe.model, vocab_size) * train.steps * train.tokens_per_step
+    flops = cost.run_flops(recipe.model, train, vocab_size)
     return (3600 * train.hours or flops / (rate * workers)) * saved[number] > taken
 
 

@@ -17,7 +17,7 @@ from llm.base.errors import RefusedError, run
 from llm.config.reading import load
 from llm.config.schema import Recipe
 from llm.distributed.environment import measured_flops
-from llm.model.cost import flops_per_token
+from llm.model.cost import covered, flops_per_token
 from llm.run_folder import checkpoint, trace
 from llm.run_folder.verification import Verdict
 
@@ -89,10 +89,11 @@ def verify_recipe(path: Path, overrides: list[str], steps: int, start: Start = s
     recipe = load(path, overrides)
     steps = min(steps, recipe.train.steps or steps)
     warmup = min(recipe.train.warmup, int(steps * (1 - recipe.train.decay)))
+    shallow = min(recipe.train.shallow, steps // 2)
     common = [
-        *overrides, f"train.steps={steps}", f"train.warmup={warmup}", "tracking.every=1", "tracking.wandb=off",
-        "tracking.tensorboard=false", "evaluate.prompts=[]", f"evaluate.every={max(1, steps // 2 - 1)}",
-        f"checkpoint.every={steps}", "from="]  # fmt: skip
+        *overrides, f"train.steps={steps}", f"train.warmup={warmup}", f"train.shallow={shallow}", "tracking.every=1",
+        "tracking.wandb=off", "tracking.tensorboard=false", "evaluate.prompts=[]",
+        f"evaluate.every={max(1, steps // 2 - 1)}", f"checkpoint.every={steps}", "from="]  # fmt: skip
     minutes = _expected_seconds(recipe, steps) // 60 + 1
     print(f"expected: about {minutes} min for {steps} steps, up to five times", flush=True)
     trials = Trials(path, recipe, common, start)
@@ -126,7 +127,12 @@ def _verdicts(trials: Trials, recipe: Recipe, steps: int) -> list[Verdict]:
 def _expected_seconds(recipe: Recipe, steps: int) -> int:
     """Six starts of a process, and the steps at a third of the speed of this machine's matrix product."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flops = flops_per_token(recipe.model, recipe.tokenizer.vocabulary) * recipe.train.tokens_per_step * steps * 5
+    flops = (
+        flops_per_token(recipe.model, covered(recipe.train, recipe.tokenizer.vocabulary))
+        * recipe.train.tokens_per_step
+        * steps
+        * 5
+    )
     return round(6 * 8 + 3 * flops / measured_flops(device, torch.float32, 1024))
 
 

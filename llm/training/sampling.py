@@ -1,41 +1,55 @@
-"""Sampled softmax: the pieces that the training loss weighs each target against while the rate is high."""
+"""Sampled softmax: the pieces that the training loss weighs each target against."""
 
 import numpy as np
 import torch
 
 from llm.base.hashing import mix
-from llm.data.shuffle import permuted
 from llm.model.loss import Sampled
 from llm.training.context import RunContext
 
-COUNTED = 1 << 22  # tokens of the training side that tell which pieces are frequent, the first ones
-LEAST_RATE = 0.5  # of the peak; below it the softmax covers all pieces
+COUNTED = 1 << 22  # tokens of the training side that tell how frequent each piece is, the first ones
+POWER = 0.75  # a piece is drawn in proportion to its frequency to this power
+SURE = 1 << 32  # the chance of a piece that is always drawn
 
 
 class SampledSoftmax:
-    """Half of the pieces are the most frequent ones, the others change with every step and stand for all the rest.
+    """Draws pieces for each step, frequent ones more often or always. One drawn with chance p stands for 1 / p pieces.
 
-    They follow from (seed, step) alone: the same on every rank and for any micro-batch.
+    Systematic sampling (Madow, 1949): the pieces lie in a row, each as long as its chance, and are met by a comb of
+    distance SURE whose offset follows from (seed, step) alone. So the draw is the same on every rank.
     """
 
     def __init__(self, context: RunContext) -> None:
         self.device, self.seed = context.device, context.recipe.seed
-        vocab_size, pieces = context.tokenizer.vocab_size, context.recipe.train.sampled_softmax
-        self.frequent = pieces // 2 if pieces < vocab_size else 0
-        self.rare = pieces - self.frequent
-        if self.frequent:
+        vocab_size, self.count = context.tokenizer.vocab_size, context.recipe.train.sampled_softmax
+        self.covers_all = not 0 < self.count < vocab_size
+        if not self.covers_all:
             train = context.shards.train
             counts = np.bincount(train.read(0, min(train.tokens, COUNTED)), minlength=vocab_size)
             self.pieces = np.argsort(-counts, kind="stable")
-            log_weights = np.zeros(pieces, np.float32)
-            log_weights[self.frequent :] = np.log((vocab_size - self.frequent) / self.rare)
-            self.log_weights = torch.from_numpy(log_weights).to(self.device)
+            chances = chances_of(counts[self.pieces], self.count)
+            self.ends = chances.cumsum()
+            self.log_weights = np.log(SURE / chances).astype(np.float32)
 
-    def at(self, step: int, lr_factor: float) -> Sampled | None:
+    def at(self, step: int) -> Sampled | None:
         """The pieces at update `step`; None: all."""
-        if not self.frequent or lr_factor < LEAST_RATE:
+        if self.covers_all:
             return None
-        rest = len(self.pieces) - self.frequent
-        drawn = self.frequent + permuted(np.arange(self.rare), rest, mix(self.seed, step))
-        pieces = np.concatenate([self.pieces[: self.frequent], self.pieces[drawn]])
-        return Sampled(torch.from_numpy(pieces).to(self.device), self.log_weights)
+        comb = np.arange(self.count) * SURE + mix(self.seed, step) % SURE
+        drawn = np.searchsorted(self.ends, comb, side="right")
+        pieces, log_weights = torch.from_numpy(self.pieces[drawn]), torch.from_numpy(self.log_weights[drawn])
+        return Sampled(pieces.to(self.device), log_weights.to(self.device))
+
+
+def chances_of(counts: np.ndarray, drawn: int) -> np.ndarray:
+    """The chance of each piece, at most SURE and in sum `drawn` times that: int64. `counts` fall."""
+    wanted = (counts + 1.0) ** POWER
+    sure, rest = 0, wanted.sum()
+    while wanted[sure] * (drawn - sure) > rest:
+        rest -= wanted[sure]
+        sure += 1
+    chances = np.minimum(SURE, wanted / rest * (drawn - sure) * SURE).astype(np.int64).clip(1)
+    chances[:sure] = SURE
+    missing = drawn * SURE - chances.sum()  # by rounding: less than one for each piece
+    chances[sure:][: abs(missing)] += np.sign(missing)
+    return chances

@@ -6,6 +6,7 @@ resume are ours.
 """
 
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -94,10 +95,16 @@ class Trainer:
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step`, counted from 0; mean loss (nats a token) and norm of the gradient, of the whole group."""
-        rate = self.length.lr_factor(step)
-        self.state.model.sampled = self.softmax.at(step, rate)
+        self.state.model.sampled = self.softmax.at(step)
+        if self.recipe.train.shallow:
+            self.state.model.model.depth = self.depth(step)
         sums = self.micro_batches.accumulate(step, self.gradient_step.accumulate)
-        return self.gradient_step.apply(sums, rate)
+        return self.gradient_step.apply(sums, self.length.lr_factor(step))
+
+    def depth(self, step: int) -> int:
+        """Blocks that update `step` trains."""
+        layers = self.recipe.model.layers
+        return -(-layers // 2) if step < self.recipe.train.shallow else layers
 
     def advance(self) -> None:
         """Count the update that was just done."""
@@ -148,9 +155,9 @@ class Trainer:
     @property
     def step_flops(self) -> float:
         """Operations of the last step on each rank."""
-        sampled = self.state.model.sampled
-        covered = self.context.tokenizer.vocab_size if sampled is None else len(sampled.pieces) + 1
-        each = cost.flops_per_token(self.recipe.model, covered)
+        covered = cost.covered(self.recipe.train, self.context.tokenizer.vocab_size)
+        depth = self.depth(self.state.step - 1)
+        each = cost.flops_per_token(replace(self.recipe.model, layers=depth), covered)
         return each * self.recipe.train.tokens_per_step / process.world()
 
     def costs(self) -> tuple[cost.Memory, cost.Traffic]:

@@ -94,12 +94,12 @@ def test_adamw_is_torchs(train: Train, tied: bool) -> None:
 
 
 def muon(weight: Tensor, gradients: list[Tensor], rates: list[float], decay: float) -> Tensor:
-    """The published algorithm in fp64, one matrix alone. The iteration is an odd polynomial of the singular values."""
+    """Muon in fp64, one matrix alone, of rows of one length. The iteration is an odd polynomial of the singular values."""
     weight, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
     for gradient, rate in zip(gradients, rates, strict=True):
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient.double()
         nesterov = MOMENTUM * momentum + (1 - MOMENTUM) * gradient.double()
-        u, s, vh = torch.linalg.svd(nesterov, full_matrices=False)
+        u, s, vh = torch.linalg.svd(nesterov / nesterov.norm(dim=1, keepdim=True), full_matrices=False)
         s = s / (1.01 * (s**8).sum() ** (1 / 8))
         for a, b, c in POLYNOMIALS:
             s = a * s + b * s**3 + c * s**5
