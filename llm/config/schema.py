@@ -108,7 +108,10 @@ class Train:
         "pieces that the training loss weighs each target against; 0: all", 0, least=0, below=1 << 31
     )
     shallow: int = setting(
-        "steps, at the start, that train the first half of the blocks alone, in less time", 0, least=0, below=1e12
+        "steps, at the start, that train the first half of the blocks alone, in less time; at most half of the run",
+        0,
+        least=0,
+        below=1e12,
     )
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"

@@ -203,9 +203,14 @@ def covered(train: Train, vocab_size: int) -> int:
     return min(train.sampled_softmax or vocab_size, vocab_size)
 
 
+def shallow_steps(train: Train) -> int:
+    """Steps that train half of the blocks: train.shallow, but at most half of a run whose length is known."""
+    return min(train.shallow, train.steps // 2) if train.steps else train.shallow
+
+
 def run_flops(shape: Model, train: Train, vocab_size: int) -> int:
     """FLOPs of all steps of a run whose length in steps is known."""
-    pieces, shallow = covered(train, vocab_size), min(train.shallow, train.steps)
+    pieces, shallow = covered(train, vocab_size), shallow_steps(train)
     half = replace(shape, layers=-(-shape.layers // 2))
     steps = shallow * flops_per_token(half, pieces) + (train.steps - shallow) * flops_per_token(shape, pieces)
     return steps * train.tokens_per_step

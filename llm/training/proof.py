@@ -89,11 +89,10 @@ def verify_recipe(path: Path, overrides: list[str], steps: int, start: Start = s
     recipe = load(path, overrides)
     steps = min(steps, recipe.train.steps or steps)
     warmup = min(recipe.train.warmup, int(steps * (1 - recipe.train.decay)))
-    shallow = min(recipe.train.shallow, steps // 2)
     common = [
-        *overrides, f"train.steps={steps}", f"train.warmup={warmup}", f"train.shallow={shallow}", "tracking.every=1",
-        "tracking.wandb=off", "tracking.tensorboard=false", "evaluate.prompts=[]",
-        f"evaluate.every={max(1, steps // 2 - 1)}", f"checkpoint.every={steps}", "from="]  # fmt: skip
+        *overrides, f"train.steps={steps}", f"train.warmup={warmup}", "tracking.every=1", "tracking.wandb=off",
+        "tracking.tensorboard=false", "evaluate.prompts=[]", f"evaluate.every={max(1, steps // 2 - 1)}",
+        f"checkpoint.every={steps}", "from="]  # fmt: skip
     minutes = _expected_seconds(recipe, steps) // 60 + 1
     print(f"expected: about {minutes} min for {steps} steps, up to five times", flush=True)
     trials = Trials(path, recipe, common, start)

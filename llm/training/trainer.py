@@ -104,7 +104,7 @@ class Trainer:
     def depth(self, step: int) -> int:
         """Blocks that update `step` trains."""
         layers = self.recipe.model.layers
-        return -(-layers // 2) if step < self.recipe.train.shallow else layers
+        return -(-layers // 2) if step < cost.shallow_steps(self.recipe.train) else layers
 
     def advance(self) -> None:
         """Count the update that was just done."""
