@@ -15,7 +15,7 @@ from tests.forks import digest, run, run_group, train, write_recipe, write_text
 
 SHALLOW = {
     "train.shallow": 5,
-    "train.steps": 8,
+    "train.steps": 10,
     "model.layers": 3,
     "model.dropout": 0,
     "checkpoint.every": 1,
@@ -61,7 +61,7 @@ def test_stopped_before_and_after_they_join_it_ends_in_the_same_bits(
     assert digest(tmp_path / "whole") == digest(tmp_path / "parts")
     written = "model.layers.{}.self_attn.o_proj.weight"
     weights = {
-        step: load_file(tmp_path / f"whole/runs/tiny/checkpoints/step-{step:06d}/model.safetensors") for step in (5, 8)
+        step: load_file(tmp_path / f"whole/runs/tiny/checkpoints/step-{step:06d}/model.safetensors") for step in (5, 10)
     }
     assert [bool(weights[5][written.format(layer)].any()) for layer in range(3)] == [True, True, False]
     assert weights[10][written.format(2)].any()

@@ -110,7 +110,7 @@ def step_memory(
     chunk = -(-tokens // chunks) * vocab_size  # numbers
     # In place on a CPU, but for a block of rows in fp32; on a GPU in their type and in fp32, with their gradient.
     alive = (8 if half and cuda else number) + (number if chunks > 1 else 0)  # bytes
-    wide = 4 * min(chunk, CACHED_NUMBERS) if half and not cuda else 0
+    wide = 4 * min(chunk, CACHED_NUMBERS) + head // 2 if half and not cuda else 0  # and the head's gradient in 16 bits
     logits = chunk * alive + wide + head + 2 * tokens * dim * number + (head // 2 if half else 0)
 
     own = 4 * _numbers(matrices)  # of one block

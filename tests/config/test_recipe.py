@@ -104,6 +104,7 @@ SCIENCE = {
     "train.document_mask": "no",
     "train.tokens_per_step": "16384",
     "train.sampled_softmax": "2048",
+    "train.shallow": "50",
     "train.optimizer": "adamw",
     "train.learning_rate": "1e-3",
     "train.warmup": "5",
