@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import llm
 from llm.base.errors import RecipeError
 from llm.config.reading import load
 from llm.model import cost
 from tests import tiny
+from tests.examples.relu_squared import relu_squared
 from tests.forks import digest, run, run_group, train, write_recipe, write_text
 
 SHALLOW = {
@@ -84,3 +86,10 @@ def test_the_cost_of_a_run_counts_what_is_trained(tmp_path: Path, text: Path) ->
     assert cost.shallow_steps(load(tmp_path / "recipe.yaml", ["train.steps=6"]).train) == 3
     lines = map(json.loads, (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines())
     assert len([line for line in lines if "utilisation" in line]) > 0
+
+
+def test_blocks_of_a_callers_own_model_do_not_wait(tmp_path: Path, text: Path) -> None:
+    recipe = load(write_recipe(tmp_path, text, **SHALLOW | {"train.steps": 4}))
+    llm.train(recipe, runs=tmp_path / "runs", model=relu_squared)
+    weights = load_file(tmp_path / "runs/tiny/checkpoints/step-000001/model.safetensors")
+    assert weights["model.layers.2.mlp.down_proj.weight"].any()

@@ -96,15 +96,16 @@ class Trainer:
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step`, counted from 0; mean loss (nats a token) and norm of the gradient, of the whole group."""
         self.state.model.sampled = self.softmax.at(step)
-        if self.recipe.train.shallow:
+        if self.recipe.train.shallow and self.context.parts.model is None:
             self.state.model.model.depth = self.depth(step)
         sums = self.micro_batches.accumulate(step, self.gradient_step.accumulate)
         return self.gradient_step.apply(sums, self.length.lr_factor(step))
 
     def depth(self, step: int) -> int:
-        """Blocks that update `step` trains."""
+        """Blocks that update `step` trains: all of a caller's own model, whose blocks may not begin as the identity."""
         layers = self.recipe.model.layers
-        return -(-layers // 2) if step < cost.shallow_steps(self.recipe.train) else layers
+        waits = self.context.parts.model is None and step < cost.shallow_steps(self.recipe.train)
+        return -(-layers // 2) if waits else layers
 
     def advance(self) -> None:
         """Count the update that was just done."""
