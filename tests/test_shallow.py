@@ -93,3 +93,12 @@ def test_blocks_of_a_callers_own_model_do_not_wait(tmp_path: Path, text: Path) -
     llm.train(recipe, runs=tmp_path / "runs", model=relu_squared)
     weights = load_file(tmp_path / "runs/tiny/checkpoints/step-000001/model.safetensors")
     assert weights["model.layers.2.mlp.down_proj.weight"].any()
+
+
+def test_a_run_that_goes_on_from_another_leaves_no_trained_block_out(tmp_path: Path, text: Path) -> None:
+    """A run of 4 steps is shallow for 2; the one that goes on from it would be for 5."""
+    assert run(train(write_recipe(tmp_path, text, **SHALLOW | {"train.steps": 4})), tmp_path).status == 0
+    for name, shallow in (("longer", 5), ("deep", 0)):
+        changes = {"run": name, "from": "tiny/step-4", "train.shallow": shallow}
+        assert run(train(write_recipe(tmp_path, text, **SHALLOW | changes)), tmp_path).status == 0
+    assert digest(tmp_path, "longer") == digest(tmp_path, "deep")

@@ -91,8 +91,8 @@ class Plan:
         """Seconds of the whole run with its evaluations; 0: unknown."""
         if not (self.tokens_per_second and self.tokens):
             return 0.0
-        shape, train, done = self.recipe.model, self.recipe.train, self.recipe.from_step
-        train = replace(train, steps=self.steps, shallow=max(0, train.shallow - done))
+        shape, train = self.recipe.model, self.recipe.train
+        train = replace(train, steps=self.steps, shallow=0 if self.recipe.from_ else train.shallow)
         each = cost.flops_per_token(shape, cost.covered(train, self.vocab_size))  # of the steps whose speed is known
         evaluated = -(-self.steps // self.recipe.evaluate.every) * self.validation_tokens / FORWARD
         evaluation = evaluated * cost.flops_per_token(shape, self.vocab_size)

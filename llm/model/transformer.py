@@ -172,13 +172,13 @@ class Block(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         attention, mlp = self.self_attn, self.mlp
-        fused = cache is None and torch.is_grad_enabled() and x.device.type == "cpu"
-        if fused and type(attention) is Attention and isinstance(attention.q_norm, RMSNorm):
+        learns = cache is None and torch.is_grad_enabled() and x.device.type == "cpu"
+        if learns and type(attention) is Attention and isinstance(attention.q_norm, RMSNorm):
             attended = attention.forward_fused(x, self.input_layernorm, cos, sin, mask)
         else:
             attended = attention(self.input_layernorm(x), cos, sin, cache, mask)
         x = x + self.drop(attended, windows, 0)
-        if fused and type(mlp) is MLP:
+        if learns and type(mlp) is MLP:
             changed = mlp.forward_fused(x, self.post_attention_layernorm)
         else:
             changed = mlp(self.post_attention_layernorm(x))

@@ -102,10 +102,12 @@ class Trainer:
         return self.gradient_step.apply(sums, self.length.lr_factor(step))
 
     def depth(self, step: int) -> int:
-        """Blocks that update `step` trains: all of a caller's own model, whose blocks may not begin as the identity."""
-        layers = self.recipe.model.layers
-        waits = self.context.parts.model is None and step < cost.shallow_steps(self.recipe.train)
-        return -(-layers // 2) if waits else layers
+        """Blocks that update `step` trains: all where they may not be the identity.
+
+        That is in a run that goes on from another's checkpoint, and in a caller's own model.
+        """
+        layers, fresh = self.recipe.model.layers, self.recipe.from_ is None and self.context.parts.model is None
+        return -(-layers // 2) if fresh and step < cost.shallow_steps(self.recipe.train) else layers
 
     def advance(self) -> None:
         """Count the update that was just done."""
