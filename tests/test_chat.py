@@ -45,7 +45,9 @@ def done(each: Ended) -> None:
     assert each.status == 0, each.err
 
 
-@pytest.mark.parametrize(("world", "shard"), [(1, "none"), (2, "none"), (2, "full")])
+@pytest.mark.parametrize(
+    ("world", "shard"), [(1, "none"), pytest.param(2, "none", marks=pytest.mark.slow), (2, "full")]
+)
 def test_stopped_in_the_middle_it_ends_in_the_same_bits(here: Path, tmp_path: Path, world: int, shard: str) -> None:
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()

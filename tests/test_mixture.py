@@ -41,7 +41,9 @@ def trace(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "runs/tiny/fingerprints.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("world", "shard"), [(1, "none"), (2, "none"), (2, "full")])
+@pytest.mark.parametrize(
+    ("world", "shard"), [(1, "none"), pytest.param(2, "none", marks=pytest.mark.slow), (2, "full")]
+)
 @pytest.mark.parametrize("exact", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_stopped_in_the_middle_it_ends_in_the_same_bits(
     here: Path, tmp_path: Path, world: int, shard: str, exact: str

@@ -49,8 +49,15 @@ def test_blocks_that_wait_are_the_identity_with_gradients_of_zero() -> None:
         assert not torch.equal(model(ids[:, :-1], ids[:, 1:]), whole)  # what is measured is the whole model
 
 
-@pytest.mark.parametrize(("world", "shard"), [(1, "none"), (2, "none"), (2, "full")])
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    ("optimizer", "world", "shard"),
+    [
+        ("muon", 2, "full"),
+        ("adamw", 1, "none"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("muon", 1, "none"), ("muon", 2, "none"))),
+        *(pytest.param("adamw", 2, shard, marks=pytest.mark.slow) for shard in ("none", "full")),
+    ],
+)
 def test_stopped_before_and_after_they_join_it_ends_in_the_same_bits(
     tmp_path: Path, text: Path, optimizer: str, world: int, shard: str
 ) -> None:
