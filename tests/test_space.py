@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +122,8 @@ def test_a_disk_that_fills_in_the_record_loses_none(disk: Path, tmp_path: Path, 
 
         def logged(self: llm.run_folder.metrics.Tracker, step: int, **values: object) -> None:
             if step == 5:
+                while not (disk / "runs/tiny/checkpoints/step-000003").exists():  # which is written beside the training
+                    time.sleep(0.01)
                 print(file=sys.stderr, flush=True)  # room for the line that is to come
                 fill(disk, 0)
                 while (self.record.path.stat().st_size + 1) % 4096:  # the last page of the record is full as well
