@@ -14,6 +14,7 @@ import re
 import signal
 import statistics
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,12 @@ NARROW = "model.dim=128 model.heads=2 train.tokens=500k"
 ADAMW = "train.optimizer=adamw train.weight_decay=0.1"
 HOBBY = Row("hobbyist's: AdamW at a constant 3e-4, dropout 5 %", f"{ADAMW} train.learning_rate=3e-4 train.decay=0 train.warmup=0 model.dropout=5%")  # fmt: skip
 NANOGPT = Row("nanoGPT's: AdamW 1e-3, warm-up 100, cosine", f"{ADAMW} train.learning_rate=1e-3 train.warmup=100 train.decay=90%", "cosine_decay")  # fmt: skip
+RATES = [
+    Row("defaults"),
+    Row("rates / 2", "train.learning_rate=0.01"),
+    Row("rates x 2", "train.learning_rate=0.04"),
+]
+VOCABULARIES = [Row(f"{pieces:,} pieces", f"tokenizer.vocabulary={pieces}") for pieces in (8192, 32768)]
 TABLES: dict[str, tuple[str, list[Row]]] = {
     "rates": (NARROW, [
         Row("defaults", seeds=3),
@@ -170,19 +177,9 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("AdamW 1e-3, cosine, decay 0.1", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100 model.dropout=0", "cosine_decay"),
         Row("AdamW 1e-3, cosine, decay 0.1, dropout 10 %", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100 model.dropout=10%", "cosine_decay"),
     ]),
-    "width-192": ("train.tokens=500k", [
-        Row("defaults"),
-        Row("rates / 2", "train.learning_rate=0.01"),
-        Row("rates x 2", "train.learning_rate=0.04"),
-        Row("embeddings at 0.5", other="optimizer.ADAMW_LR_FACTORS.embed_tokens=0.5"),
-    ]),
-    "width-384": ("model.dim=384 model.heads=6 train.tokens=250k", [
-        Row("defaults"),
-        Row("rates / 2", "train.learning_rate=0.01"),
-        Row("rates x 2", "train.learning_rate=0.04"),
-        Row("embeddings at 0.5", other="optimizer.ADAMW_LR_FACTORS.embed_tokens=0.5"),
-        Row("embeddings at 1.4, as at any width", other="optimizer.ADAMW_LR_FACTORS.embed_tokens=1.414"),
-    ]),
+    **{f"width-{dim}": (f"model.dim={dim} model.heads={heads} train.tokens=500k", RATES) for dim, heads in ((96, 3), (192, 3), (384, 6))},
+    **{f"transfer, {name}": (f"text.files=[{text}] train.tokens=500k {more}", [*RATES, *VOCABULARIES]) for name, text, more in (
+        ("French", "wiki-leads-fr", ""), ("Spanish", "wiki-leads-es", ""), ("Python", f"{sysconfig.get_path('stdlib')}/*.py", "text.documents=files"), ("chat", "chitchat", "train.on=all"))},
 }  # fmt: skip
 
 
