@@ -113,6 +113,9 @@ class Train:
         least=0,
         below=1e12,
     )
+    teachers: tuple[str, ...] = setting(
+        "finished runs with the same pieces, as runs/NAME/best, whose probabilities count as much as the text", ()
+    )
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"
     )

@@ -4,14 +4,17 @@ The forward pass computes the gradients too, so a chunk's logits are freed befor
 whatever precision the model runs in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm.base.constants import CACHED_NUMBERS, CHUNK_NUMBERS, IGNORED
+
+TAUGHT = 0.5  # of a target's weight that is dealt out by the teachers' probabilities, where there are any
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -79,12 +82,42 @@ class Sampled:
     pieces: Tensor
     log_weights: Tensor
 
-    def logits(self, part: Tensor, head: Tensor, target: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (rows, 1 + n) in fp32, each row's target first and not among the rest, and the target's index, 0."""
+    def logits(self, part: Tensor, head: Tensor, target: Tensor, own: Tensor) -> Tensor:
+        """Logits (rows, 1 + n) in fp32, each row's target first and not among the rest."""
         rest = product(part, head.T).float() + self.log_weights
         rest.masked_fill_(self.pieces == target[:, None], float("-inf"))
         first = (part.float() * own.float()).sum(-1, keepdim=True)
-        return torch.cat([first, rest], dim=1), target.where(target == IGNORED, 0)
+        return torch.cat([first, rest], dim=1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output matrix `weight` (vocab_size, dim) in the type `dtype`, or the rows of it that `sampled` needs."""
+
+    weight: Tensor
+    sampled: Sampled | None
+    dtype: torch.dtype
+
+    @cached_property
+    def covered(self) -> Tensor:
+        return (self.weight if self.sampled is None else self.weight[self.sampled.pieces]).to(self.dtype)
+
+    def own(self, target: Tensor) -> Tensor:
+        """The rows of the targets."""
+        return self.weight[target.clamp(min=0)].to(self.dtype)
+
+    def logits(self, part: Tensor, target: Tensor) -> Tensor:
+        """Logits (rows, vocab_size) of hidden states `part` (rows, dim); of Sampled.logits where it is sampled."""
+        if self.sampled is None:
+            return product(part, self.covered.T)
+        return self.sampled.logits(part, self.covered, target, self.own(target))
+
+
+def taught(gradient: Tensor, targets: Tensor, probabilities: Tensor) -> Tensor:
+    """The `gradient` (rows, vocab_size) of the loss, with TAUGHT of each target dealt out by `probabilities`."""
+    counted, index = _targets(targets)
+    weight = counted.float() * TAUGHT
+    return torch.addcmul(gradient.float(), probabilities, weight, value=-1).scatter_add_(-1, index, weight)
 
 
 class _HeadAndLoss(torch.autograd.Function):
@@ -92,34 +125,40 @@ class _HeadAndLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool, sampled: Sampled | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        learn: bool,
+        sampled: Sampled | None,
+        teachers: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        covered = weight if sampled is None else weight[sampled.pieces]
-        head = covered.to(hidden.dtype)
+        head = Head(weight, sampled, hidden.dtype)
+        theirs = [(states.to(hidden.dtype), Head(matrix, sampled, hidden.dtype)) for states, matrix in teachers]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if learn else None
-        weight_gradient = torch.zeros(covered.shape, dtype=torch.float32, device=weight.device) if learn else None
+        weight_gradient = torch.zeros(head.covered.shape, dtype=torch.float32, device=weight.device) if learn else None
         own_gradient = []  # of the targets' rows, where the softmax is sampled
         most = CHUNK_NUMBERS["cuda" if hidden.device.type == "cuda" else "cpu"]
         chunks = max(1, -(-hidden.shape[0] // max(1, most // weight.shape[0])))
         rows = max(1, -(-hidden.shape[0] // chunks))  # chunks of nearly equal size
         for low in range(0, hidden.shape[0], rows):
             part, target = hidden[low : low + rows], targets[low : low + rows]
-            if sampled is None:
-                logits = product(part, head.T)  # (rows, vocab_size)
-            else:
-                own = weight[target.clamp(min=0)].to(hidden.dtype)
-                logits, target = sampled.logits(part, head, target, own)
+            logits = head.logits(part, target)
+            index = target if sampled is None else target.where(target == IGNORED, 0)  # of the target in a row
             if hidden_gradient is None or weight_gradient is None:
-                total += _nats(logits, target)[-1]
+                total += _nats(logits, index)[-1]
                 continue
-            nats, grad_logits = _HeadAndLoss.learn(logits, target)
+            nats, grad_logits = _HeadAndLoss.learn(logits, index)
             total += nats
-            grad_logits = grad_logits.to(head.dtype)
+            if theirs:
+                said = [each.logits(states[low : low + rows], target).float().softmax(-1) for states, each in theirs]
+                grad_logits = taught(grad_logits, index, torch.stack(said).mean(0) if said[1:] else said[0])
+            grad_logits = grad_logits.to(hidden.dtype)
             first, rest = (None, grad_logits) if sampled is None else grad_logits.tensor_split([1], dim=1)
-            torch.mm(rest, head, out=hidden_gradient[low : low + rows])
+            torch.mm(rest, head.covered, out=hidden_gradient[low : low + rows])
             if first is not None:
-                hidden_gradient[low : low + rows].addcmul_(first, own)
+                hidden_gradient[low : low + rows].addcmul_(first, head.own(target))
                 own_gradient.append(first.float() * part.float())
             if hidden.dtype == torch.float32:
                 weight_gradient.addmm_(rest.T, part)
@@ -137,7 +176,7 @@ class _HeadAndLoss(torch.autograd.Function):
     def backward(ctx: Any, *scales: Tensor) -> Any:
         (hidden_gradient, weight_gradient), (scale,) = ctx.saved_tensors, scales
         hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
-        return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None, None
+        return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None, None, None
 
 
 def _spread(rest: Tensor, pieces: Tensor, own: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -149,15 +188,23 @@ def _spread(rest: Tensor, pieces: Tensor, own: Tensor, targets: Tensor, vocab_si
     return whole.index_add_(0, pieces, rest)
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, sampled: Sampled | None = None) -> Tensor:
+def cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    sampled: Sampled | None = None,
+    teachers: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over the targets that are not IGNORED: nats, an fp32 scalar.
 
     hidden (rows, dim), in the type of the product; weight (vocab_size, dim); targets (rows,) of int64. With `sampled`
     the softmax covers these pieces and each row's target only, an estimate (Bengio and Senécal, "Adaptive importance
-    sampling to accelerate training of a neural probabilistic language model", 2008).
+    sampling to accelerate training of a neural probabilistic language model", 2008). With `teachers`, the hidden states
+    and the output matrix of each, the gradient is that of a loss of which TAUGHT weighs against the mean of their
+    probabilities (over the same pieces); the value stays that of the targets.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadAndLoss.apply(hidden, weight, targets, torch.is_grad_enabled(), sampled)
+        return _HeadAndLoss.apply(hidden, weight, targets, torch.is_grad_enabled(), sampled, teachers)
 
 
 def compile_loss(wanted: bool = True) -> None:

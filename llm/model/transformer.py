@@ -268,6 +268,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.shape, self.family = shape, family
         self.sampled: Sampled | None = None  # what the softmax covers where gradients are wanted; None: all pieces
+        self.teachers: tuple[Transformer, ...] = ()  # whose probabilities are learnt too; no part of this model
         self.model = Decoder(shape, vocab_size, seed, shard_module, family)
         self.lm_head = nn.Linear(shape.dim, vocab_size, bias=False)
         if shape.tied:
@@ -307,8 +308,12 @@ class Transformer(nn.Module):
         hidden = self.model(tokens, windows, None, segments).flatten(0, 1)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        sampled = self.sampled if torch.is_grad_enabled() else None
-        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten(), sampled)
+        if not torch.is_grad_enabled():
+            return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())
+        with torch.no_grad():
+            states = [each.model(tokens, None, None, segments).flatten(0, 1) for each in self.teachers]
+        taught = [(each, teacher.lm_head.weight) for each, teacher in zip(states, self.teachers, strict=True)]
+        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten(), self.sampled, taught)
 
     def logits(self, tokens: Tensor, cache: Cache | None = None, last: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) after `tokens` (B, T), or (B, V) after the token at index `last` (B,) of each row only."""

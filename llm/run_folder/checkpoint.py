@@ -30,7 +30,13 @@ from llm.run_folder.tensor_files import as_bytes, header, own_rows
 
 FORMAT = 2  # of a manifest; in format 1, train.skip counted steps from 0
 # Keys of the science half that earlier versions had not, with the values by which they trained.
-LATER_KEYS = {"train.on": "auto", "train.document_mask": False, "train.sampled_softmax": 0, "train.shallow": 0}
+LATER_KEYS = {
+    "train.on": "auto",
+    "train.document_mask": False,
+    "train.sampled_softmax": 0,
+    "train.shallow": 0,
+    "train.teachers": [],
+}
 IDENTITY = "identity.json"  # in the run
 MANIFEST = "checkpoint.json"
 WEIGHTS = "model.safetensors"

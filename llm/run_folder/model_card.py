@@ -60,6 +60,8 @@ def model_card(
     began = f", starting from `{_plain(Path(recipe.model.from_).name)}`," if recipe.model.from_ else ""
     family = "Qwen3's" if not recipe.model.from_ else "as it came"
     only = "" if recipe.model.from_ else " and on nothing else"
+    if train.teachers:
+        only = f" and on the probabilities of {', '.join(f'`{_plain(each)}`' for each in train.teachers)}"
     validated = next((f"{bits:.4f}" for at, bits in curve if at == step), "not evaluated at this step")
     epochs = read / shards.train.tokens if epochs is None else epochs
     does, limits = (_CHATS, _ANSWERS) if shards.is_chat else (_CONTINUES, _GOES_ON)

@@ -21,11 +21,13 @@ from llm.distributed import process
 from llm.interop import pretrained
 from llm.interop.hf_files import model_files, tokenizer_files
 from llm.model import hf_config
+from llm.model.transformer import Transformer
 from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.background import BackgroundWork
 from llm.run_folder.checkpoint import Checkpoint
 from llm.run_folder.model_card import FILE_NAME as CARD
 from llm.run_folder.model_card import model_card
+from llm.training import teachers
 from llm.training.context import RunContext, TrainState
 from llm.training.evaluation import Evaluator
 from llm.training.length import Length
@@ -47,6 +49,8 @@ class Checkpoints:
         self.micro_batches, self.evaluator, self.monitor = micro_batches, evaluator, evaluator.monitor
         self.saved = -1
         self.writing, self.copy = BackgroundWork(context.coordinator), StateCopy()
+        self.taught_by: list[Transformer] = []
+        self.teachers: list[str] = []  # digests of the teachers' weights, from `resume` on
         self.identity = ""  # by which the run knows its checkpoints, from `resume` on
         self.parent: dict[str, Any] | None = None  # the checkpoint or folder that this run began from
         self.extra_files = tokenizer_files(context.tokenizer, chat=context.shards.is_chat)
@@ -126,6 +130,7 @@ class Checkpoints:
         machine |= context.settings.keys(self.micro_batches.size)
         own: dict[str, Any] = {"parts": context.parts.names()} if context.parts.names() else {}
         own |= {"chat": True} if context.shards.is_chat else {}
+        own |= {"teachers": self.teachers} if self.teachers else {}
         return {
             "run": self.identity,
             "step": state.step,
@@ -148,11 +153,15 @@ class Checkpoints:
         RefusedError if the checkpoint has another science half, text or tokenizer.
         """
         recipe, found = self.context.recipe, self._newest()
+        self.taught_by, self.teachers = teachers.load(self.context)
+        if self.taught_by:
+            self.state.model.teachers = tuple(self.taught_by)
         self.identity = self._identify(found)
         self.length.resume(found.manifest.get("budget") if found else None)
         if found is not None:
             refuse_parts(found, self.context.parts)
             refuse_difference(found, recipe, self.context.tokenizer.fingerprint, self.context.shards.fingerprint)
+            teachers.refuse_others(recipe.train.teachers, self.teachers, found.manifest.get("teachers", []))
             self._load(found)
             self.saved, self.parent = found.step, found.manifest["parent"]
             # From the main rank, as the disks of several machines may have kept others.
@@ -216,7 +225,7 @@ class Checkpoints:
         machine |= {"machine.stop_after": 0, "device": context.device.type, "world": process.world()}
         by_the_clock = secrets.token_hex(8) if context.recipe.train.hours else ""  # its plan is like no other
         data = [context.tokenizer.fingerprint, context.shards.fingerprint]
-        parts = [science(context.recipe), machine, torch.__version__, *data, by_the_clock]
+        parts = [science(context.recipe), machine, torch.__version__, *data, by_the_clock, *self.teachers]
         return atomic_io.digest_of(parts)[:16]
 
     def _newest(self) -> Checkpoint | None:

@@ -195,6 +195,9 @@ def _announcement(trainer: Trainer, step_seconds: float) -> str:
         f"micro-batches of {trainer.micro_batches.size} windows"
         f"{f', {cost.size(traffic.total)} sent a step by each process' if traffic.total else ''}",
     ]
+    if taught_by := trainer.checkpoints.taught_by:
+        numbers = sum(weight.numel() for teacher in taught_by for weight in teacher.parameters())
+        lines.append(f"teachers: {', '.join(recipe.train.teachers)}, {cost.size(4 * numbers)} more in each process")
     if not context.tokenizer.is_portable:
         lines.append(
             "the vocabulary is not byte-fallback BPE: checkpoints go without tokenizer.json, transformers opens "

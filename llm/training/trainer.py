@@ -161,6 +161,7 @@ class Trainer:
         covered = cost.covered(self.recipe.train, self.context.tokenizer.vocab_size)
         depth = self.depth(self.state.step - 1)
         each = cost.flops_per_token(replace(self.recipe.model, layers=depth), covered)
+        each += sum(cost.flops_per_token(teacher.shape, covered) // 3 for teacher in self.checkpoints.taught_by)
         return each * self.recipe.train.tokens_per_step / process.world()
 
     def costs(self) -> tuple[cost.Memory, cost.Traffic]:

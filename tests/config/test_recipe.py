@@ -105,6 +105,7 @@ SCIENCE = {
     "train.tokens_per_step": "16384",
     "train.sampled_softmax": "2048",
     "train.shallow": "50",
+    "train.teachers": "[runs/other/best]",
     "train.optimizer": "adamw",
     "train.learning_rate": "1e-3",
     "train.warmup": "5",

@@ -91,6 +91,33 @@ def test_a_sampled_softmax_of_all_pieces_is_the_softmax() -> None:
         assert off(each, true) < 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, ROWS - 1, 1000])
+@pytest.mark.parametrize("covered", [None, sampled()])
+def test_teachers_probabilities_share_the_target(
+    monkeypatch: pytest.MonkeyPatch, rows: int, covered: Sampled | None
+) -> None:
+    """The gradient is that of a loss against half the target and half the mean of two teachers; the value is not."""
+    monkeypatch.setitem(loss.CHUNK_NUMBERS, "cpu", rows * VOCABULARY)
+    hidden, weight, targets = world()
+    others = [torch.randn(VOCABULARY, size, generator=torch.Generator().manual_seed(size)) for size in (3, 5)]
+    teachers = [(torch.randn(len(targets), each.shape[1]), each) for each in others]
+    total = cross_entropy_sum(hidden, weight, targets, covered, teachers)
+    found = torch.autograd.grad(total * SCALE, [hidden, weight])
+    assert torch.equal(total, cross_entropy_sum(hidden, weight, targets, covered))
+    offset = torch.zeros(len(targets), VOCABULARY, dtype=torch.float64)
+    if covered is not None:
+        offset = torch.full_like(offset, float("-inf"))
+        offset[:, covered.pieces] = covered.log_weights.double()
+        offset.scatter_(1, targets.clamp(min=0)[:, None], 0.0)
+    said = [(states.double() @ each.double().T + offset).softmax(-1) for states, each in teachers]
+    wanted = (F.one_hot(targets.clamp(min=0), VOCABULARY) + torch.stack(said).mean(0)) / 2
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    logs = (wide[0] @ wide[1].T + offset).log_softmax(-1).where(wanted > 0, 0.0)
+    true = -(logs * wanted)[targets != IGNORED].sum()
+    for each, exactly in zip(found, torch.autograd.grad(true * SCALE, wide), strict=True):
+        assert off(each, exactly) < 2e-6
+
+
 def test_a_chunk_holds_at_least_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss.CHUNK_NUMBERS, "cpu", VOCABULARY - 1)
     assert off(ours(*world())[0], exact(*world())[0]) < 1e-6

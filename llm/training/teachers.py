@@ -1,0 +1,45 @@
+"""Teachers: finished runs whose probabilities a run learns beside its text.
+
+Knowledge distillation (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015). A teacher reads
+the same batch as the run, so nothing is stored, and what it says follows from the recipe and its weights alone.
+"""
+
+from llm.base.errors import RecipeError, RefusedError
+from llm.config.schema import Model
+from llm.distributed.sharding import local_shard
+from llm.interop import pretrained
+from llm.model.hf_config import FIELDS, read_config, read_family
+from llm.model.transformer import Transformer
+from llm.training.context import RunContext
+
+
+def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
+    """The models that train.teachers names, whole on this process's device, and a digest of the weights of each.
+
+    RecipeError or RefusedError where one cannot be read, or has other pieces than this run.
+    """
+    if context.recipe.train.teachers and context.parts.model is not None:
+        raise RecipeError("train.teachers is for the model of this project: leave it out beside model=")
+    models, digests = [], []
+    for name in context.recipe.train.teachers:
+        folder = pretrained.folder_of(name)
+        config = read_config(folder)
+        if pretrained.tokenizer_of(folder, config).fingerprint != context.tokenizer.fingerprint:
+            mend = "say model.from or tokenizer.path so that both have the same, or train it again on this text"
+            raise RefusedError(f"train.teachers: {name} has another tokenizer than this run: {mend}")
+        sizes = {key: config[field] for key, field in FIELDS.items()}
+        shape = Model(context=context.recipe.model.context, **sizes)
+        with context.device:
+            model = Transformer(shape, context.tokenizer.vocab_size, family=read_family(folder)).requires_grad_(False)
+        weights = {each: local_shard(weight) for each, weight in model.named_parameters()}
+        digests.append(pretrained.load(folder, weights))
+        models.append(model)
+    return models, digests
+
+
+def refuse_others(named: tuple[str, ...], found: list[str], recorded: list[str]) -> None:
+    """RefusedError unless the teachers `named`, with the digests `found`, are those that the run began with."""
+    for name, mine, theirs in zip(named, found, recorded, strict=True):
+        if mine != theirs:
+            mend = "put them back, or take another run=NAME"
+            raise RefusedError(f"train.teachers: {name} no longer has the weights that this run began with: {mend}")

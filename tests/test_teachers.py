@@ -1,0 +1,97 @@
+"""train.teachers: a run learns from finished runs beside its text, and resumes to the bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import llm
+from llm.base.errors import RecipeError
+from tests.examples.relu_squared import relu_squared
+from tests.forks import digest, run, run_group, train, write_recipe, write_text
+
+TAUGHT = {
+    "run": "pupil",
+    "train.teachers": "[runs/tiny/best, runs/wide/newest]",
+    "checkpoint.every": 1,
+    "checkpoint.keep": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two teachers of different sizes in runs/."""
+    here = tmp_path_factory.mktemp("teachers")
+    write_text(here / "text.txt")
+    for changes in ({}, {"run": "wide", "model.dim": 64, "model.layers": 1}):
+        assert run(train(write_recipe(here, here / "text.txt", **{"train.steps": 4} | changes)), here).status == 0
+    return here
+
+
+def copied(here: Path, to: Path) -> Path:
+    shutil.copytree(here, to, dirs_exist_ok=True)
+    return to
+
+
+@pytest.mark.parametrize(
+    ("world", "shard", "pieces"),
+    [(1, "none", 60), pytest.param(2, "none", 0, marks=pytest.mark.slow), (2, "full", 0)],
+)
+def test_stopped_it_ends_in_the_same_bits(here: Path, tmp_path: Path, world: int, shard: str, pieces: int) -> None:
+    changes = {**TAUGHT, "train.steps": 6, "machine.shard": shard, "train.sampled_softmax": pieces}
+    for name, stops in {"whole": (None,), "parts": (2, 3, None)}.items():
+        folder = copied(here, tmp_path / name)
+        recipe = write_recipe(folder, folder / "text.txt", **changes)
+        for stop in stops:
+            for each in run_group(train(recipe, stop_after=stop), folder, world):
+                assert each.status == (75 if stop else 0), each.err
+    assert digest(tmp_path / "whole", run="pupil") == digest(tmp_path / "parts", run="pupil")
+    alone = copied(here, tmp_path / "alone")
+    recipe = write_recipe(alone, alone / "text.txt", **changes | {"train.teachers": "[]"})
+    assert all(each.status == 0 for each in run_group(train(recipe), alone, world))
+    assert digest(alone, run="pupil") != digest(tmp_path / "whole", run="pupil")
+
+
+def test_its_teachers_are_told_and_kept(here: Path, tmp_path: Path) -> None:
+    folder = copied(here, tmp_path / "run")
+    recipe = write_recipe(folder, folder / "text.txt", **TAUGHT, **{"train.steps": 4})
+    first = run(train(recipe, stop_after=2), folder)
+    assert first.status == 75 and "teachers: runs/tiny/best, runs/wide/newest" in first.out
+    found = folder / "runs/pupil/checkpoints/step-000002"
+    assert len(json.loads((found / "checkpoint.json").read_text())["teachers"]) == 2
+    assert "runs/tiny/best" in (found / "README.md").read_text()
+    longer = write_recipe(
+        folder, folder / "text.txt", **{"run": "wide2", "model.dim": 64, "model.layers": 1, "train.steps": 5}
+    )
+    assert run(train(longer), folder).status == 0
+    shutil.rmtree(folder / "runs/wide")
+    (folder / "runs/wide2").rename(folder / "runs/wide")
+    other = run(train(write_recipe(folder, folder / "text.txt", **TAUGHT, **{"train.steps": 4})), folder)
+    assert other.status == 4 and "runs/wide/newest no longer has the weights" in other.err
+    assert len(other.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({"train.teachers": "[runs/nobody/best]"}, 2, "nobody"),
+        ({"train.teachers": "[runs/tiny/best]", "tokenizer.vocabulary": 420}, 4, "another tokenizer"),
+        ({"train.teachers": "[runs/tiny/best]", "run": "tiny"}, 4, "train.teachers = []"),
+    ],
+)
+def test_what_cannot_teach_is_refused_in_one_line(
+    here: Path, tmp_path: Path, changes: dict[str, object], status: int, said: str
+) -> None:
+    folder = copied(here, tmp_path / "run")
+    recipe = write_recipe(folder, folder / "text.txt", **{"run": "pupil", "train.steps": 4} | changes)
+    found = run(train(recipe), folder)
+    assert (found.status, len(found.err.splitlines())) == (status, 1) and said in found.err, found.err
+
+
+def test_a_model_of_ones_own_has_no_teacher(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(here, tmp_path / "run")
+    monkeypatch.chdir(folder)
+    recipe = llm.load_recipe(write_recipe(folder, folder / "text.txt", **TAUGHT))
+    with pytest.raises(RecipeError, match=r"train\.teachers .* model="):
+        llm.train(recipe, model=relu_squared)
