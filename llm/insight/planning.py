@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from llm.base import atomic_io
+from llm.base.constants import CHUNK_NUMBERS
 from llm.base.durations import readable
 from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
 from llm.config.resolving import cpu_micro_batch, with_steps
-from llm.config.schema import MIN_VOCAB_SIZE, Recipe, Text
+from llm.config.schema import MIN_VOCAB_SIZE, Model, Recipe, Text
 from llm.data.sources import sources_of
 from llm.data.text_files import packed_as
 from llm.insight.cards import GIB, Device
@@ -93,10 +94,12 @@ class Plan:
             return 0.0
         shape, train = self.recipe.model, self.recipe.train
         train = replace(train, steps=self.steps, shallow=0 if self.recipe.from_ else train.shallow)
-        each = cost.flops_per_token(shape, cost.covered(train, self.vocab_size))  # of the steps whose speed is known
+        also = taught(self.recipe)[1]
+        # Of the steps whose speed is known.
+        each = cost.flops_per_token(shape, cost.covered(train, self.vocab_size)) + also
         evaluated = -(-self.steps // self.recipe.evaluate.every) * self.validation_tokens / FORWARD
         evaluation = evaluated * cost.flops_per_token(shape, self.vocab_size)
-        flops = cost.run_flops(shape, train, self.vocab_size) + evaluation
+        flops = cost.run_flops(shape, train, self.vocab_size) + also * self.tokens + evaluation
         return flops / each / self.tokens_per_second
 
 
@@ -131,9 +134,8 @@ def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan
 def sized(recipe: Recipe) -> Recipe:
     """The recipe with the shape and the number of pieces that model.from or tokenizer.path provides."""
     if recipe.model.from_:
-        config = hf_config.read_config(_model_folder(atomic_io.expanded(recipe.model.from_)))
-        shape = {name: config[field] for name, field in hf_config.FIELDS.items()}
-        recipe, pieces = replace(recipe, model=replace(recipe.model, **shape)), config["vocab_size"]
+        shape, pieces = _shape_of("model.from", recipe.model.from_, recipe.model)
+        recipe = replace(recipe, model=shape)
     elif recipe.tokenizer.path:
         from llm.data.tokenizer import Tokenizer  # takes half a second to import
 
@@ -143,16 +145,29 @@ def sized(recipe: Recipe) -> Recipe:
     return replace(recipe, tokenizer=replace(recipe.tokenizer, vocabulary=pieces))
 
 
-def _model_folder(path: Path) -> Path:
-    """The folder itself, or a checkpoint of the run at `path`, also as its `best` or `newest`: all have one shape."""
-    if (path / "config.json").exists():
-        return path
-    run = path.parent if path.name in ("best", "newest") else path
-    if found := next(run.glob("checkpoints/*/config.json"), None):
-        return found.parent
-    raise RecipeError(
-        f"model.from = {path} is not there: name a model folder with config.json, or a run, trained first"
-    )
+def _shape_of(key: str, name: str, like: Model) -> tuple[Model, int]:
+    """The sizes, with all else as `like`, and the number of pieces of the model that the key `key` names.
+
+    That is a model folder, or a run, also as its `best` or `newest`: all of its checkpoints have one shape.
+    """
+    folder = atomic_io.expanded(name)
+    if not (folder / "config.json").exists():
+        run = folder.parent if folder.name in ("best", "newest") else folder
+        if (found := next(run.glob("checkpoints/*/config.json"), None)) is None:
+            raise RecipeError(
+                f"{key} = {folder} is not there: name a model folder with config.json, or a run, trained first"
+            )
+        folder = found.parent
+    config = hf_config.read_config(folder)
+    return replace(like, **{key: config[field] for key, field in hf_config.FIELDS.items()}), config["vocab_size"]
+
+
+def taught(recipe: Recipe) -> tuple[int, int]:
+    """Bytes of the weights of train.teachers, and FLOPs of their forward passes for each token."""
+    found = [_shape_of("train.teachers", name, recipe.model) for name in recipe.train.teachers]
+    weights = sum(4 * cost.parameters(shape, pieces) for shape, pieces in found)
+    flops = [cost.flops_per_token(shape, cost.covered(recipe.train, pieces)) // 3 for shape, pieces in found]
+    return weights, sum(flops)
 
 
 def parts(recipe: Recipe) -> dict[str, int]:
@@ -172,7 +187,7 @@ def parts(recipe: Recipe) -> dict[str, int]:
 
 def step_memory(recipe: Recipe, device: Device, micro_batch: int) -> cost.StepMemory:
     """Live tensors of this recipe's step on `device`, in micro-batches of so many windows."""
-    return cost.step_memory(
+    found = cost.step_memory(
         recipe.model,
         recipe.tokenizer.vocabulary,
         micro_batch,
@@ -182,6 +197,11 @@ def step_memory(recipe: Recipe, device: Device, micro_batch: int) -> cost.StepMe
         cuda=device.cuda,
         recompute=recipe.machine.recompute,
     )
+    if not recipe.train.teachers:
+        return found
+    # Beside the weights, chunks of logits in fp32: of a teacher, of their mean and of the gradient.
+    chunks = 12 * CHUNK_NUMBERS["cuda" if device.cuda else "cpu"]
+    return replace(found, peak=found.peak + taught(recipe)[0] + chunks)
 
 
 def in_half(recipe: Recipe, device: Device) -> bool:
@@ -268,7 +288,7 @@ def bytes_per_token(vocab_size: int) -> float:
 def tabulated_speed(recipe: Recipe, device: Device) -> float:
     """Tokens per second by the device's figures, within a factor of two or so; 0 where they are unknown."""
     shape, half = recipe.model, in_half(recipe, device)
-    flops = cost.flops_per_token(shape, cost.covered(recipe.train, recipe.tokenizer.vocabulary))
+    flops = cost.flops_per_token(shape, cost.covered(recipe.train, recipe.tokenizer.vocabulary)) + taught(recipe)[1]
     again = 4 / 3 if recipe.machine.recompute else 1.0
     peak = device.half if half else device.single
     if not peak:
@@ -342,6 +362,7 @@ def lines(plan: Plan) -> list[str]:
         f"memory of a step: {size(memory.peak)} at its peak{room_for} ({plan.device.name}): weights "
         f"{size(memory.weights)}, gradients {size(memory.gradients)}, moments {size(memory.moments)}, activations "
         f"{size(memory.activations)}, logits {size(memory.logits)}"
+        + (f", teachers {size(taught(recipe)[0])}" if train.teachers else "")
         + (f"; and {size(plan.copy_bytes)} of main memory to write checkpoints from" if plan.copy_bytes else ""),
     ]
     windows = f"{plan.micro_batch:,} of the {recipe.windows_per_step:,} windows of {shape.context:,} tokens of a step"

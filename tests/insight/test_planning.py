@@ -331,7 +331,9 @@ def test_sizes_come_from_where_the_recipe_takes_them(tmp_path: Path) -> None:
             path, "--memory", "12GB", "tokenizer.vocabulary=8192", change, folder=tmp_path
         )  # overrides after an option
         assert done.returncode == 0 and f": {said:,} parameters" in done.stdout, done.stderr
-    for change in ("model.from=runs/none/best", "tokenizer.path=none.model"):
+    done = plan(path, f"train.teachers=[{trained}/best, {trained}/best]", folder=tmp_path)
+    assert f"teachers {cost.size(8 * said)}" in done.stdout, done.stderr  # two, of four bytes a number
+    for change in ("model.from=runs/none/best", "train.teachers=runs/none/best", "tokenizer.path=none.model"):
         done = plan(path, change, folder=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not there" in done.stderr, done.stderr
 
