@@ -20,6 +20,7 @@ from llm.config.schema import Recipe
 from llm.data.pipeline import prepare
 from llm.distributed.sharding import Sharding, local_shard
 from llm.insight import cards, ladder, planning
+from llm.model import cost
 from llm.model.transformer import Transformer
 from llm.optim.optimizer import Optimizer, gradient_norm
 from tests.data.test_documents import needs_wiki
