@@ -114,7 +114,7 @@ class Train:
         below=1e12,
     )
     teachers: tuple[str, ...] = setting(
-        "finished runs with the same pieces, as runs/NAME/best, whose probabilities count as much as the text", ()
+        "finished runs with the same pieces, as runs/NAME/best, whose probabilities are learnt beside the text", ()
     )
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"

@@ -4,17 +4,15 @@ The forward pass computes the gradients too, so a chunk's logits are freed befor
 whatever precision the model runs in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm.base.constants import CACHED_NUMBERS, CHUNK_NUMBERS, IGNORED
-
-TAUGHT = 0.5  # of a target's weight that is dealt out by the teachers' probabilities, where there are any
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -113,10 +111,22 @@ class Head:
         return self.sampled.logits(part, self.covered, target, self.own(target))
 
 
-def taught(gradient: Tensor, targets: Tensor, probabilities: Tensor) -> Tensor:
-    """The `gradient` (rows, vocab_size) of the loss, with TAUGHT of each target dealt out by `probabilities`."""
+@dataclass(frozen=True)
+class Teachers:
+    """`states` (rows, dim) and `heads` (vocab_size, dim) of each teacher, for the rows that the model learns from.
+
+    The mean of their probabilities takes the place of each target with the weight `share`, in 0 .. 1.
+    """
+
+    states: list[Tensor]
+    heads: list[Tensor]
+    share: float
+
+
+def taught(gradient: Tensor, targets: Tensor, probabilities: Tensor, share: float) -> Tensor:
+    """The `gradient` (rows, vocab_size) of the loss, with `share` of each target dealt out by `probabilities`."""
     counted, index = _targets(targets)
-    weight = counted.float() * TAUGHT
+    weight = counted.float() * share
     return torch.addcmul(gradient.float(), probabilities, weight, value=-1).scatter_add_(-1, index, weight)
 
 
@@ -131,10 +141,10 @@ class _HeadAndLoss(torch.autograd.Function):
         targets: Tensor,
         learn: bool,
         sampled: Sampled | None,
-        teachers: Sequence[tuple[Tensor, Tensor]],
+        teachers: Teachers | None,
     ) -> Tensor:
         head = Head(weight, sampled, hidden.dtype)
-        theirs = [(states.to(hidden.dtype), Head(matrix, sampled, hidden.dtype)) for states, matrix in teachers]
+        heads = [Head(each, sampled, hidden.dtype) for each in (teachers.heads if teachers else [])]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if learn else None
         weight_gradient = torch.zeros(head.covered.shape, dtype=torch.float32, device=weight.device) if learn else None
@@ -151,9 +161,11 @@ class _HeadAndLoss(torch.autograd.Function):
                 continue
             nats, grad_logits = _HeadAndLoss.learn(logits, index)
             total += nats
-            if theirs:
-                said = [each.logits(states[low : low + rows], target).float().softmax(-1) for states, each in theirs]
-                grad_logits = taught(grad_logits, index, torch.stack(said).mean(0) if said[1:] else said[0])
+            if teachers:
+                parts = [states[low : low + rows].to(hidden.dtype) for states in teachers.states]
+                said = [each.logits(part_, target) for part_, each in zip(parts, heads, strict=True)]
+                mean = reduce(torch.add, [each.float().softmax(-1) for each in said]) / len(said)
+                grad_logits = taught(grad_logits, index, mean, teachers.share)
             grad_logits = grad_logits.to(hidden.dtype)
             first, rest = (None, grad_logits) if sampled is None else grad_logits.tensor_split([1], dim=1)
             torch.mm(rest, head.covered, out=hidden_gradient[low : low + rows])
@@ -193,15 +205,14 @@ def cross_entropy_sum(
     weight: Tensor,
     targets: Tensor,
     sampled: Sampled | None = None,
-    teachers: Sequence[tuple[Tensor, Tensor]] = (),
+    teachers: Teachers | None = None,
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over the targets that are not IGNORED: nats, an fp32 scalar.
 
     hidden (rows, dim), in the type of the product; weight (vocab_size, dim); targets (rows,) of int64. With `sampled`
     the softmax covers these pieces and each row's target only, an estimate (Bengio and Senécal, "Adaptive importance
-    sampling to accelerate training of a neural probabilistic language model", 2008). With `teachers`, the hidden states
-    and the output matrix of each, the gradient is that of a loss of which TAUGHT weighs against the mean of their
-    probabilities (over the same pieces); the value stays that of the targets.
+    sampling to accelerate training of a neural probabilistic language model", 2008). With `teachers` the gradient is
+    that of the loss against their probabilities too, over the same pieces; the value stays that of the targets.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadAndLoss.apply(hidden, weight, targets, torch.is_grad_enabled(), sampled, teachers)

@@ -20,7 +20,7 @@ from llm.config.schema import Model
 from llm.distributed.sharding import local_shard
 from llm.model import fused
 from llm.model.dropout import dropout
-from llm.model.loss import Sampled, cross_entropy_sum
+from llm.model.loss import Sampled, Teachers, cross_entropy_sum
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -269,6 +269,7 @@ class Transformer(nn.Module):
         self.shape, self.family = shape, family
         self.sampled: Sampled | None = None  # what the softmax covers where gradients are wanted; None: all pieces
         self.teachers: tuple[Transformer, ...] = ()  # whose probabilities are learnt too; no part of this model
+        self.taught = 0.0  # with which share of each target
         self.model = Decoder(shape, vocab_size, seed, shard_module, family)
         self.lm_head = nn.Linear(shape.dim, vocab_size, bias=False)
         if shape.tied:
@@ -310,10 +311,12 @@ class Transformer(nn.Module):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if not torch.is_grad_enabled():
             return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten())
-        with torch.no_grad():
-            states = [each.model(tokens, None, None, segments).flatten(0, 1) for each in self.teachers]
-        taught = [(each, teacher.lm_head.weight) for each, teacher in zip(states, self.teachers, strict=True)]
-        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten(), self.sampled, taught)
+        teachers = None
+        if self.teachers:
+            with torch.no_grad():
+                states = [each.model(tokens, None, None, segments).flatten(0, 1) for each in self.teachers]
+            teachers = Teachers(states, [each.lm_head.weight for each in self.teachers], self.taught)
+        return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten(), self.sampled, teachers)
 
     def logits(self, tokens: Tensor, cache: Cache | None = None, last: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) after `tokens` (B, T), or (B, V) after the token at index `last` (B,) of each row only."""

@@ -12,6 +12,8 @@ from llm.model.hf_config import FIELDS, read_config, read_family
 from llm.model.transformer import Transformer
 from llm.training.context import RunContext
 
+SHARE = 0.6  # of each target while the rate is full. It falls with the rate: in the end the run knows better.
+
 
 def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
     """The models that train.teachers names, whole on this process's device, and a digest of the weights of each.

@@ -21,6 +21,7 @@ from llm.model import cost, hf_config
 from llm.model.loss import compile_loss
 from llm.model.transformer import Transformer
 from llm.optim.optimizer import Optimizer
+from llm.training import teachers
 from llm.training.context import RunContext, TrainState
 from llm.training.evaluation import Evaluator
 from llm.training.length import Length
@@ -96,6 +97,7 @@ class Trainer:
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step`, counted from 0; mean loss (nats a token) and norm of the gradient, of the whole group."""
         self.state.model.sampled = self.softmax.at(step)
+        self.state.model.taught = teachers.SHARE * self.length.lr_factor(step)
         if self.recipe.train.shallow and self.context.parts.model is None:
             self.state.model.model.depth = self.depth(step)
         sums = self.micro_batches.accumulate(step, self.gradient_step.accumulate)

@@ -96,11 +96,11 @@ def test_a_sampled_softmax_of_all_pieces_is_the_softmax() -> None:
 def test_teachers_probabilities_share_the_target(
     monkeypatch: pytest.MonkeyPatch, rows: int, covered: Sampled | None
 ) -> None:
-    """The gradient is that of a loss against half the target and half the mean of two teachers; the value is not."""
+    """The gradient is that of a loss against 0.7 of the target and 0.3 of two teachers' mean; the value is not."""
     monkeypatch.setitem(loss.CHUNK_NUMBERS, "cpu", rows * VOCABULARY)
     hidden, weight, targets = world()
     others = [torch.randn(VOCABULARY, size, generator=torch.Generator().manual_seed(size)) for size in (3, 5)]
-    teachers = [(torch.randn(len(targets), each.shape[1]), each) for each in others]
+    teachers = loss.Teachers([torch.randn(len(targets), each.shape[1]) for each in others], others, 0.3)
     total = cross_entropy_sum(hidden, weight, targets, covered, teachers)
     found = torch.autograd.grad(total * SCALE, [hidden, weight])
     assert torch.equal(total, cross_entropy_sum(hidden, weight, targets, covered))
@@ -109,8 +109,11 @@ def test_teachers_probabilities_share_the_target(
         offset = torch.full_like(offset, float("-inf"))
         offset[:, covered.pieces] = covered.log_weights.double()
         offset.scatter_(1, targets.clamp(min=0)[:, None], 0.0)
-    said = [(states.double() @ each.double().T + offset).softmax(-1) for states, each in teachers]
-    wanted = (F.one_hot(targets.clamp(min=0), VOCABULARY) + torch.stack(said).mean(0)) / 2
+    said = [
+        (states.double() @ each.double().T + offset).softmax(-1)
+        for states, each in zip(teachers.states, teachers.heads, strict=True)
+    ]
+    wanted = 0.7 * F.one_hot(targets.clamp(min=0), VOCABULARY) + 0.3 * torch.stack(said).mean(0)
     wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
     logs = (wide[0] @ wide[1].T + offset).log_softmax(-1).where(wanted > 0, 0.0)
     true = -(logs * wanted)[targets != IGNORED].sum()
