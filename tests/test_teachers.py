@@ -1,6 +1,7 @@
 """train.teachers: a run learns from finished runs beside its text, and resumes to the bit."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -78,15 +79,68 @@ def test_its_teachers_are_told_and_kept(here: Path, tmp_path: Path) -> None:
         ({"train.teachers": "[runs/nobody/best]"}, 2, "nobody"),
         ({"train.teachers": "[runs/tiny/best]", "tokenizer.vocabulary": 420}, 4, "another tokenizer"),
         ({"train.teachers": "[runs/tiny/best]", "run": "tiny"}, 4, "train.teachers = []"),
+        ({"train.teachers": f"[{'x' * 300}]"}, 2, "is not there"),
+        ({"train.teachers": "[runs/tiny/step-000003]"}, 2, "step-000003/config.json is not there"),
+        ({"train.teachers": "[flipped]"}, 4, "step-000004/model.safetensors is damaged"),
+        ({"train.teachers": "[vast]"}, 4, "lacks weights"),
     ],
 )
 def test_what_cannot_teach_is_refused_in_one_line(
     here: Path, tmp_path: Path, changes: dict[str, object], status: int, said: str
 ) -> None:
     folder = copied(here, tmp_path / "run")
+    for name in ("flipped", "vast"):
+        found = shutil.copytree(
+            folder / "runs/tiny/checkpoints/step-000004", folder / "runs" / name / "checkpoints/step-000004"
+        )
+        shutil.copytree(folder / "runs/tiny/tokenizer", folder / "runs" / name / "tokenizer")
+        changes = {
+            key: str(value).replace(f"[{name}]", f"[{found.relative_to(folder)}]") for key, value in changes.items()
+        }
+    flipped, vast = (folder / f"runs/{name}/checkpoints/step-000004" for name in ("flipped", "vast"))
+    weights = bytearray((flipped / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (flipped / "model.safetensors").write_bytes(weights)
+    config = json.loads((vast / "config.json").read_text())
+    (vast / "config.json").write_text(json.dumps(config | {"intermediate_size": 1 << 24, "num_hidden_layers": 200}))
     recipe = write_recipe(folder, folder / "text.txt", **{"run": "pupil", "train.steps": 4} | changes)
     found = run(train(recipe), folder)
     assert (found.status, len(found.err.splitlines())) == (status, 1) and said in found.err, found.err
+
+
+def test_a_finished_run_needs_its_teachers_no_more(here: Path, tmp_path: Path) -> None:
+    folder = copied(here, tmp_path / "run")
+    recipe = write_recipe(folder, folder / "text.txt", **TAUGHT, **{"train.steps": 4})
+    assert run(train(recipe), folder).status == 0
+    shutil.rmtree(folder / "runs/wide")
+    again = run(train(recipe), folder)
+    assert again.status == 0 and "is finished" in again.out, again.err
+
+
+@pytest.mark.parametrize("key", ["train.teachers", "model.from"])
+def test_machines_that_hold_others_are_refused(here: Path, tmp_path: Path, key: str) -> None:
+    """Each of two machines has a folder of its own, with another run under the name of the teacher."""
+    disks = [copied(here, tmp_path / f"disk{rank}") for rank in range(2)]
+    other = {"run": "other", "train.steps": 5}
+    assert run(train(write_recipe(disks[1], disks[1] / "text.txt", **other)), disks[1]).status == 0
+    shutil.rmtree(disks[1] / "runs/tiny")
+    (disks[1] / "runs/other").rename(disks[1] / "runs/tiny")
+    changes = {
+        "run": "pupil",
+        "train.steps": 4,
+        key: "runs/tiny/newest",
+        "text.cache": "cache",
+        "text.files": "[text.txt]",
+    }
+    recipe = write_recipe(tmp_path, Path("text.txt"), **changes)
+
+    def act() -> None:
+        os.chdir(disks[int(os.environ["RANK"])])
+        train(recipe)()
+
+    found = run_group(act, tmp_path, 2, node=1)
+    assert [each.status for each in found] == [6, 6], [each.err for each in found]
+    assert "process 1 has" in found[0].err and "give every machine the same files" in found[0].err
 
 
 def test_a_model_of_ones_own_has_no_teacher(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

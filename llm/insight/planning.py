@@ -6,6 +6,8 @@ tests/benchmarks/README.md, so that it is right within a factor of two; `probe` 
 
 import contextlib
 import math
+import os
+import re
 import signal
 import statistics
 import tempfile
@@ -19,7 +21,7 @@ from llm.base.constants import CHUNK_NUMBERS
 from llm.base.durations import readable
 from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
 from llm.config.resolving import cpu_micro_batch, with_steps
-from llm.config.schema import MIN_VOCAB_SIZE, Model, Recipe, Text
+from llm.config.schema import MIN_VOCAB_SIZE, STEP, Model, Recipe, Text
 from llm.data.sources import sources_of
 from llm.data.text_files import packed_as
 from llm.insight.cards import GIB, Device
@@ -151,9 +153,11 @@ def _shape_of(key: str, name: str, like: Model) -> tuple[Model, int]:
     That is a model folder, or a run, also as its `best` or `newest`: all of its checkpoints have one shape.
     """
     folder = atomic_io.expanded(name)
-    if not (folder / "config.json").exists():
-        run = folder.parent if folder.name in ("best", "newest") else folder
-        if (found := next(run.glob("checkpoints/*/config.json"), None)) is None:
+    if not os.path.exists(folder / "config.json"):  # noqa: PTH110  # pathlib raises where a name is too long
+        run = folder.parent if re.fullmatch(f"best|newest|{STEP}", folder.name) else folder
+        places = [each for each in (Path("runs") / run, run) if os.path.isdir(each)]  # noqa: PTH112
+        found = next((config for each in places for config in each.glob("checkpoints/*/config.json")), None)
+        if found is None:
             raise RecipeError(
                 f"{key} = {folder} is not there: name a model folder with config.json, or a run, trained first"
             )

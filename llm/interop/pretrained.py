@@ -4,6 +4,7 @@ Features that our model lacks (scaled rotary positions, biases, sliding windows,
 name, never ignored, and so is a folder that could be read in two ways.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -34,11 +35,18 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def folder_of(name: str) -> Path:
-    """The model folder that model.from names; of a run, as runs/NAME or runs/NAME/best, that of its checkpoint."""
+    """The model folder that model.from names; of a run, as runs/NAME or runs/NAME/best, that of its checkpoint.
+
+    RecipeError where there is no such run, or it has no checkpoint.
+    """
     path = atomic_io.expanded(name)
-    if (path / "config.json").exists() or not ((path / "checkpoints").is_dir() or path.name in ("best", "newest")):
+    of_run = path.name in ("best", "newest") or checkpoint.step_of(path.name) >= 0
+    # pathlib raises where a name is too long.
+    if os.path.exists(path / "config.json") or not (os.path.isdir(path / "checkpoints") or of_run):  # noqa: PTH110, PTH112
         return path
     run, which = loaded_run.find(str(path))
+    if which.startswith("step-"):
+        return checkpoint.folder_of(run, checkpoint.step_of(which))
     found = checkpoint.best(run, warn=warn) if which == "best" else None
     found = found or checkpoint.newest(run, warn)
     assert found is not None, "find refuses a run without a checkpoint"
@@ -66,15 +74,20 @@ def shaped(recipe: Recipe) -> Recipe:
         said = getattr(shape, name)
         if said not in (value, getattr(plain, name), getattr(resolved, name)):
             raise RecipeError(f"model.{name} = {said}, but {shape.from_} has {value}: leave it out")
-    most = config["max_position_embeddings"]
-    ours = (atomic_io.expanded(recipe.model.from_) / checkpoint.MANIFEST).is_file()  # and rotates any position
-    if shape.context > most and not ours:
-        raise RecipeError(f"model.context = {shape.context} is more than the {most} tokens of {shape.from_}")
     recipe = resolve(replace(recipe, model=replace(shape, **theirs)))
-    there = sum(path.stat().st_size for path in atomic_io.expanded(str(shape.from_)).glob("*.safetensors"))
-    if (numbers := parameters(recipe.model, config["vocab_size"])) > there:  # before memory is allocated for them
-        raise RefusedError(f"{shape.from_} lacks weights: {there:,} bytes of safetensors only for {numbers:,} numbers")
+    refuse_unfit(recipe.model, atomic_io.expanded(str(shape.from_)), config)
     return recipe
+
+
+def refuse_unfit(shape: Model, folder: Path, config: dict[str, Any]) -> None:
+    """Before memory is allocated: RecipeError or RefusedError if the folder's model cannot be one of this shape."""
+    most = config["max_position_embeddings"]
+    ours = (folder / checkpoint.MANIFEST).is_file()  # and rotates any position
+    if shape.context > most and not ours:
+        raise RecipeError(f"model.context = {shape.context} is more than the {most} tokens of {folder}")
+    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if (numbers := parameters(shape, config["vocab_size"])) > there:
+        raise RefusedError(f"{folder} lacks weights: {there:,} bytes of safetensors only for {numbers:,} numbers")
 
 
 def prepare_for(
@@ -117,8 +130,10 @@ def ready(
 def load(folder: Path, into: dict[str, LocalShard]) -> str:
     """Copy this process's rows of the folder's weights, of any floating type; return a digest of their files.
 
-    RefusedError where a tensor is missing, left over, or of another shape.
+    RefusedError where a tensor is missing, left over, or of another shape, or a checkpoint of ours is damaged.
     """
+    if (folder / checkpoint.MANIFEST).is_file():
+        checkpoint.open_checkpoint(folder)
     names = _files(folder)
     wanted, heads = dict(into), []
     for name in names:

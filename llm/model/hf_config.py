@@ -1,5 +1,6 @@
 """config.json of a Qwen3 or Llama folder, ours or foreign: every field is either obeyed by our model or refused."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ OURS: dict[str, tuple[Any, ...]] = {
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, completed by its family's defaults. RefusedError names a field that our model does not support."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  # pathlib raises where a name is too long
         raise RecipeError(f"{path} is not there: name a model folder with config.json and safetensors")
     config = atomic_io.read_json(path, most_bytes=1 << 20)
     if not isinstance(config, dict):

@@ -153,7 +153,10 @@ class Checkpoints:
         RefusedError if the checkpoint has another science half, text or tokenizer.
         """
         recipe, found = self.context.recipe, self._newest()
-        self.taught_by, self.teachers = teachers.load(self.context)
+        if found is not None and 0 < recipe.train.steps <= found.step:  # nothing is left to learn
+            self.teachers = found.manifest.get("teachers", [])
+        else:
+            self.taught_by, self.teachers = teachers.load(self.context)
         if self.taught_by:
             self.state.model.teachers = tuple(self.taught_by)
         self.identity = self._identify(found)

@@ -137,6 +137,9 @@ def _run(context: RunContext, until: int) -> None:
     trainer = Trainer(context, stop_at=until)
     with coordinator.error_barrier():
         trainer.checkpoints.resume()
+    with coordinator.error_barrier():
+        began = {"began from": trainer.checkpoints.parent, "teachers": trainer.checkpoints.teachers}
+        coordinator.agree("weights", began, "give every machine the same files")
     step = trainer.state.step
     if trainer.length.plan and step >= trainer.steps and not trainer.owes_evaluation:
         process.say(

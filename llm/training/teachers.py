@@ -4,13 +4,16 @@ Knowledge distillation (Hinton, Vinyals and Dean, "Distilling the knowledge in a
 the same batch as the run, so nothing is stored, and what it says follows from the recipe and its weights alone.
 """
 
-from llm.base.errors import RecipeError, RefusedError
+from functools import partial
+
+from llm.base.errors import GroupError, RecipeError, RefusedError
 from llm.config.schema import Model
 from llm.distributed.sharding import local_shard
 from llm.interop import pretrained
 from llm.model.hf_config import FIELDS, read_config, read_family
 from llm.model.transformer import Transformer
 from llm.training.context import RunContext
+from llm.training.memory import within_memory
 
 SHARE = 0.6  # of each target while the rate is full. It falls with the rate: in the end the run knows better.
 
@@ -24,19 +27,33 @@ def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
         raise RecipeError("train.teachers is for the model of this project: leave it out beside model=")
     models, digests = [], []
     for name in context.recipe.train.teachers:
-        folder = pretrained.folder_of(name)
-        config = read_config(folder)
-        if pretrained.tokenizer_of(folder, config).fingerprint != context.tokenizer.fingerprint:
-            mend = "say model.from or tokenizer.path so that both have the same, or train it again on this text"
-            raise RefusedError(f"train.teachers: {name} has another tokenizer than this run: {mend}")
-        sizes = {key: config[field] for key, field in FIELDS.items()}
-        shape = Model(context=context.recipe.model.context, **sizes)
-        with context.device:
-            model = Transformer(shape, context.tokenizer.vocab_size, family=read_family(folder)).requires_grad_(False)
-        weights = {each: local_shard(weight) for each, weight in model.named_parameters()}
-        digests.append(pretrained.load(folder, weights))
-        models.append(model)
+        try:
+            found = within_memory(partial(_load, name, context))
+        except (RecipeError, RefusedError) as error:
+            raise type(error)(f"train.teachers: {error}") from None
+        if found is None:
+            raise GroupError(f"train.teachers: no memory for {name}: leave it out, or name a smaller one")
+        models.append(found[0])
+        digests.append(found[1])
     return models, digests
+
+
+def _load(name: str, context: RunContext) -> tuple[Transformer, str]:
+    folder = pretrained.folder_of(name)
+    config = read_config(folder)
+    if pretrained.tokenizer_of(folder, config).fingerprint != context.tokenizer.fingerprint:
+        mend = "say model.from or tokenizer.path so that both have the same, or train it again on this text"
+        raise RefusedError(f"{name} has another tokenizer than this run: {mend}")
+    sizes = {key: config[field] for key, field in FIELDS.items()}
+    shape = Model(context=context.recipe.model.context, **sizes)
+    pretrained.refuse_unfit(shape, folder, config)
+    with context.device:
+        model = Transformer(shape, context.tokenizer.vocab_size, family=read_family(folder)).requires_grad_(False)
+    weights = {each: local_shard(weight) for each, weight in model.named_parameters()}
+    digest = pretrained.load(folder, weights)
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise RefusedError(f"{name} has weights that are not finite")
+    return model, digest
 
 
 def refuse_others(named: tuple[str, ...], found: list[str], recorded: list[str]) -> None:
