@@ -35,7 +35,8 @@ GPU_SHAPES = {
     "large": (8, ["train.tokens_per_step=65536"]),
 }
 PLAIN = ["text.files=[wiki-leads]", "evaluate.every=100k", "checkpoint.every=100k", "evaluate.prompts=[]", "tracking.every=1",
-         "train.optimizer=adamw", "train.learning_rate=1e-3", "train.weight_decay=0.1", "model.dropout=0", "train.warmup=0", "train.decay=0", "train.document_mask=false"]  # fmt: skip
+         "train.optimizer=adamw", "train.learning_rate=1e-3", "train.weight_decay=0.1", "model.dropout=0", "train.warmup=0", "train.decay=0", "train.document_mask=false",
+         "train.sampled_softmax=0", "train.shallow=0"]  # fmt: skip
 WHO = {
     "ours": ["machine.compile=false"],
     "ours, compiled": ["machine.compile=true"],
