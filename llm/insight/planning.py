@@ -96,7 +96,7 @@ class Plan:
             return 0.0
         shape, train = self.recipe.model, self.recipe.train
         train = replace(train, steps=self.steps, shallow=0 if self.recipe.from_ else train.shallow)
-        also = taught(self.recipe)[1]
+        also = teachers_cost(self.recipe)[1]
         # Of the steps whose speed is known.
         each = cost.flops_per_token(shape, cost.covered(train, self.vocab_size)) + also
         evaluated = -(-self.steps // self.recipe.evaluate.every) * self.validation_tokens / FORWARD
@@ -166,7 +166,7 @@ def _shape_of(key: str, name: str, like: Model) -> tuple[Model, int]:
     return replace(like, **{key: config[field] for key, field in hf_config.FIELDS.items()}), config["vocab_size"]
 
 
-def taught(recipe: Recipe) -> tuple[int, int]:
+def teachers_cost(recipe: Recipe) -> tuple[int, int]:
     """Bytes of the weights of train.teachers, and FLOPs of their forward passes for each token."""
     found = [_shape_of("train.teachers", name, recipe.model) for name in recipe.train.teachers]
     weights = sum(4 * cost.parameters(shape, pieces) for shape, pieces in found)
@@ -205,7 +205,7 @@ def step_memory(recipe: Recipe, device: Device, micro_batch: int) -> cost.StepMe
         return found
     # Beside the weights, chunks of logits in fp32: of a teacher, of their mean and of the gradient.
     chunks = 12 * CHUNK_NUMBERS["cuda" if device.cuda else "cpu"]
-    return replace(found, peak=found.peak + taught(recipe)[0] + chunks)
+    return replace(found, peak=found.peak + teachers_cost(recipe)[0] + chunks)
 
 
 def in_half(recipe: Recipe, device: Device) -> bool:
@@ -292,7 +292,9 @@ def bytes_per_token(vocab_size: int) -> float:
 def tabulated_speed(recipe: Recipe, device: Device) -> float:
     """Tokens per second by the device's figures, within a factor of two or so; 0 where they are unknown."""
     shape, half = recipe.model, in_half(recipe, device)
-    flops = cost.flops_per_token(shape, cost.covered(recipe.train, recipe.tokenizer.vocabulary)) + taught(recipe)[1]
+    flops = (
+        cost.flops_per_token(shape, cost.covered(recipe.train, recipe.tokenizer.vocabulary)) + teachers_cost(recipe)[1]
+    )
     again = 4 / 3 if recipe.machine.recompute else 1.0
     peak = device.half if half else device.single
     if not peak:
@@ -366,7 +368,7 @@ def lines(plan: Plan) -> list[str]:
         f"memory of a step: {size(memory.peak)} at its peak{room_for} ({plan.device.name}): weights "
         f"{size(memory.weights)}, gradients {size(memory.gradients)}, moments {size(memory.moments)}, activations "
         f"{size(memory.activations)}, logits {size(memory.logits)}"
-        + (f", teachers {size(taught(recipe)[0])}" if train.teachers else "")
+        + (f", teachers {size(teachers_cost(recipe)[0])}" if train.teachers else "")
         + (f"; and {size(plan.copy_bytes)} of main memory to write checkpoints from" if plan.copy_bytes else ""),
     ]
     windows = f"{plan.micro_batch:,} of the {recipe.windows_per_step:,} windows of {shape.context:,} tokens of a step"

@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         self.shape, self.family = shape, family
         self.sampled: Sampled | None = None  # what the softmax covers where gradients are wanted; None: all pieces
         self.teachers: tuple[Transformer, ...] = ()  # whose probabilities are learnt too; no part of this model
-        self.taught = 0.0  # with which share of each target
+        self.teachers_share = 0.0  # of each target
         self.model = Decoder(shape, vocab_size, seed, shard_module, family)
         self.lm_head = nn.Linear(shape.dim, vocab_size, bias=False)
         if shape.tied:
@@ -315,7 +315,7 @@ class Transformer(nn.Module):
         if self.teachers:
             with torch.no_grad():
                 states = [each.model(tokens, None, None, segments).flatten(0, 1) for each in self.teachers]
-            teachers = Teachers(states, [each.lm_head.weight for each in self.teachers], self.taught)
+            teachers = Teachers(states, [each.lm_head.weight for each in self.teachers], self.teachers_share)
         return cross_entropy_sum(hidden, self.lm_head.weight, targets.flatten(), self.sampled, teachers)
 
     def logits(self, tokens: Tensor, cache: Cache | None = None, last: Tensor | None = None) -> Tensor:
