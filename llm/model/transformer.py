@@ -173,6 +173,7 @@ class Block(nn.Module):
     ) -> Tensor:
         attention, mlp = self.self_attn, self.mlp
         learns = cache is None and torch.is_grad_enabled() and x.device.type == "cpu"
+        learns = learns and not torch.compiler.is_compiling()  # a compiler fuses the modules better than we do
         if learns and type(attention) is Attention and isinstance(attention.q_norm, RMSNorm):
             attended = attention.forward_fused(x, self.input_layernorm, cos, sin, mask)
         else:
