@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from llm.config.reading import load
-from llm.distributed.host_memory import keep_freed
 from llm.distributed.sharding import Sharding
 from llm.model import cost
 from llm.training.resume import Checkpoints
@@ -44,7 +43,6 @@ def peaks(folder: Path, recipe: Path, world: int, shard: Literal["none", "full"]
         def measured(self: Trainer, *arguments: object, **keywords: object) -> None:
             # What is freed goes back at once: counted is what is held, not what the C library keeps for later, nor the
             # holes between what it cut from its heap (by which one of four ranks or another held 60 MB more).
-            keep_freed(False)
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
             # Before counting: what a first backward pass makes, and the engine's code (90 MB), imported at its first use.
             layer: torch.nn.Module = torch.nn.Linear(8, 8)

@@ -29,7 +29,7 @@ from llm.base.errors import GroupError, RecipeError, RefusedError
 from llm.config.resolving import cpu_micro_batch
 from llm.config.schema import Recipe, flat
 from llm.distributed import coordinator as coordination
-from llm.distributed import host_memory, process, threads
+from llm.distributed import process, threads
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.exchange import BUCKET_MB
 
@@ -134,8 +134,6 @@ def resolve_settings(recipe: Recipe, shard: Any, run: Path, coordinator: Coordin
     known = _known(run / RECORD)
     torch.set_num_threads(threads_of(recipe, known))
     threads.yield_to_neighbours()
-    if not has_accelerator():
-        host_memory.keep_freed()
     names = ("fp32", "bf16", "fp16")
     recorded = known.get("precision") if recipe.machine.precision == "auto" else None
     mine = names.index(recorded or precision_of(recipe)) if process.rank() == 0 else 0
@@ -276,7 +274,6 @@ def as_it_was() -> Iterator[None]:
             elif os.environ.get(name) != environment[name]:
                 os.environ[name] = environment[name]
         torch.set_num_threads(threads)
-        host_memory.keep_freed(False)
         torch.set_deterministic_debug_mode(strict)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         for number, handler in handlers.items():

@@ -1,6 +1,5 @@
-"""The memory that this machine can still give to this process, by Linux's own figures, and what it keeps of it."""
+"""The memory that this machine can still give to this process, by Linux's own figures."""
 
-import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,21 +8,6 @@ from pathlib import Path
 from llm.distributed.threads import control_groups
 
 KIB = 1024
-# Of glibc's mallopt, from malloc.h: a parameter's number, its value here, and its default.
-KEEPING = {"M_MMAP_MAX": (-4, 0, 65536), "M_TRIM_THRESHOLD": (-1, -1, 128 * KIB)}
-
-
-def keep_freed(keep: bool = True) -> None:
-    """Let the C library keep the memory that tensors leave, or, as it usually does, return it at once.
-
-    Each step takes the same memory again, and the kernel clears every new page: 3 to 7 % of a step on a CPU.
-    """
-    with suppress(AttributeError, OSError, TypeError):  # not glibc
-        library = ctypes.CDLL(None)
-        for parameter, kept, default in KEEPING.values():
-            library.mallopt(parameter, kept if keep else default)
-        if not keep:
-            library.malloc_trim(0)
 
 
 def has_room(size: int, processes: int = 1) -> bool:
