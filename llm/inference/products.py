@@ -8,7 +8,6 @@ sums are of integers, hence exact; each row of the input is scaled by its own la
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import mkldnn
 
@@ -66,20 +65,19 @@ class Int8Product(Product):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a later torch will make the quantized tensor in another way
-                wide = torch.quantize_per_channel(F.pad(weight, (0, 2)), scales, zeros, 0, torch.qint8)
+                wide = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
             self.weight = torch.ops.quantized.linear_prepack(wide, None)
         finally:
             torch.backends.quantized.engine = before
-        self.edges = torch.tensor([[1.0, -1.0]])
 
     def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The product of x over its rows' largest values, and those (B, 1).
 
-        The kernel rounds by the range of all its input: two columns, which meet weights of zero, fix that at -1 to 1.
+        The inputs' range is given, -1 to 1: a kernel that measures it would round a row by its neighbours.
         """
         top = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
-        inputs = torch.cat((x / top, self.edges.expand(len(x), 2)), 1)
-        return torch.ops.quantized.linear_dynamic(inputs, self.weight, False), top
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return product(x / top, 2 / 255, 128, self.weight), top
 
     def __call__(self, x: Tensor) -> Tensor:
         y, top = self.scaled(x)
