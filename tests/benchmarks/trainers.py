@@ -2,6 +2,7 @@
 
     python tests/benchmarks/trainers.py [--shapes quickstart classic small] [--precision bf16]
     python tests/benchmarks/trainers.py --gigabytes 12 --precision bf16 --shapes small medium large     # on a GPU, held to so much of it
+    python tests/benchmarks/trainers.py --nanogpt CLONE --nanochat CLONE     # their own models and optimizers too: peers.py
 
 Both train Qwen3's architecture with fused AdamW from the same windows of the packaged text, without dropout, evaluation or
 checkpoints, across documents; each in processes of its own, in turn. A step's time is the median of its run without the first
@@ -44,6 +45,7 @@ WHO = {
     "ceiling": [],
     "ours, Muon": ["machine.compile=true", "train.optimizer=muon", "train.learning_rate=0.02"],
 }
+PEERS = ("nanogpt", "nanochat")
 # Runs a script held to so many gigabytes of the card (0: a CPU) and says how much of it was taken.
 HELD = """
 import runpy, sys, torch
@@ -177,6 +179,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=["quickstart", "classic", "small"])
     parser.add_argument("--who", nargs="*", default=list(WHO), choices=list(WHO))
     parser.add_argument("--gigabytes", type=float, default=0, help="train on a GPU, held to so much of its memory")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", type=Path, help="a clone of its source; on a CPU only")
     parser.add_argument("--steps", type=int, default=0, help="of each run, instead of what its shape says")
     parser.add_argument("--only", choices=["ours", "theirs", "ceiling"])
     parser.add_argument("rest", nargs="*")
@@ -188,7 +192,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for shape in given.shapes:
             steps, changes = (GPU_SHAPES if given.gigabytes else SHAPES)[shape]
-            found: dict[str, list[dict[str, Any]]] = {who: [] for who in given.who}
+            clones = {peer: str(clone.resolve()) for peer in PEERS if (clone := getattr(given, peer))}
+            found: dict[str, list[dict[str, Any]]] = {who: [] for who in [*given.who, *clones]}
             for _ in range(given.rounds):
                 for who, results in found.items():
                     line = [
@@ -200,6 +205,8 @@ def main() -> None:
                         who.split(",")[0],
                         "--",
                     ]
+                    if who in clones:
+                        line = [sys.executable, str(Path(__file__).with_name("peers.py")), "--speed", who, clones[who]]
                     line += [
                         str(ROOT / f"recipes/{shape}.yaml"),
                         *PLAIN,
@@ -207,7 +214,7 @@ def main() -> None:
                         f"train.steps={given.steps or steps}",
                     ]
                     line += [f"machine.precision={given.precision}", f"text.cache={folder}/cache"]
-                    line += [f"run={shape}-{len(results)}-{who.replace(', ', '-')}", *WHO[who]]
+                    line += [f"run={shape}-{len(results)}-{who.replace(', ', '-')}", *WHO.get(who, [])]
                     done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
                     results.append(json.loads(done.stdout.splitlines()[-1]))
             for who, results in found.items():
@@ -215,8 +222,8 @@ def main() -> None:
                 others = {k: v for k, v in results[-1].items() if k != "tokens_per_second"}
                 numbers = f"{min(speeds):10,.0f}{statistics.median(speeds):10,.0f}{max(speeds):10,.0f}"
                 print(f"{shape + ', ' + who:36}{numbers}   {others}")
-            for who, other in product(("ours", "ours, compiled"), ("theirs", "ceiling")):
-                if not {who, other} <= set(given.who):
+            for who, other in product(("ours", "ours, compiled", "ours, Muon"), ("theirs", *PEERS, "ceiling")):
+                if not {who, other} <= set(found):
                     continue
                 pairs = zip(found[who], found[other], strict=True)
                 ratio = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
