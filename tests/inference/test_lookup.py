@@ -68,6 +68,23 @@ def test_guesses_change_no_token(sampling: Sampling, int8: bool, wrong: set[int]
         assert said(model, prompt, sampling) == expected
 
 
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
+def test_int8_reads_a_text_alike_in_any_row_beside_any_other(length: int) -> None:
+    """Short ones by its own weights, long ones by the model's."""
+    model = tiny.transformer(vocabulary=64, context=CONTEXT).eval()
+    prepare(model, int8=True)
+    texts = [tiny.ids(size, seed=size, vocabulary=64).tolist() for size in (length, 20, 50)]
+    alone = [token for (token,) in generate(model, texts[:1], 20, SAMPLED, 3)]
+    together = [row[0] for row in generate(model, texts, 20, SAMPLED, 3)]
+    assert alone == together
+    with torch.no_grad():
+        first, last = (Slots(model, 3, CONTEXT).join(row, texts[0]) for row in (0, 2))
+        whole = model.logits(torch.tensor([texts[0]]))[0, -1]
+    assert torch.equal(first, last)
+    assert torch.equal(first, PREPARED[model].read(texts[0])[-1]) == (length <= 32)
+    torch.testing.assert_close(first, whole, atol=0.05 * whole.abs().max().item(), rtol=0)
+
+
 @torch.no_grad()
 def test_the_logits_after_a_guess_are_those_of_a_step_to_the_bit(counted: list[int]) -> None:
     model = tiny.transformer(vocabulary=64, context=CONTEXT).eval()
