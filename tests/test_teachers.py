@@ -9,12 +9,15 @@ import pytest
 
 import llm
 from llm.base.errors import RecipeError
+from llm.config.schema import Train
+from llm.training import teachers
 from tests.examples.relu_squared import relu_squared
 from tests.forks import digest, run, run_group, train, write_recipe, write_text
 
 TAUGHT = {
     "run": "pupil",
     "train.teachers": "[runs/tiny/best, runs/wide/newest]",
+    "train.teachers_last": 0.3,
     "checkpoint.every": 1,
     "checkpoint.keep": 9,
 }
@@ -52,6 +55,13 @@ def test_stopped_it_ends_in_the_same_bits(here: Path, tmp_path: Path, world: int
     recipe = write_recipe(alone, alone / "text.txt", **changes | {"train.teachers": "[]"})
     assert all(each.status == 0 for each in run_group(train(recipe), alone, world))
     assert digest(alone, run="pupil") != digest(tmp_path / "whole", run="pupil")
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.6, 0.0), (0.9, 0.9), (0.2, 1.0)])
+def test_the_share_goes_from_the_first_to_the_last_as_the_rate_falls(first: float, last: float) -> None:
+    train_ = Train(steps=10, teachers=("x",), teachers_share=first, teachers_last=last)
+    shares = [teachers.share(train_, factor) for factor in (1.0, 0.5, 0.0)]
+    assert shares == pytest.approx([first, (first + last) / 2, last])
 
 
 def test_its_teachers_are_told_and_kept(here: Path, tmp_path: Path) -> None:

@@ -116,6 +116,15 @@ class Train:
     teachers: tuple[str, ...] = setting(
         "finished runs with the same pieces, as runs/NAME/best, whose probabilities are learnt beside the text", ()
     )
+    teachers_share: float = setting(
+        "share of the teachers in each target while the rate is full", 0.6, least=0, below=1.0001
+    )
+    teachers_last: float = setting(
+        "the same at the end, where the rate is zero: less where the run will know more than they do",
+        0.0,
+        least=0,
+        below=1.0001,
+    )
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"
     )

@@ -36,6 +36,8 @@ LATER_KEYS = {
     "train.sampled_softmax": 0,
     "train.shallow": 0,
     "train.teachers": [],
+    "train.teachers_share": 0.6,
+    "train.teachers_last": 0.0,
 }
 IDENTITY = "identity.json"  # in the run
 MANIFEST = "checkpoint.json"

@@ -7,7 +7,7 @@ the same batch as the run, so nothing is stored, and what it says follows from t
 from functools import partial
 
 from llm.base.errors import GroupError, RecipeError, RefusedError
-from llm.config.schema import Model
+from llm.config.schema import Model, Train
 from llm.distributed.sharding import local_shard
 from llm.interop import pretrained
 from llm.model.hf_config import FIELDS, read_config, read_family
@@ -15,7 +15,10 @@ from llm.model.transformer import Transformer
 from llm.training.context import RunContext
 from llm.training.memory import within_memory
 
-SHARE = 0.6  # of each target while the rate is full. It falls with the rate: in the end the run knows better.
+
+def share(train: Train, lr_factor: float) -> float:
+    """The share of the teachers in each target of a step, whose rate is full times `lr_factor`."""
+    return train.teachers_last + (train.teachers_share - train.teachers_last) * lr_factor
 
 
 def load(context: RunContext) -> tuple[list[Transformer], list[str]]:

@@ -98,7 +98,7 @@ class Trainer:
         """Do update `step`, counted from 0; mean loss (nats a token) and norm of the gradient, of the whole group."""
         self.state.model.sampled = self.softmax.at(step)
         if self.checkpoints.taught_by:
-            self.state.model.teachers_share = teachers.SHARE * self.length.lr_factor(step)
+            self.state.model.teachers_share = teachers.share(self.recipe.train, self.length.lr_factor(step))
         if self.recipe.train.shallow and self.context.parts.model is None:
             self.state.model.model.depth = self.depth(step)
         sums = self.micro_batches.accumulate(step, self.gradient_step.accumulate)

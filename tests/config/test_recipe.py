@@ -106,6 +106,8 @@ SCIENCE = {
     "train.sampled_softmax": "2048",
     "train.shallow": "50",
     "train.teachers": "[runs/other/best]",
+    "train.teachers_share": "90%",
+    "train.teachers_last": "0.5",
     "train.optimizer": "adamw",
     "train.learning_rate": "1e-3",
     "train.warmup": "5",
