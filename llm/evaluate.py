@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         "it prefers the good sentence of a pair; or tasks of lm-evaluation-harness.",
     )
     parser.add_run()
+    parser.add_mean()
     add = parser.add_argument
     add("--text", action="append", metavar="FILE", help="a text, glob or named text instead of the validation side")
     add("--alone", action="store_true", help="each document alone, as lm-eval reads them, not joined")
@@ -31,11 +32,13 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.int8 and (given.pairs or given.tasks):
         raise RecipeError("--int8 is for texts: leave out --pairs and --tasks")
+    if given.mean and given.tasks:
+        raise RecipeError("--tasks reads the folder of one run: leave out --mean")
     from llm.inference import scoring
     from llm.inference.fast_decode import prepare
-    from llm.run_folder.loaded_run import open_run
+    from llm.run_folder.loaded_run import open_mean
 
-    opened = open_run(given.run)
+    opened = open_mean(given.run, given.mean)
     if given.int8:
         prepare(opened.model, int8=True)
     print(f"run                   {opened.name}{', in int8' if given.int8 else ''}")

@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         "same: equal ids, logits equal to the bit in fp32, within a stated bound elsewhere.",
     )
     parser.add_run()
+    parser.add_mean()
     add = parser.add_argument
     add("--to", type=Path, metavar="FOLDER", help="default: exports/RUN, and the type where it is not fp32")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
@@ -36,14 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise RecipeError(f"--push = {given.push[:80]!r}: OWNER/NAME is expected")
     import torch
 
-    from llm.run_folder.loaded_run import find, open_run
+    from llm.run_folder.loaded_run import find, open_mean
 
     kind = given.gguf or given.dtype
     suffix = f"-gguf-{kind}" if given.gguf else "" if kind == "fp32" else f"-{kind}"
     target = given.to or Path("exports") / f"{find(given.run)[0].name}{suffix}"
     if target.exists():
         raise RecipeError(f"{target} is there already: remove it, or name another folder by --to")
-    opened = open_run(given.run, torch.device("cpu"))
+    opened = open_mean(given.run, given.mean, torch.device("cpu"))
     try:
         with draft_folder(target) as draft:
             for line in write_and_check(draft, opened, given):

@@ -24,6 +24,11 @@ class Parser(argparse.ArgumentParser):
         """Add the optional positional argument RUN."""
         self.add_argument("run", nargs="?", help=RUN_HELP)
 
+    def add_mean(self) -> None:
+        """Add the option --mean, which names other runs."""
+        what = "take the mean of the weights of RUN and of this run, which went on from one checkpoint; may be repeated"
+        self.add_argument("--mean", action="append", default=[], metavar="RUN", help=what)
+
     def add_number(self, flag: str, *, least: float = 0, most: float = inf, kind: type = int, **options: Any) -> None:
         """Add an option that takes a number of `kind` with least <= value <= most; RecipeError names the rule."""
         self.add_argument(flag, type=partial(checked, flag, kind=kind, least=least, most=most), **options)

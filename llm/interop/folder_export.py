@@ -40,6 +40,9 @@ def small_files(opened: LoadedRun, kind: str) -> dict[str, bytes]:
     """Card, configuration and tokenizer of the checkpoint, by name."""
     names = [name for name in opened.checkpoint.manifest["files"] if not name.endswith(".safetensors")]
     files = {name: (opened.checkpoint.folder / name).read_bytes() for name in names}
+    if opened.others:
+        told = f"The weights are {opened.name}. The table and the curve are of the first of them alone.\n\n| | |\n"
+        files["README.md"] = files["README.md"].replace(b"| | |\n", told.encode(), 1)
     dtype = str(DTYPES[kind]).removeprefix("torch.")
     return files | {"config.json": atomic_io.as_json(json.loads(files["config.json"]) | {"torch_dtype": dtype})}
 

@@ -1,7 +1,8 @@
 """Opens a run: finds its folder and a checkpoint, and loads recipe, tokenizer and model."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ class LoadedRun:
     tokenizer: Tokenizer
     model: Transformer
     checkpoint: Checkpoint
+    others: tuple[str, ...] = ()  # whose weights are in the mean that `model` has
 
     @property
     def name(self) -> str:
-        return f"{self.folder.name}/{self.checkpoint.folder.name}"
+        own = f"{self.folder.name}/{self.checkpoint.folder.name}"
+        return f"the mean of {', '.join([own, *self.others])}" if self.others else own
 
     @property
     def is_chat(self) -> bool:
@@ -82,6 +85,32 @@ def open_run(name: str | None, device: torch.device | None = None, runs: Path = 
         except (RefusedError, FileNotFoundError):
             if there <= set(checkpoint.folders(folder)):
                 raise  # otherwise training has replaced the checkpoint being read by a newer one
+
+
+@torch.no_grad()
+def open_mean(
+    name: str | None, others: Sequence[str], device: torch.device | None = None, runs: Path = RUNS
+) -> LoadedRun:
+    """A run whose weights are the mean of its own and those of `others`; of its own alone if there are none.
+
+    It is better than each of them if they went on from one checkpoint, with other seeds. RefusedError where a run has
+    another shape or other pieces.
+    """
+    first = open_run(name, device, runs)
+    sums = {name: p.double() for name, p in first.model.named_parameters()}
+    found = [open_run(each, device, runs) for each in others]
+    for other in found:
+        added = dict(other.model.named_parameters())
+        alike = {name: p.shape for name, p in added.items()} == {name: total.shape for name, total in sums.items()}
+        if not alike or other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            mend = "name runs that went on from one checkpoint"
+            raise RefusedError(f"{other.name} has another shape or other pieces than {first.name}: {mend}")
+        for name, total in sums.items():
+            total += added[name]
+    if others:
+        for name, p in first.model.named_parameters():
+            p.copy_(sums[name] / (1 + len(found)))
+    return replace(first, others=tuple(other.name for other in found))
 
 
 def _open(folder: Path, which: str, device: torch.device | None, new_model: Any) -> LoadedRun:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llm import export
@@ -65,6 +66,39 @@ def test_an_exported_folder_is_the_run(here: Path, tmp_path: Path, name: str, ar
     assert ("model.safetensors.index.json" in names) == ("--shard" in arguments) == ("model.safetensors" not in names)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")  # as it was written
     assert theirs.dtype == (torch.bfloat16 if "bf16" in arguments else torch.float32)
+
+
+def test_the_mean_of_runs_is_exported_and_scored(here: Path, tmp_path: Path) -> None:
+    recipe = {"run": "branch", "seed": 2, "model.context": 64, "train.tokens_per_step": 256, "train.steps": 5,
+              "tokenizer.terms": "[New York, founded]"}  # fmt: skip
+    assert run(train(write_recipe(here, here / "text.txt", **recipe)), here).status == 0
+    ended = exported(here, "tiny", "--mean", "branch", "--to", tmp_path / "out")
+    assert ended.status == 0 and "to the bit in fp32" in ended.out, ended.err
+    whole = load_file(tmp_path / "out/model.safetensors")
+    one, other = (dict(open_run(str(here / "runs" / name)).model.named_parameters()) for name in ("tiny", "branch"))
+    assert whole.keys() == one.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, (one[name] + other[name]) / 2, rtol=1e-6, atol=1e-7)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "the mean of tiny/step-000030, branch/step-000005" in card
+    scored = run(script("module:llm.evaluate", "tiny", "--mean", "branch"), here)
+    assert scored.status == 0 and "the mean of tiny/step-000030, branch/step-000005" in scored.out, scored.err
+    both = run(script("module:llm.evaluate", "tiny", "--mean", "tiny"), here)
+    alone = run(script("module:llm.evaluate", "tiny"), here)
+    assert both.out.splitlines()[1:] == alone.out.splitlines()[1:]  # of equals it is the same to the bit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "why"),
+    [
+        (("tiny", "--mean", "untied"), 4, "another shape or other pieces"),
+        (("tiny", "--mean", "nobody"), 2, "there is no run 'nobody'"),
+        (("tiny", "--mean", "tiny", "--tasks", "x"), 2, "leave out --mean"),
+    ],
+)
+def test_runs_that_have_no_mean_are_refused(here: Path, arguments: tuple[str, ...], status: int, why: str) -> None:
+    ended = run(script("module:llm.evaluate", *arguments), here)
+    assert ended.status == status and why in ended.err and len(ended.err.splitlines()) == 1
 
 
 def test_their_pipeline_goes_on_with_a_text(here: Path) -> None:
