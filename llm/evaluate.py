@@ -4,7 +4,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.base.command import Parser
+from llm.base.command import MEAN_HELP, Parser
 from llm.base.errors import RecipeError, run
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
         "it prefers the good sentence of a pair; or tasks of lm-evaluation-harness.",
     )
     parser.add_run()
-    parser.add_mean()
     add = parser.add_argument
+    add("--mean", action="append", default=[], metavar="RUN", help=MEAN_HELP)
     add("--text", action="append", metavar="FILE", help="a text, glob or named text instead of the validation side")
     add("--alone", action="store_true", help="each document alone, as lm-eval reads them, not joined")
     add("--yardsticks", action="store_true", help="also the bits per byte of gzip, xz and a byte 5-gram on that text")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.base.atomic_io import draft_folder
-from llm.base.command import Parser
+from llm.base.command import MEAN_HELP, Parser
 from llm.base.errors import RecipeError, RefusedError, run
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
         "same: equal ids, logits equal to the bit in fp32, within a stated bound elsewhere.",
     )
     parser.add_run()
-    parser.add_mean()
     add = parser.add_argument
+    add("--mean", action="append", default=[], metavar="RUN", help=MEAN_HELP)
     add("--to", type=Path, metavar="FOLDER", help="default: exports/RUN, and the type where it is not fp32")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
     parser.add_number("--shard", default=SHARD, least=1, metavar="BYTES", help="most bytes of a file (default 4 GiB)")

@@ -8,6 +8,7 @@ from typing import Any
 from llm.base.errors import RecipeError
 
 RUN_HELP = "name of a run, or RUN/step-N, RUN/newest; default: the best checkpoint of the last run"
+MEAN_HELP = "take the mean of the weights of RUN and of this one, which went on from one checkpoint; repeatable"
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,11 +24,6 @@ class Parser(argparse.ArgumentParser):
     def add_run(self) -> None:
         """Add the optional positional argument RUN."""
         self.add_argument("run", nargs="?", help=RUN_HELP)
-
-    def add_mean(self) -> None:
-        """Add the option --mean, which names other runs."""
-        what = "take the mean of the weights of RUN and of this run, which went on from one checkpoint; may be repeated"
-        self.add_argument("--mean", action="append", default=[], metavar="RUN", help=what)
 
     def add_number(self, flag: str, *, least: float = 0, most: float = inf, kind: type = int, **options: Any) -> None:
         """Add an option that takes a number of `kind` with least <= value <= most; RecipeError names the rule."""
