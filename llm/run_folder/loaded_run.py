@@ -97,20 +97,24 @@ def open_mean(
     another shape or other pieces.
     """
     first = open_run(name, device, runs)
-    sums = {name: p.double() for name, p in first.model.named_parameters()}
-    found = [open_run(each, device, runs) for each in others]
-    for other in found:
+    if not others:
+        return first
+    sums = {key: p.cpu().double() for key, p in first.model.named_parameters()}  # Apple's GPUs have no fp64
+    names = []
+    for each in others:
+        other = open_run(each, torch.device("cpu"), runs)
         added = dict(other.model.named_parameters())
-        alike = {name: p.shape for name, p in added.items()} == {name: total.shape for name, total in sums.items()}
+        alike = {key: p.shape for key, p in added.items()} == {key: total.shape for key, total in sums.items()}
+        alike = alike and other.model.family == first.model.family
         if not alike or other.tokenizer.fingerprint != first.tokenizer.fingerprint:
             mend = "name runs that went on from one checkpoint"
             raise RefusedError(f"{other.name} has another shape or other pieces than {first.name}: {mend}")
-        for name, total in sums.items():
-            total += added[name]
-    if others:
-        for name, p in first.model.named_parameters():
-            p.copy_(sums[name] / (1 + len(found)))
-    return replace(first, others=tuple(other.name for other in found))
+        for key, total in sums.items():
+            total += added[key]
+        names.append(other.name)
+    for key, p in first.model.named_parameters():
+        p.copy_(sums[key] / (1 + len(names)))
+    return replace(first, others=tuple(names))
 
 
 def _open(folder: Path, which: str, device: torch.device | None, new_model: Any) -> LoadedRun:

@@ -7,7 +7,8 @@
 
 It has the recipe's width, layers, heads, context, pieces, seed, steps and windows, and is measured on the same held-out text, in
 which its attention crosses documents, as it has no other. Its learning rates are its own times --rate, and everything else is its
-own as well: nanochat's rate falls over the last 65 %, nanoGPT's in a cosine. It prints its parameters, tokens a second and bits per byte.
+own as well, but for nanochat's weight decay, which is 0 unless --decay says otherwise: nanochat's rate falls over the last 65 %,
+nanoGPT's in a cosine. It prints its parameters, tokens a second and bits per byte.
 """
 
 import argparse
