@@ -12,7 +12,7 @@ from llm.base.errors import RecipeError
 from llm.config.schema import Train
 from llm.training import teachers
 from tests.examples.relu_squared import relu_squared
-from tests.forks import digest, run, run_group, train, write_recipe, write_text
+from tests.forks import digest, run, run_group, script, train, write_recipe, write_text
 
 TAUGHT = {
     "run": "pupil",
@@ -116,6 +116,17 @@ def test_what_cannot_teach_is_refused_in_one_line(
     recipe = write_recipe(folder, folder / "text.txt", **{"run": "pupil", "train.steps": 4} | changes)
     found = run(train(recipe), folder)
     assert (found.status, len(found.err.splitlines())) == (status, 1) and said in found.err, found.err
+
+
+@pytest.mark.parametrize("key", ["train.teachers", "model.from"])
+def test_a_run_and_what_was_exported_of_another_teach_each_other(here: Path, tmp_path: Path, key: str) -> None:
+    """Their tokenizers are read by two libraries, and have the same pieces."""
+    folder = copied(here, tmp_path / "run")
+    assert run(script("module:llm.export", "tiny", "--to", "exported"), folder).status == 0
+    changes = {"model.from": "runs/tiny/best", "train.teachers": "runs/tiny/best", key: "exported"}
+    changes |= {"run": "pupil", "train.steps": 4}
+    found = run(train(write_recipe(folder, folder / "text.txt", **changes)), folder)
+    assert found.status == 0 and f"teachers: {changes['train.teachers']}" in found.out, found.err
 
 
 def test_a_finished_run_needs_its_teachers_no_more(here: Path, tmp_path: Path) -> None:

@@ -182,6 +182,13 @@ class Tokenizer:
         """The bytes of text that this id stands for; empty for controls such as BOS."""
         return self._bytes[id]
 
+    def has_pieces_of(self, other: "Tokenizer") -> bool:
+        """True if each id stands for the same bytes in both, whatever library reads them. The unknown piece is none."""
+        if (self.vocab_size, self.bos) != (other.vocab_size, other.bos):
+            return False
+        odd = {id for id in range(self.vocab_size) if self.bytes_of(id) != other.bytes_of(id)}
+        return not odd - {*self.banned, *other.banned}
+
     def save(self, folder: Path, **about: Any) -> None:
         """Write tokenizer.model, tokenizer.vocab for people (piece, tab, score) and a manifest."""
         ids = list(range(self.vocab_size))

@@ -8,7 +8,7 @@ rows is one whose kernels round as those of 16 rows do.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -32,10 +32,13 @@ KNOWN = (Transformer, Decoder, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Emb
 
 
 def reach(length: int, context: int) -> int:
-    """Slots of the cache that a text of `length` tokens reads: 128, 256, 512 and so on, at most the context."""
-    slots = 128
+    """Slots of the cache that a text of `length` tokens reads: 32, 48, 64, 96, 128 and so on, at most the context.
+
+    Reading all of them would cost time, and a number for each length would part rows that can be read at once.
+    """
+    slots = 32
     while slots < length:
-        slots *= 2
+        slots += slots // 2 if slots & (slots - 1) == 0 else slots // 3
     return min(slots, context)
 
 
@@ -100,7 +103,7 @@ class FastDecoder:
         weights = self.embedding
         key = (self.shape, weights.shape, weights.dtype, self.normed, self.int8, torch.get_num_threads())
         if key not in self.known_widths:
-            cache = Cache(self.shape, SLOTS, reach(1, self.shape.context), weights.device, weights.dtype)
+            cache = Cache(self.shape, SLOTS, reach(128, self.shape.context), weights.device, weights.dtype)
             cache.both.copy_(torch.randn(cache.both.shape, generator=torch.Generator().manual_seed(0)))
             tokens = [row * 7 % len(weights) for row in range(SLOTS)]
             positions = [row * 11 % len(cache.slots) for row in range(SLOTS)]
@@ -112,11 +115,17 @@ class FastDecoder:
 
     @torch.inference_mode()
     def step(
-        self, cache: Cache, tokens: Sequence[int], positions: Sequence[int], rows: Sequence[int] | None = None
+        self,
+        cache: Cache,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        rows: Sequence[int] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Logits (N, V) after each of `tokens`, which is written into the cache at its position of its row.
 
-        By default these are the first rows, one token each. Several tokens of one row see those before them.
+        By default these are the first rows, one token each. Several tokens of one row see those before them. `wanted`
+        are the places among `tokens` after which alone there are logits.
         """
         count, rotated = len(tokens), self.heads + self.kv_heads
         grouped = (count, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
@@ -144,7 +153,7 @@ class FastDecoder:
             x = writes.added(x, (y[0] if len(y) == 1 else torch.cat(y)).reshape(count, -1))
             gate, up = gates.of_unit(x, self.least).chunk(2, dim=-1)
             x = down.added(x, F.silu(gate).mul_(up))
-        return self.head.of_unit(x, self.least)
+        return self.head.of_unit(x if wanted is None else x[wanted], self.least)
 
     @torch.inference_mode()
     def read(self, text: Sequence[int]) -> Tensor:
@@ -159,9 +168,11 @@ class FastDecoder:
         Kernels sum over all slots that they are given, so that their number shows in the last bits.
         """
         used = [reach(position + 1, self.shape.context) for position in positions]
-        is_one = len(set(rows)) == 1
+        # Tokens of one row have that row in common, single tokens the distance of their row from their place.
+        shared = {row for row, next_row in pairwise(rows) if row == next_row}
+        common = [(row in shared, row if row in shared else row - i) for i, row in enumerate(rows)]
         found = []
-        for (slots, *_), group in groupby(range(len(rows)), lambda i: (used[i], 0 if is_one else rows[i] - i)):
+        for (slots, (is_one, _)), group in groupby(range(len(rows)), lambda i: (used[i], common[i])):
             part = list(group)
             a, b, row = part[0], part[-1] + 1, rows[part[0]]
             here = cache.both[:, :, row : row + (1 if is_one else b - a), :, :slots]

@@ -113,10 +113,9 @@ def _advance(slots: Slots, texts: list[list[int]], rows: list[int], said: dict[i
     full = [row for row in rows if len(texts[row]) > context]
     going = {row: said[row] for row in rows if said and row not in full}
     found = dict(zip(going, slots.step(going), strict=True)) if going else {}
-    for row in rows:
-        if row not in found:
-            texts[row] = texts[row][-(context // 2) :] if row in full else texts[row]
-            found[row] = slots.join(row, texts[row])
+    for row in full:
+        texts[row] = texts[row][-(context // 2) :]
+    found |= slots.join({row: texts[row] for row in rows if row not in found})
     return torch.stack([found[row] for row in rows])
 
 

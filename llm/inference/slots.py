@@ -42,14 +42,29 @@ class Slots:
         self.lookups: dict[int, Lookup] = {}
         self.ahead: Ahead | None = None
 
-    def join(self, row: int, text: list[int]) -> Tensor:
-        """Read `text` into a row, in place of the one there; returns the logits (V,) after it."""
-        self.lengths[row], self.ahead = len(text), None
-        if self.fast is not None:
-            self.lookups[row] = Lookup(text)
-            if self.fast.int8 and len(text) <= SHORT:
-                return self.fast.step(self.cache, text, range(len(text)), [row] * len(text))[-1]
-        return prefill(self.model, self.cache.row(row), [text])[0]
+    def join(self, texts: dict[int, list[int]]) -> dict[int, Tensor]:
+        """Read a text into each of these rows, in place of the one there; returns the logits (V,) after each."""
+        self.ahead = None
+        for row, text in texts.items():
+            self.lengths[row] = len(text)
+            if self.fast is not None:
+                self.lookups[row] = Lookup(text)
+        is_int8 = self.fast is not None and self.fast.int8
+        short = {row: text for row, text in texts.items() if is_int8 and len(text) <= SHORT}
+        found = self._read(short) if short else {}
+        for row, text in texts.items():
+            if row not in found:
+                found[row] = prefill(self.model, self.cache.row(row), [text])[0]
+        return found
+
+    def _read(self, texts: dict[int, list[int]]) -> dict[int, Tensor]:
+        """The same for short texts by the decoder, in one step: its sums are of integers, whatever is beside a row."""
+        assert self.fast is not None
+        tokens = [token for text in texts.values() for token in text]
+        positions = [at for text in texts.values() for at in range(len(text))]
+        rows = [row for row, text in texts.items() for _ in text]
+        ends = torch.tensor([len(text) for text in texts.values()]).cumsum(0) - 1
+        return dict(zip(texts, self.fast.step(self.cache, tokens, positions, rows, ends), strict=True))
 
     @torch.no_grad()
     def step(self, tokens: dict[int, int]) -> Tensor:

@@ -225,12 +225,12 @@ def _advance(checkpoint: Checkpoint) -> dict[int, Token]:
     full = {row: job for row, job in jobs.items() if job.count == 0 or len(job.text) > context}
     going = {row: job.text[-1] for row, job in jobs.items() if row not in full}
     logits = dict(zip(going, slots.step(going), strict=True)) if going else {}
-    for row, job in full.items():
+    for job in full.values():
         if not job.count and job.echo and job.likeliest is not None:
             job.echoed = _echoed(checkpoint, job)
         if job.count:
             job.text = job.text[-(context // 2) :]
-        logits[row] = slots.join(row, job.text)
+    logits |= slots.join({row: job.text for row, job in full.items()})
     return _chosen(jobs, logits)
 
 

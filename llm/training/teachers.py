@@ -44,9 +44,9 @@ def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
 def _load(name: str, context: RunContext) -> tuple[Transformer, str]:
     folder = pretrained.folder_of(name)
     config = read_config(folder)
-    if pretrained.tokenizer_of(folder, config).fingerprint != context.tokenizer.fingerprint:
+    if not context.tokenizer.has_pieces_of(pretrained.tokenizer_of(folder, config)):
         mend = "say model.from or tokenizer.path so that both have the same, or train it again on this text"
-        raise RefusedError(f"{name} has another tokenizer than this run: {mend}")
+        raise RefusedError(f"{name} has another tokenizer than this run, with other pieces: {mend}")
     sizes = {key: config[field] for key, field in FIELDS.items()}
     shape = Model(context=context.recipe.model.context, **sizes)
     pretrained.refuse_unfit(shape, folder, config)

@@ -78,7 +78,7 @@ def test_int8_reads_a_text_alike_in_any_row_beside_any_other(length: int) -> Non
     together = [row[0] for row in generate(model, texts, 20, SAMPLED, 3)]
     assert alone == together
     with torch.no_grad():
-        first, last = (Slots(model, 3, CONTEXT).join(row, texts[0]) for row in (0, 2))
+        first, last = (Slots(model, 3, CONTEXT).join({row: texts[0]})[row] for row in (0, 2))
         whole = model.logits(torch.tensor([texts[0]]))[0, -1]
     assert torch.equal(first, last)
     assert torch.equal(first, PREPARED[model].read(texts[0])[-1]) == (length <= 32)
@@ -93,7 +93,7 @@ def test_the_logits_after_a_guess_are_those_of_a_step_to_the_bit(counted: list[i
     for known in ([*prompt, *following], []):
         counted.clear()
         slots = Slots(model, 1, CONTEXT)
-        slots.join(0, prompt)
+        slots.join({0: prompt})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Oracle, "known", known)
             slots.lookups[0] = Oracle(prompt)
@@ -106,10 +106,10 @@ def test_the_logits_after_a_guess_are_those_of_a_step_to_the_bit(counted: list[i
 def test_a_guess_for_a_text_is_none_for_the_next_in_its_place() -> None:
     model = tiny.transformer(vocabulary=64, context=CONTEXT).eval()
     fresh, used = Slots(model, 1, CONTEXT), Slots(model, 1, CONTEXT)
-    used.join(0, [5] * 9)
+    used.join({0: [5] * 9})
     used.step({0: 5})
     assert used.ahead is not None and used.ahead.guess[0] == 5
-    assert torch.equal(used.join(0, [7, 8]), fresh.join(0, [7, 8]))
+    assert torch.equal(used.join({0: [7, 8]})[0], fresh.join({0: [7, 8]})[0])
     assert torch.equal(used.step({0: 5}), fresh.step({0: 5}))
 
 

@@ -29,9 +29,12 @@ class Ear:
     def __init__(self, model: Any, rows: int) -> None:
         self.model = model
 
-    def join(self, row: int, text: list[int]) -> Tensor:
-        self.heard.append(list(text))
-        return torch.nn.functional.one_hot(torch.tensor(self.model.end), self.model.vocabulary).float()
+    def join(self, texts: dict[int, list[int]]) -> dict[int, Tensor]:
+        self.heard += [list(text) for text in texts.values()]
+        return {
+            row: torch.nn.functional.one_hot(torch.tensor(self.model.end), self.model.vocabulary).float()
+            for row in texts
+        }
 
 
 def askable(messages: list[Message]) -> list[Message]:

@@ -42,10 +42,11 @@ def text(length: int, seed: int = 0) -> list[int]:
 @given(
     place=st.integers(0, 15),
     lengths=st.dictionaries(st.integers(0, 15), st.integers(1, 290), max_size=15),
-    own=st.sampled_from([1, 5, 120, 126, 200, 254, 270]),
+    own=st.sampled_from([1, 5, 30, 120, 126, 200, 254, 270]),
+    together=st.booleans(),
 )
 def test_a_rows_bits_ignore_its_place_and_its_neighbours(
-    widths: tuple[int, ...], int8: bool, place: int, lengths: dict[int, int], own: int
+    widths: tuple[int, ...], int8: bool, place: int, lengths: dict[int, int], own: int, together: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_decode, "WIDTHS", widths)
@@ -55,11 +56,14 @@ def test_a_rows_bits_ignore_its_place_and_its_neighbours(
         single, shared = Slots(model, 1, own + 8), Slots(model, 16)
         if not widths:
             assert single.widths == [16]
-        expected = [single.join(0, alone)]
-        found = [shared.join(place, mine)]
+        expected = [single.join({0: alone})[0]]
         neighbours = {row: text(length, seed=row) for row, length in lengths.items() if row != place}
-        for row, said in neighbours.items():
-            shared.join(row, said)
+        if together:
+            found = [shared.join({**neighbours, place: mine})[place]]
+        else:
+            found = [shared.join({place: mine})[place]]
+            for row, said in neighbours.items():
+                shared.join({row: said})
         for step in range(6):
             expected.append(single.step({0: step})[0])
             rows = {row: step + row for row in neighbours if step < 5 or row % 2}  # some leave
