@@ -129,6 +129,29 @@ def test_a_run_and_what_was_exported_of_another_teach_each_other(here: Path, tmp
     assert found.status == 0 and f"teachers: {changes['train.teachers']}" in found.out, found.err
 
 
+@pytest.mark.parametrize("change", ["fewer", "swapped", "marks"])
+def test_an_exported_folder_of_other_pieces_is_refused(here: Path, tmp_path: Path, change: str) -> None:
+    folder = copied(here, tmp_path / "run")
+    assert run(script("module:llm.export", "tiny", "--to", "exported"), folder).status == 0
+    path = folder / "exported/tokenizer.json"
+    found = json.loads(path.read_text())
+    vocabulary, marks = found["model"]["vocab"], found["added_tokens"]
+    first, second = list(vocabulary)[-2:]
+    if change == "swapped":
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    elif change == "marks":
+        marks[-1]["content"], marks[-2]["content"] = marks[-2]["content"], marks[-1]["content"]
+    else:
+        del vocabulary[second]
+        found["model"]["merges"] = [
+            each for each in found["model"]["merges"] if "".join(each).replace(" ", "") != second
+        ]
+    path.write_text(json.dumps(found))
+    changes = {"run": "pupil", "train.steps": 4, "train.teachers": "exported"}
+    ended = run(train(write_recipe(folder, folder / "text.txt", **changes)), folder)
+    assert ended.status == 4 and "another tokenizer" in ended.err and len(ended.err.splitlines()) == 1, ended.err
+
+
 def test_a_finished_run_needs_its_teachers_no_more(here: Path, tmp_path: Path) -> None:
     folder = copied(here, tmp_path / "run")
     recipe = write_recipe(folder, folder / "text.txt", **TAUGHT, **{"train.steps": 4})

@@ -183,11 +183,13 @@ class Tokenizer:
         return self._bytes[id]
 
     def has_pieces_of(self, other: "Tokenizer") -> bool:
-        """True if each id stands for the same bytes in both, whatever library reads them. The unknown piece is none."""
-        if (self.vocab_size, self.bos) != (other.vocab_size, other.bos):
-            return False
-        odd = {id for id in range(self.vocab_size) if self.bytes_of(id) != other.bytes_of(id)}
-        return not odd - {*self.banned, *other.banned}
+        """True if each id but that of the unknown piece means the same in both, whatever library reads them."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        named = [[(each.bytes_of(id) or each.piece(id)) for id in range(each.vocab_size)] for each in (self, other)]
+        unknown = {getattr(each, "unknown", None) for each in (self, other)}
+        odd = {id for id, (mine, theirs) in enumerate(zip(*named, strict=False)) if mine != theirs}
+        return (self.vocab_size, self.bos) == (other.vocab_size, other.bos) and odd <= unknown
 
     def save(self, folder: Path, **about: Any) -> None:
         """Write tokenizer.model, tokenizer.vocab for people (piece, tab, score) and a manifest."""

@@ -21,6 +21,7 @@ from llm.inference.products import ENGINE, Int8Product, Product, unit
 from llm.model.transformer import MLP, Attention, Block, Cache, Decoder, RMSNorm, Transformer
 
 READ = 64  # tokens of one text at once
+GRAIN = 1 << 15  # numbers that torch leaves to one thread
 # Of a step: its first token and the one after the last, each layer's keys and values (N, K, L, E), the mask to add.
 Run = tuple[int, int, Sequence[Tensor], Sequence[Tensor], Tensor]
 
@@ -34,12 +35,20 @@ KNOWN = (Transformer, Decoder, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Emb
 def reach(length: int, context: int) -> int:
     """Slots of the cache that a text of `length` tokens reads: 32, 48, 64, 96, 128 and so on, at most the context.
 
-    Reading all of them would cost time, and a number for each length would part rows that can be read at once.
+    More would take time. More kinds of them would part rows whose attention is taken at once.
     """
-    slots = 32
-    while slots < length:
-        slots += slots // 2 if slots & (slots - 1) == 0 else slots // 3
-    return min(slots, context)
+    power = max(5, (length - 1).bit_length())  # 1 << power slots hold the text; perhaps three quarters of them do
+    enough = 3 << (power - 2)
+    return min(enough if length <= enough and power > 5 else 1 << power, context)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of x (N, ffn), so few rows at once that no thread begins within one.
+
+    What torch computes before a thread's end, short of a vector, differs in the last bit.
+    """
+    rows = max(1, GRAIN // x.shape[1])
+    return F.silu(x) if len(x) <= rows else torch.cat([F.silu(part) for part in x.split(rows)])
 
 
 def merged(norm: RMSNorm, *projections: nn.Linear) -> Tensor:
@@ -124,8 +133,8 @@ class FastDecoder:
     ) -> Tensor:
         """Logits (N, V) after each of `tokens`, which is written into the cache at its position of its row.
 
-        By default these are the first rows, one token each. Several tokens of one row see those before them. `wanted`
-        are the places among `tokens` after which alone there are logits.
+        By default these are the first rows, one token each. Several tokens of one row stand together, and see those
+        before them. `wanted` are the places among `tokens` after which alone there are logits.
         """
         count, rotated = len(tokens), self.heads + self.kv_heads
         grouped = (count, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
@@ -152,7 +161,7 @@ class FastDecoder:
             y = [F.scaled_dot_product_attention(q[a:b], k[layer], v[layer], attn_mask=m) for a, b, k, v, m in runs]
             x = writes.added(x, (y[0] if len(y) == 1 else torch.cat(y)).reshape(count, -1))
             gate, up = gates.of_unit(x, self.least).chunk(2, dim=-1)
-            x = down.added(x, F.silu(gate).mul_(up))
+            x = down.added(x, silu(gate).mul_(up))
         return self.head.of_unit(x if wanted is None else x[wanted], self.least)
 
     @torch.inference_mode()
@@ -168,11 +177,14 @@ class FastDecoder:
         Kernels sum over all slots that they are given, so that their number shows in the last bits.
         """
         used = [reach(position + 1, self.shape.context) for position in positions]
-        # Tokens of one row have that row in common, single tokens the distance of their row from their place.
-        shared = {row for row, next_row in pairwise(rows) if row == next_row}
-        common = [(row in shared, row if row in shared else row - i) for i, row in enumerate(rows)]
+        several = {row for row, following in pairwise(rows) if row == following}  # a row's tokens stand together
+
+        def kind(i: int) -> tuple[int, bool, int]:
+            """A token's reach, and its row, or else by how much its row is ahead of its place."""
+            return used[i], rows[i] in several, rows[i] if rows[i] in several else rows[i] - i
+
         found = []
-        for (slots, (is_one, _)), group in groupby(range(len(rows)), lambda i: (used[i], common[i])):
+        for (slots, is_one, _), group in groupby(range(len(rows)), kind):
             part = list(group)
             a, b, row = part[0], part[-1] + 1, rows[part[0]]
             here = cache.both[:, :, row : row + (1 if is_one else b - a), :, :slots]

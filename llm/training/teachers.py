@@ -46,7 +46,7 @@ def _load(name: str, context: RunContext) -> tuple[Transformer, str]:
     config = read_config(folder)
     if not context.tokenizer.has_pieces_of(pretrained.tokenizer_of(folder, config)):
         mend = "say model.from or tokenizer.path so that both have the same, or train it again on this text"
-        raise RefusedError(f"{name} has another tokenizer than this run, with other pieces: {mend}")
+        raise RefusedError(f"{name} has another tokenizer than this run: {mend}")
     sizes = {key: config[field] for key, field in FIELDS.items()}
     shape = Model(context=context.recipe.model.context, **sizes)
     pretrained.refuse_unfit(shape, folder, config)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm.inference.fast_decode import FastDecoder
+from llm.inference.fast_decode import FastDecoder, silu
 from llm.inference.generation import Sampling, choose, continuations, generate
 from llm.inference.slots import prefill
 from llm.model.transformer import Cache, Family, Transformer
@@ -229,3 +229,16 @@ def test_no_tokens_asked_for_is_no_text() -> None:
 def test_continuations_are_the_new_tokens_as_text() -> None:
     model = tiny.transformer()
     assert continuations(model, SPELLED, PROMPTS, 5, GREEDY) == [str(row) for row in rows(model, PROMPTS, 5)]
+
+
+def test_silu_of_a_row_ignores_the_rows_beside_it_with_any_number_of_threads() -> None:
+    x = torch.randn(45, 4088, generator=torch.Generator().manual_seed(0)).chunk(2, dim=-1)[0]
+    before = torch.get_num_threads()
+    for threads in (1, 3, before):
+        torch.set_num_threads(threads)
+        try:
+            found = [silu(x), silu(x[:19])]
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0][:19], found[1])
+        assert all(torch.equal(row, silu(one)) for row, one in zip(found[0][:, None], x[:, None], strict=True))

@@ -102,6 +102,12 @@ def test_the_logits_after_a_guess_are_those_of_a_step_to_the_bit(counted: list[i
     assert torch.equal(*found)
 
 
+def test_a_text_that_repeats_itself_takes_fewer_steps_than_tokens(counted: list[int]) -> None:
+    model = tiny.transformer(vocabulary=64, context=512).eval()
+    said = list(generate(model, [[1, 2, 3, 4] * 8], 200, Sampling(temperature=0)))
+    assert len(said) == 200 and len(counted) < 100
+
+
 @torch.no_grad()
 def test_a_guess_for_a_text_is_none_for_the_next_in_its_place() -> None:
     model = tiny.transformer(vocabulary=64, context=CONTEXT).eval()

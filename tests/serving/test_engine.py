@@ -21,7 +21,7 @@ from tests import tiny
 
 GREEDY, SAMPLED = Sampling(temperature=0), Sampling(temperature=1.0, top_p=0.9, min_p=0.01)
 PENALTY = Sampling(temperature=0.7, top_k=20, repetition_penalty=1.3)
-CONTEXT = 300  # several parts of the cache: 128, 256, 300
+CONTEXT = 300  # several parts of the cache: 32, 48, 64 ... 256, 300
 
 
 def model_of(seed: int = 0, context: int = CONTEXT, **keys: Any) -> Transformer:
