@@ -54,7 +54,7 @@ class Slots:
                 self.lookups[row] = Lookup(text)
         is_int8 = self.fast is not None and self.fast.int8
         short = [row for row, text in texts.items() if is_int8 and len(text) <= SHORT]
-        found = {}
+        found: dict[int, Tensor] = {}
         for low in range(0, len(short), TOGETHER):
             found |= self._read({row: texts[row] for row in short[low : low + TOGETHER]})
         others = {row: prefill(self.model, self.cache.row(row), [texts[row]])[0] for row in texts if row not in found}
