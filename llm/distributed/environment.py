@@ -132,8 +132,7 @@ class RuntimeSettings:
 def resolve_settings(recipe: Recipe, shard: Any, run: Path, coordinator: Coordinator) -> RuntimeSettings:
     """Resolve every `auto`; what the run resolved before stays. The main rank decides for all."""
     known = _known(run / RECORD)
-    torch.set_num_threads(threads_of(recipe, known))
-    threads.yield_to_neighbours()
+    threads.use_threads(threads_of(recipe, known))
     names = ("fp32", "bf16", "fp16")
     recorded = known.get("precision") if recipe.machine.precision == "auto" else None
     mine = names.index(recorded or precision_of(recipe)) if process.rank() == 0 else 0

@@ -83,6 +83,19 @@ def _limit(group: Path) -> float:
     return math.inf
 
 
+def use_threads(number: int) -> None:
+    """Compute on `number` threads from here on; they yield to neighbours.
+
+    MKL chooses its kernels for cos, sin, log and others at the first call. Where two threads make that call together,
+    one of them may get kernels of low accuracy for it (cosines 1.5e-4 off), so this thread makes it alone.
+    """
+    import torch
+
+    torch.set_num_threads(number)
+    torch.ones(1).cos()
+    yield_to_neighbours()
+
+
 def yield_to_neighbours() -> None:
     """From now on, make OpenMP threads sleep instead of spin while other programs use this process's cores.
 

@@ -76,8 +76,7 @@ def open_run(name: str | None, device: torch.device | None = None, runs: Path = 
     `model` makes the model, where it is not Transformer (see api.train).
     """
     folder, which = find(name, runs)
-    torch.set_num_threads(min(torch.get_num_threads(), threads.threads_per_process()))  # torch heeds no quota
-    threads.yield_to_neighbours()
+    threads.use_threads(min(torch.get_num_threads(), threads.threads_per_process()))  # torch heeds no quota
     while True:
         there = set(checkpoint.folders(folder))
         try:
