@@ -84,10 +84,10 @@ def _limit(group: Path) -> float:
 
 
 def use_threads(number: int) -> None:
-    """Compute on `number` threads from here on; they yield to neighbours.
+    """From now on, compute on `number` threads, which yield to neighbours.
 
-    MKL chooses its kernels for cos, sin, log and others at the first call. Where two threads make that call together,
-    one of them may get kernels of low accuracy for it (cosines 1.5e-4 off), so this thread makes it alone.
+    MKL chooses its kernels for cos, sin, log and the like at its first call. When two threads make that call at once,
+    one may get a kernel of low accuracy (cosines were 1.5e-4 off), so this thread makes it alone.
     """
     import torch
 

@@ -35,17 +35,18 @@ KNOWN = (Transformer, Decoder, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Emb
 def reach(length: int, context: int) -> int:
     """Slots of the cache that a text of `length` tokens reads: 32, 48, 64, 96, 128 and so on, at most the context.
 
-    More would take time. More kinds of them would part rows whose attention is taken at once.
+    These are powers of two and three quarters of them. Reading more takes time; in finer steps, fewer rows would be
+    read at once.
     """
-    power = max(5, (length - 1).bit_length())  # 1 << power slots hold the text; perhaps three quarters of them do
-    enough = 3 << (power - 2)
-    return min(enough if length <= enough and power > 5 else 1 << power, context)
+    whole = max(32, 1 << (length - 1).bit_length())
+    part = whole * 3 // 4
+    return min(part if whole > 32 and length <= part else whole, context)
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU of x (N, ffn), so few rows at once that no thread begins within one.
+    """SiLU of x (N, ffn), of so few rows at a time that torch does not split one between threads.
 
-    What torch computes before a thread's end, short of a vector, differs in the last bit.
+    The last numbers of a thread's share, too few for a vector, go through another kernel, which rounds differently.
     """
     rows = max(1, GRAIN // x.shape[1])
     return F.silu(x) if len(x) <= rows else torch.cat([F.silu(part) for part in x.split(rows)])
@@ -112,6 +113,7 @@ class FastDecoder:
         weights = self.embedding
         key = (self.shape, weights.shape, weights.dtype, self.normed, self.int8, torch.get_num_threads())
         if key not in self.known_widths:
+            # Long enough for rows that read different parts of it.
             cache = Cache(self.shape, SLOTS, reach(128, self.shape.context), weights.device, weights.dtype)
             cache.both.copy_(torch.randn(cache.both.shape, generator=torch.Generator().manual_seed(0)))
             tokens = [row * 7 % len(weights) for row in range(SLOTS)]

@@ -16,7 +16,7 @@ from llm.inference.lookup import Lookup
 from llm.model.transformer import Cache, Transformer
 
 SHORT = 32  # tokens of a text that weights of 8 bits read in half of the time that the model takes
-TOGETHER = 8  # such texts that are read in one step
+TOGETHER = 8  # short texts that are read in one step
 
 
 class Slots:
