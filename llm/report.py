@@ -1,4 +1,4 @@
-"""python -m llm.report RUN [RUN...]: a page on what runs did, made from their records; --watch follows them."""
+"""python -m llm.report [RUN...]: a page on what runs did, made from their records; --watch follows them."""
 
 import secrets
 import sys
@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 
-from llm.base.command import Parser
+from llm.base.command import NAMED, Parser
 from llm.base.errors import RecipeError, reason, run, tell
 
 PORT = 8765
@@ -21,14 +21,14 @@ def main(arguments: list[str] | None = None) -> None:
         "One self-contained HTML page on a run, finished or not, or on several: curves, yardsticks, samples, the plan "
         "and what came of it, events, and the keys that differ.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="name of a run under runs/, or its folder")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{NAMED}; default: the run that recorded last")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default: report.html in the first run")
     parser.add_argument("--watch", action="store_true", help="serve it on this machine alone, reloaded as runs go on")
     parser.add_number("--port", default=PORT, most=65535, help=f"of --watch (default {PORT}; 0: any that is free)")
     given = parser.parse_args(arguments)
     from llm.run_folder.record import find
 
-    folders = [find(name) for name in dict.fromkeys(given.runs)]
+    folders = [find(name) for name in dict.fromkeys(given.runs or [None])]
     if given.watch:
         watch(folders, given.port)
         return

@@ -1,6 +1,6 @@
-"""python -m llm.show RUN --step N: the texts that a step read. python -m llm.show A B: where two runs diverge."""
+"""python -m llm.show [RUN] --step N: the texts that a step read. python -m llm.show A B: where two runs diverge."""
 
-from llm.base.command import Parser
+from llm.base.command import NAMED, Parser
 from llm.base.errors import RecipeError, run
 
 
@@ -10,18 +10,18 @@ def main(arguments: list[str] | None = None) -> None:
         "With one run: the texts that one step read, from the recipe alone. With two: the first step at which they "
         "diverge, and the keys of their recipes that differ.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="name of a run under runs/, or its folder")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{NAMED}; default, with --step: the last one")
     parser.add_number("--step", least=1, help="the step to show, counted as the run's messages count: 1 is the first")
     parser.add_number("--world", default=0, help="split the batch among this many processes (default: the run's)")
     parser.add_number("--characters", default=300, help="of each text (default 300; 0: all)")
     given = parser.parse_args(arguments)
-    if len(given.runs) > 2 or (len(given.runs) == 1) != (given.step is not None):
-        raise RecipeError("name one run and --step N, or two runs")
+    if len(given.runs) > 2 or (len(given.runs) < 2) != (given.step is not None):
+        raise RecipeError("name one run, or none for the last, and --step N; or two runs")
     from llm.run_folder.loaded_run import find
     from llm.run_folder.step_texts import step_texts
     from llm.run_folder.trace import compare_runs
 
-    folders = [find(name)[0] for name in given.runs]
+    folders = [find(name)[0] for name in given.runs or [None]]
     lines = step_texts(folders[0], given.step, given.world, given.characters) if given.step else compare_runs(*folders)
     for line in lines:
         print(line)

@@ -7,6 +7,7 @@ from typing import Any
 
 from llm.base.errors import RecipeError
 
+NAMED = "name of a run under runs/, or its folder"
 RUN_HELP = "name of a run, or RUN/step-N, RUN/newest; default: the best checkpoint of the last run"
 MEAN_HELP = "take the mean of the weights of RUN and of this one, which went on from one checkpoint; repeatable"
 

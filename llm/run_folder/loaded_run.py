@@ -20,6 +20,7 @@ from llm.model import hf_config
 from llm.model.transformer import Transformer
 from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.checkpoint import Checkpoint
+from llm.run_folder.record import TRAIN_ONE
 
 RUNS = Path("runs")
 
@@ -52,8 +53,7 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
     if name is None:
         trained = [path for path in runs.glob("*") if checkpoint.folders(path)]
         if not trained:
-            mend = "train one with `python launch/train.py recipes/quickstart.yaml`"
-            raise RecipeError(f"there is no trained run under {runs}/ here: {mend}")
+            raise RecipeError(f"there is no trained run under {runs}/ here: {TRAIN_ONE}")
         return max(trained, key=lambda path: max(folder.stat().st_mtime for folder in checkpoint.folders(path))), "best"
     path, which = Path(name), "best"
     if path.name in ("best", "newest") or path.name.startswith("step-"):

@@ -19,6 +19,8 @@ from llm.config.schema import Recipe
 from llm.model import cost
 
 METRICS = "metrics.jsonl"
+FILES = (METRICS, "recipe.yaml", "status.json")
+TRAIN_ONE = "train one with `python launch/train.py recipes/quickstart.yaml`"
 ENDINGS = {0: "finished", 2: "refused", 3: "diverged", 4: "refused", 5: "disk failed", 6: "group failed", 75: "stopped",
            130: "interrupted"}  # fmt: skip
 TEXTS = ("prompt", "sample", "event", "device", "precision")
@@ -149,11 +151,19 @@ def read(folder: Path) -> Record:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` holds what a run records."""
-    return any((folder / name).is_file() for name in (METRICS, "recipe.yaml", "status.json"))
+    return any((folder / name).is_file() for name in FILES)
 
 
-def find(name: str, runs: Path = Path("runs")) -> Path:
-    """The folder of a run under `runs`, or at a path, with or without checkpoints. RecipeError if there is none."""
+def find(name: str | None, runs: Path = Path("runs")) -> Path:
+    """The folder of a run under `runs`, or at a path, with or without checkpoints. RecipeError if there is none.
+
+    None means the run that recorded last.
+    """
+    if name is None:
+        recorded = [each for each in runs.glob("*") if is_run(each)]
+        if not recorded:
+            raise RecipeError(f"there is no run under {runs}/ here: {TRAIN_ONE}")
+        return max(recorded, key=lambda run: max(each.stat().st_mtime for each in run.iterdir() if each.name in FILES))
     for folder in (runs / name, Path(name)):
         if os.path.isdir(folder) and is_run(folder):  # noqa: PTH112  # pathlib raises where a name is too long
             return folder

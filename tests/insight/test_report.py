@@ -1,6 +1,7 @@
 """The report is made from the record alone, agrees with all that says the same figures, and is safe and whole in a browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -163,6 +164,19 @@ def test_metrics_jsonl_alone_makes_a_page_and_torch_is_not_imported(trained: Pat
     assert len(curves[0]) == 8 and curves[0][4:] == curves[1][4:], "two charts have yardsticks where there is a text"
     table = re.search(r"perplexity.*Events", whole)
     assert table and table[0] in shown and "no yardsticks" in shown and "repeated:" in shown
+
+
+def test_without_a_name_the_page_is_of_the_run_that_recorded_last(trained: Path, tmp_path: Path) -> None:
+    none = command(tmp_path)
+    assert none.status == 2 and "there is no run under runs/ here: train one" in none.err
+    for age, name in enumerate(("tiny", "other")):
+        shutil.copytree(trained / "runs" / name, tmp_path / "runs" / name)
+        for path in (tmp_path / "runs" / name).iterdir():
+            os.utime(path, (1e9 - age, 1e9 - age))
+    (tmp_path / "runs/other/report.html").touch()  # a page is no record
+    assert "runs/tiny/report.html" in command(tmp_path).out
+    os.utime(tmp_path / "runs/other/metrics.jsonl")
+    assert "runs/other/report.html" in command(tmp_path).out
 
 
 def test_a_page_is_one_file_that_asks_for_nothing(trained: Path) -> None:
