@@ -3,8 +3,8 @@
 
 Forward and backward passes of the real trainer on processes with one thread each, in turn: without an exchange, with one that each
 bucket waits for (as it was once), and with one beside the backward pass; then the exchange alone. The gradients of both exchanges are
-compared to the bit. With `--link`, each process is a machine of its own, a network namespace: packets leave it at that rate (tc's tbf)
-and are carried to the other one by a relay that sleeps for `--delay` first. That needs root and `ip`.
+compared to the bit. With `--link`, each half of the processes is a machine of its own, a network namespace: packets leave it at that
+rate (tc's tbf) and are carried to the other one by a relay that sleeps for `--delay` first. That needs root, `ip` and an even N.
 """
 
 import argparse
@@ -178,8 +178,9 @@ def start(given: argparse.Namespace, names: list[str]) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
+    of = given.processes // max(1, len(names))  # processes of one machine
     for rank in range(given.processes):
-        local, of = (0, 1) if names else (rank, given.processes)
+        machine, local = divmod(rank, of)
         place: dict[str, Any] = {
             "RANK": rank,
             "WORLD_SIZE": given.processes,
@@ -187,8 +188,8 @@ def start(given: argparse.Namespace, names: list[str]) -> None:
             "LOCAL_WORLD_SIZE": of,
         }
         place |= {"MASTER_ADDR": "10.78.0.1" if names else "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        place |= {"GLOO_SOCKET_IFNAME": names[rank], "TP_SOCKET_IFNAME": names[rank]} if names else {}
-        line = ["ip", "netns", "exec", names[rank]] if names else []
+        place |= {"GLOO_SOCKET_IFNAME": names[machine], "TP_SOCKET_IFNAME": names[machine]} if names else {}
+        line = ["ip", "netns", "exec", names[machine]] if names else []
         line += [sys.executable, __file__, "--worker", *sys.argv[1:]]
         children.append(subprocess.Popen(line, env=os.environ | {name: str(value) for name, value in place.items()}))
     statuses = [child.wait() for child in children]
