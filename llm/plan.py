@@ -13,7 +13,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         "plan",
         "With a recipe: its parameters, memory, micro-batch, tokens, disk and time, without training. With --text: "
-        "three recipes for that text, written to this folder, and what to expect of each.",
+        "recipes for that text, written to this folder, and what to expect of each.",
     )
     parser.add_argument("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's")

@@ -214,20 +214,23 @@ MOST_WEIGHTS = 5  # parameters for each token of the text: 3.5 were measured
 MOST_PIECES = 0.75  # of the weights in the vocabulary: as many were measured
 NEARLY = 1.03  # the largest proposal is expected to end at most so much above the best
 USED = 0.93  # of the time: the rest goes into evaluations and checkpoints
+SAMPLED = 4096  # pieces that the softmax covers on a CPU, where more took much time and gained nothing
+TAUGHT, TAUGHT_TIME = 0.97, 4 / 3  # bits per byte and time of a run that learns from its like, by recipes/README.md
 
 
 @dataclass(frozen=True)
 class Proposal:
     """A recipe for a text and a time on a device, and what to expect of it."""
 
-    name: str  # safe, best or largest
+    name: str  # safe, best, largest or taught
     plan: planning.Plan
     expectation: Expectation
 
 
 def propose(text: str, device: Device, hours: float, law: Law | None = None) -> list[Proposal]:
-    """Three recipes for `text`: safe (half the best one's size at most, in half the time), best, and largest.
+    """Recipes for `text`: safe (half the best one's size at most, in half the time), best, largest, and perhaps taught.
 
+    The last is there where the text leaves time for a second run of the best, which learns from the first.
     TextError if the text is not there, RecipeError where the device's speed is unknown or nothing fits.
     """
     law = law or law_of(text)
@@ -241,10 +244,19 @@ def propose(text: str, device: Device, hours: float, law: Law | None = None) -> 
     halves = [_candidate(text, device, hours / 2, law, each.plan.recipe.model, _vocabulary(each)) for each in small]
     large = [each for each in found if _size(each) > _size(best) and _bits(each) <= NEARLY * _bits(best)]
     safe = min((each for each in halves if each), key=_bits, default=best)
-    return [
-        replace(each, name=name)
-        for name, each in (("safe", safe), ("best", best), ("largest", max(large, key=_size, default=best)))
-    ]
+    named = {"safe": safe, "best": best, "largest": max(large, key=_size, default=best)}
+    if best.plan.seconds * (1 + TAUGHT_TIME) <= hours * 3600:
+        named["taught"] = _taught(best)
+    return [replace(each, name=name) for name, each in named.items()]
+
+
+def _taught(best: Proposal) -> Proposal:
+    """The best proposal once more, as a run that learns from the first. Its `plan` does not name the teacher."""
+    plan, bits = best.plan, best.expectation
+    recipe = replace(plan.recipe, seed=plan.recipe.seed + 1)
+    memory = replace(plan.memory, peak=plan.memory.peak + plan.memory.weights)
+    plan = replace(plan, recipe=recipe, memory=memory, tokens_per_second=plan.tokens_per_second / TAUGHT_TIME)
+    return Proposal("taught", plan, Expectation(*(TAUGHT * each for each in (bits.bits_per_byte, bits.low, bits.high))))
 
 
 def _bits(each: Proposal) -> float:
@@ -268,6 +280,8 @@ def _shapes() -> Iterator[tuple[Model, int]]:
 def _candidate(text: str, device: Device, hours: float, law: Law, shape: Model, vocab_size: int) -> Proposal | None:
     """The best that this shape can do in the time; None if it does not fit the memory or the text."""
     recipe = _recipe("best", text, shape, vocab_size, 8 * shape.context)
+    if not device.cuda and vocab_size > SAMPLED:
+        recipe = replace(recipe, train=replace(recipe.train, sampled_softmax=SAMPLED))
     if not (speed := planning.tabulated_speed(recipe, device)):
         raise RecipeError(f"the speed of {device.name} is not in the table: name it by --gpu, with --memory if need be")
     unique = planning.text_tokens(recipe)[0]
@@ -314,16 +328,16 @@ def _recipe(run: str, text: str, shape: Model, vocab_size: int, per_step: int) -
 
 
 def free_paths(text: str) -> dict[str, Path]:
-    """The files of the three recipes by name. RecipeError if one of them is there already."""
+    """The files of the recipes by name, whether proposed or not. RecipeError if one of them is there already."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(text).name.split(".")[0])[:80].strip("-") or "text"
-    paths = {name: Path(f"{stem}-{name}.yaml") for name in ("safe", "best", "largest")}
+    paths = {name: Path(f"{stem}-{name}.yaml") for name in ABOUT}
     if there := [str(path) for path in paths.values() if path.exists()]:
         raise RecipeError(f"there already: {', '.join(there)}: move them away, nothing was written")
     return paths
 
 
 def write_proposals(text: str, device: Device, hours: float, law: Law | None = None) -> list[str]:
-    """Write the three recipes as NAME-safe.yaml, NAME-best.yaml and NAME-largest.yaml into this folder; lines on each.
+    """Write the recipes as NAME-safe.yaml, NAME-best.yaml and so on into this folder; lines on each.
 
     RecipeError if one of these files is there already, in which case none is written.
     """
@@ -340,13 +354,15 @@ def write_proposals(text: str, device: Device, hours: float, law: Law | None = N
                     f"{readable(each.plan.seconds)}: {each.expectation}")  # fmt: skip
     if max(each.plan.seconds for each in proposals) < hours * 3600 / 2:
         said.append(f"the text is the limit: reading it more than {MOST_EPOCHS} times gained nothing that was measured")
-    return [*said, f"train the best guess: python launch/train.py {paths['best']}"]
+    then = f", then {paths['taught']}, which learns from it" if proposals[-1].name == "taught" else ""
+    return [*said, f"train the best guess: python launch/train.py {paths['best']}{then}"]
 
 
 ABOUT = {
     "safe": "half the time and a smaller model: what surely ends well",
     "best": "the best guess for this time",
     "largest": "the largest model that is expected to come near the best one: it gains if you train longer",
+    "taught": "after the best guess, from which it learns: as the text is the limit, there is time for both",
 }
 
 
@@ -356,11 +372,14 @@ def described(each: Proposal, hours: float) -> str:
     model, train = recipe.model, recipe.train
     estimated = ", by its size" if plan.text_is_estimated else ""
     seconds = readable(plan.seconds)
+    sampled = f"  sampled_softmax: {train.sampled_softmax}  # pieces\n" if train.sampled_softmax else ""
+    teacher = f"  teachers: [runs/{recipe.run.removesuffix('taught')}best/best]\n" if each.name == "taught" else ""
     return f"""\
 # {ABOUT[each.name]}; proposed for {hours:g} h on {plan.device.name}
 # expected: {each.expectation} of held-out text
 # about {seconds}, {cost.size(plan.memory.peak)} at the peak of a step
 run: {recipe.run}
+seed: {recipe.seed}
 
 text:
   files: [{json.dumps(recipe.text.files[0], ensure_ascii=False)}]
@@ -379,7 +398,7 @@ model:  # {_size(each) / 1e6:.2f} M parameters
 train:
   tokens: {plan.tokens}  # {plan.epochs:.2f} epochs of {plan.text_tokens / 1e6:,.2f} M tokens{estimated}
   tokens_per_step: {train.tokens_per_step}  # {train.steps:,} steps
-  optimizer: muon
+{sampled}{teacher}  optimizer: muon
   learning_rate: {train.learning_rate:g}
   warmup: {train.warmup}  # steps
   decay: 60%  # of the run, at its end

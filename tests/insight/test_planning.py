@@ -273,6 +273,29 @@ def test_three_recipes_are_written_that_can_be_trained_and_none_is_overwritten(t
     assert not (tmp_path / names[0]).exists() and [(tmp_path / name).read_text() for name in names[1:]] == before
 
 
+@needs_wiki
+def test_time_that_the_text_leaves_is_for_a_run_that_learns_from_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [each.name for each in ladder.propose("wiki-leads", CPU, 0.5)] == ["safe", "best", "largest"]
+    _, best, _, taught = ladder.propose("wiki-leads", CPU, 24)
+    assert taught.name == "taught" and best.plan.tokens == taught.plan.tokens
+    assert taught.plan.seconds == pytest.approx(best.plan.seconds * 4 / 3)
+    assert best.plan.seconds + taught.plan.seconds <= 24 * 3600
+    assert taught.expectation.bits_per_byte < best.expectation.bits_per_byte
+
+    monkeypatch.chdir(tmp_path)
+    said = ladder.write_proposals("wiki-leads", CPU, 24)
+    assert said[-1].endswith("wiki-leads-best.yaml, then wiki-leads-taught.yaml, which learns from it")
+    first, second = (load(Path(f"wiki-leads-{name}.yaml")) for name in ("best", "taught"))
+    assert second.train.teachers == ("runs/wiki-leads-best/best",) and second.run == "wiki-leads-taught"
+    assert first == replace(second, run=first.run, seed=first.seed, train=replace(second.train, teachers=()))
+    assert first.seed != second.seed and first.train.sampled_softmax == 4096 < first.tokenizer.vocabulary
+    Path("wiki-leads-best.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"there already: wiki-leads-safe\.yaml"):
+        ladder.write_proposals("wiki-leads", CPU, 0.5)
+
+
 MEASURED = [  # width, vocabulary, tokens, bits per byte: recipes/README.md, the packaged English text
     (192, 4096, 0.5e6, 1.8846), (192, 4096, 1e6, 1.7317), (192, 4096, 2e6, 1.4862), (192, 4096, 8e6, 1.3389), (128, 1024, 0.5e6, 2.1175),
     (128, 2048, 0.5e6, 2.0076), (128, 4096, 0.5e6, 1.9039), (128, 8192, 0.5e6, 1.8298), (128, 16384, 0.5e6, 1.7734), (384, 4096, 0.25e6, 2.0546),
