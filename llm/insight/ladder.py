@@ -215,22 +215,23 @@ MOST_PIECES = 0.75  # of the weights in the vocabulary: as many were measured
 NEARLY = 1.03  # the largest proposal is expected to end at most so much above the best
 USED = 0.93  # of the time: the rest goes into evaluations and checkpoints
 SAMPLED = 4096  # pieces that the softmax covers on a CPU, where more took much time and gained nothing
-TAUGHT, TAUGHT_TIME = 0.97, 4 / 3  # bits per byte and time of a run that learns from its like, by recipes/README.md
+MEAN = 0.985  # bits per byte of the mean of a run and one that went on from its half, over its own (recipes/README.md)
 
 
 @dataclass(frozen=True)
 class Proposal:
     """A recipe for a text and a time on a device, and what to expect of it."""
 
-    name: str  # safe, best, largest or taught
+    name: str  # safe, best, largest or branch
     plan: planning.Plan
     expectation: Expectation
 
 
 def propose(text: str, device: Device, hours: float, law: Law | None = None) -> list[Proposal]:
-    """Recipes for `text`: safe (half the best one's size at most, in half the time), best, largest, and perhaps taught.
+    """Recipes for `text`: safe (half the best one's size at most, in half the time), best, largest, perhaps a branch.
 
-    The last is there where the text leaves time for a second run of the best, which learns from the first.
+    The last is there where the text leaves time to go on from the half of the best run once more; it is expected of the
+    mean of both.
     TextError if the text is not there, RecipeError where the device's speed is unknown or nothing fits.
     """
     law = law or law_of(text)
@@ -245,18 +246,25 @@ def propose(text: str, device: Device, hours: float, law: Law | None = None) -> 
     large = [each for each in found if _size(each) > _size(best) and _bits(each) <= NEARLY * _bits(best)]
     safe = min((each for each in halves if each), key=_bits, default=best)
     named = {"safe": safe, "best": best, "largest": max(large, key=_size, default=best)}
-    if best.plan.seconds * (1 + TAUGHT_TIME) <= hours * 3600:
-        named["taught"] = _taught(best)
+    kept = _keeping(best)
+    branch = _branch(kept)
+    if best.plan.seconds + branch.plan.seconds <= hours * 3600:
+        named |= {"best": kept, "branch": branch}
     return [replace(each, name=name) for name, each in named.items()]
 
 
-def _taught(best: Proposal) -> Proposal:
-    """The best proposal once more, as a run that learns from the first. Its `plan` does not name the teacher."""
-    plan, bits = best.plan, best.expectation
-    recipe = replace(plan.recipe, seed=plan.recipe.seed + 1)
-    memory = replace(plan.memory, peak=plan.memory.peak + plan.memory.weights)
-    plan = replace(plan, recipe=recipe, memory=memory, tokens_per_second=plan.tokens_per_second / TAUGHT_TIME)
-    return Proposal("taught", plan, Expectation(*(TAUGHT * each for each in (bits.bits_per_byte, bits.low, bits.high))))
+def _branch(best: Proposal) -> Proposal:
+    """The second half of the best proposal with other windows."""
+    recipe, bits = best.plan.recipe, best.expectation
+    half = 2 * recipe.checkpoint.every  # of the four checkpoints of a proposal
+    plan = replace(best.plan, recipe=replace(recipe, seed=recipe.seed + 1, from_=f"best/step-{half}"))
+    return Proposal("branch", plan, Expectation(*(MEAN * each for each in (bits.bits_per_byte, bits.low, bits.high))))
+
+
+def _keeping(best: Proposal) -> Proposal:
+    """The best proposal, which keeps all of its checkpoints."""
+    recipe = best.plan.recipe
+    return replace(best, plan=replace(best.plan, recipe=replace(recipe, checkpoint=replace(recipe.checkpoint, keep=5))))
 
 
 def _bits(each: Proposal) -> float:
@@ -354,15 +362,18 @@ def write_proposals(text: str, device: Device, hours: float, law: Law | None = N
                     f"{readable(each.plan.seconds)}: {each.expectation}")  # fmt: skip
     if max(each.plan.seconds for each in proposals) < hours * 3600 / 2:
         said.append(f"the text is the limit: reading it more than {MOST_EPOCHS} times gained nothing that was measured")
-    then = f", then {paths['taught']}, which learns from it" if proposals[-1].name == "taught" else ""
-    return [*said, f"train the best guess: python launch/train.py {paths['best']}{then}"]
+    said.append(f"train the best guess: python launch/train.py {paths['best']}")
+    if proposals[-1].name == "branch":
+        names = f"{paths['best'].stem} --mean {paths['branch'].stem}"
+        said.append(f"then {paths['branch']}: the mean of both is a model: python -m llm.evaluate {names}")
+    return said
 
 
 ABOUT = {
     "safe": "half the time and a smaller model: what surely ends well",
     "best": "the best guess for this time",
     "largest": "the largest model that is expected to come near the best one: it gains if you train longer",
-    "taught": "after the best guess, from which it learns: as the text is the limit, there is time for both",
+    "branch": "after the best guess: goes on from its half, and the mean of the weights of both is better than each",
 }
 
 
@@ -373,14 +384,15 @@ def described(each: Proposal, hours: float) -> str:
     estimated = ", by its size" if plan.text_is_estimated else ""
     seconds = readable(plan.seconds)
     sampled = f"  sampled_softmax: {train.sampled_softmax}  # pieces\n" if train.sampled_softmax else ""
-    teacher = f"  teachers: [runs/{recipe.run.removesuffix('taught')}best/best]\n" if each.name == "taught" else ""
+    begin = f"from: {recipe.run.removesuffix('branch')}{recipe.from_}\n" if recipe.from_ else ""
+    tokens = train.steps * train.tokens_per_step
     return f"""\
 # {ABOUT[each.name]}; proposed for {hours:g} h on {plan.device.name}
 # expected: {each.expectation} of held-out text
 # about {seconds}, {cost.size(plan.memory.peak)} at the peak of a step
 run: {recipe.run}
 seed: {recipe.seed}
-
+{begin}
 text:
   files: [{json.dumps(recipe.text.files[0], ensure_ascii=False)}]
 
@@ -396,9 +408,9 @@ model:  # {_size(each) / 1e6:.2f} M parameters
   dropout: auto  # none up to {MANY_EPOCHS} epochs
 
 train:
-  tokens: {plan.tokens}  # {plan.epochs:.2f} epochs of {plan.text_tokens / 1e6:,.2f} M tokens{estimated}
+  tokens: {tokens}  # {tokens / plan.text_tokens:.2f} epochs of {plan.text_tokens / 1e6:,.2f} M tokens{estimated}
   tokens_per_step: {train.tokens_per_step}  # {train.steps:,} steps
-{sampled}{teacher}  optimizer: muon
+{sampled}  optimizer: muon
   learning_rate: {train.learning_rate:g}
   warmup: {train.warmup}  # steps
   decay: 60%  # of the run, at its end
@@ -410,6 +422,7 @@ evaluate:
 
 checkpoint:
   every: {recipe.checkpoint.every}  # steps; {cost.size(plan.checkpoint_bytes)} each
+  keep: {recipe.checkpoint.keep}
 
 machine:
   compile: {str(recipe.machine.compile).lower()}

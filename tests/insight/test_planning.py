@@ -274,22 +274,22 @@ def test_three_recipes_are_written_that_can_be_trained_and_none_is_overwritten(t
 
 
 @needs_wiki
-def test_time_that_the_text_leaves_is_for_a_run_that_learns_from_the_best(
+def test_time_that_the_text_leaves_is_for_a_branch_of_the_best_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert [each.name for each in ladder.propose("wiki-leads", CPU, 0.5)] == ["safe", "best", "largest"]
-    _, best, _, taught = ladder.propose("wiki-leads", CPU, 24)
-    assert taught.name == "taught" and best.plan.tokens == taught.plan.tokens
-    assert taught.plan.seconds == pytest.approx(best.plan.seconds * 4 / 3)
-    assert best.plan.seconds + taught.plan.seconds <= 24 * 3600
-    assert taught.expectation.bits_per_byte < best.expectation.bits_per_byte
-
     monkeypatch.chdir(tmp_path)
+    assert [each.name for each in ladder.propose("wiki-leads", CPU, 0.5)] == ["safe", "best", "largest"]
+    _, best, _, branch = ladder.propose("wiki-leads", CPU, 24)
+    assert branch.name == "branch" and 0.45 < branch.plan.seconds / best.plan.seconds < 0.55
+    assert branch.expectation.bits_per_byte < best.expectation.bits_per_byte
+
     said = ladder.write_proposals("wiki-leads", CPU, 24)
-    assert said[-1].endswith("wiki-leads-best.yaml, then wiki-leads-taught.yaml, which learns from it")
-    first, second = (load(Path(f"wiki-leads-{name}.yaml")) for name in ("best", "taught"))
-    assert second.train.teachers == ("runs/wiki-leads-best/best",) and second.run == "wiki-leads-taught"
-    assert first == replace(second, run=first.run, seed=first.seed, train=replace(second.train, teachers=()))
+    assert said[-1].endswith("python -m llm.evaluate wiki-leads-best --mean wiki-leads-branch")
+    first, second = (load(Path(f"wiki-leads-{name}.yaml")) for name in ("best", "branch"))
+    half = 2 * first.checkpoint.every
+    assert second.from_ == f"wiki-leads-best/step-{half:06d}" and 0.45 < half / best.plan.recipe.train.steps < 0.55
+    assert first.checkpoint.keep * first.checkpoint.every >= best.plan.recipe.train.steps
+    assert first == replace(second, run=first.run, seed=first.seed, from_=first.from_)
     assert first.seed != second.seed and first.train.sampled_softmax == 4096 < first.tokenizer.vocabulary
     Path("wiki-leads-best.yaml").unlink()
     with pytest.raises(RecipeError, match=r"there already: wiki-leads-safe\.yaml"):
