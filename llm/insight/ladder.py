@@ -215,7 +215,7 @@ MOST_PIECES = 0.75  # of the weights in the vocabulary: as many were measured
 NEARLY = 1.03  # the largest proposal is expected to end at most so much above the best
 USED = 0.93  # of the time: the rest goes into evaluations and checkpoints
 SAMPLED = 4096  # pieces that the softmax covers on a CPU, where more took much time and gained nothing
-MEAN = 0.985  # bits per byte of the mean of a run and one that went on from its half, over its own (recipes/README.md)
+MEAN = 0.985  # bits per byte of the mean of a run and its branch, over the run's own (recipes/README.md)
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,9 @@ class Proposal:
 def propose(text: str, device: Device, hours: float, law: Law | None = None) -> list[Proposal]:
     """Recipes for `text`: safe (half the best one's size at most, in half the time), best, largest, perhaps a branch.
 
-    The last is there where the text leaves time to go on from the half of the best run once more; it is expected of the
-    mean of both.
-    TextError if the text is not there, RecipeError where the device's speed is unknown or nothing fits.
+    A branch is proposed where the text leaves time to train the second half of the best run again; its expectation is
+    that of the mean of the two runs. TextError if the text is not there, RecipeError where the device's speed is
+    unknown or nothing fits.
     """
     law = law or law_of(text)
     if not (size := planning.text_bytes(_recipe("best", text, Model(), VOCABULARIES[0], 8 * Model().context))):
@@ -254,7 +254,7 @@ def propose(text: str, device: Device, hours: float, law: Law | None = None) -> 
 
 
 def _branch(best: Proposal) -> Proposal:
-    """The second half of the best proposal with other windows."""
+    """The second half of the best proposal again, on other windows."""
     recipe, bits = best.plan.recipe, best.expectation
     half = 2 * recipe.checkpoint.every  # of the four checkpoints of a proposal
     plan = replace(best.plan, recipe=replace(recipe, seed=recipe.seed + 1, from_=f"best/step-{half}"))
@@ -262,7 +262,7 @@ def _branch(best: Proposal) -> Proposal:
 
 
 def _keeping(best: Proposal) -> Proposal:
-    """The best proposal, which keeps all of its checkpoints."""
+    """The best proposal, keeping the checkpoints of its four quarters and of its end, so that a branch can start."""
     recipe = best.plan.recipe
     return replace(best, plan=replace(best.plan, recipe=replace(recipe, checkpoint=replace(recipe.checkpoint, keep=5))))
 
@@ -365,7 +365,7 @@ def write_proposals(text: str, device: Device, hours: float, law: Law | None = N
     said.append(f"train the best guess: python launch/train.py {paths['best']}")
     if proposals[-1].name == "branch":
         names = f"{paths['best'].stem} --mean {paths['branch'].stem}"
-        said.append(f"then {paths['branch']}: the mean of both is a model: python -m llm.evaluate {names}")
+        said.append(f"then {paths['branch']}; their mean should be better than either: python -m llm.evaluate {names}")
     return said
 
 
@@ -373,7 +373,7 @@ ABOUT = {
     "safe": "half the time and a smaller model: what surely ends well",
     "best": "the best guess for this time",
     "largest": "the largest model that is expected to come near the best one: it gains if you train longer",
-    "branch": "after the best guess: goes on from its half, and the mean of the weights of both is better than each",
+    "branch": "after the best guess: trains its second half again; the mean of both runs should be better than either",
 }
 
 

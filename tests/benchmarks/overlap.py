@@ -207,6 +207,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[f"text.cache={Path('data').absolute()}"], help="key=value")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.link and given.processes % 2:
+        parser.error("--link divides the processes between two machines: --processes must be even")
     if given.worker:
         worker(given)
     elif given.link:
