@@ -14,7 +14,7 @@ from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Model, Train
 from llm.model import cost
-from llm.model.transformer import NORM_EPS, QK_NORM_INIT, ROPE_THETA, Transformer
+from llm.model.transformer import BIAS_INIT, NORM_EPS, QK_NORM_INIT, ROPE_THETA, Transformer
 from llm.optim.optimizer import Optimizer
 from tests import tiny
 
@@ -112,7 +112,26 @@ def test_only_the_norms_of_queries_and_keys_start_above_one() -> None:
     norms = {name: p for name, p in Transformer(tiny.shape(), 32).named_parameters() if p.ndim == 1}
     assert len(norms) == 2 * 4 + 1
     for name, p in norms.items():
-        assert torch.equal(p, torch.full_like(p, QK_NORM_INIT if "self_attn" in name else 1.0))
+        seen = p[:-1] if name == "model.norm.weight" else p  # the logits do not see the last feature
+        assert torch.equal(seen, torch.full_like(seen, QK_NORM_INIT if "self_attn" in name else 1.0))
+
+
+@torch.no_grad()
+def test_the_last_feature_of_tied_embeddings_is_a_bias_that_the_logits_do_not_see() -> None:
+    model, tokens = Transformer(tiny.shape(), 32), tiny.ids(2, 16)
+    embedding = model.model.embed_tokens.weight
+    assert torch.equal(embedding[:, -1], torch.full((32,), BIAS_INIT * 4))
+    before = model.logits(tokens)
+    embedding[:, -1] *= -1  # of the same length, so that the norm divides by the same number
+    assert torch.equal(model.logits(tokens), before)
+    embedding[0, -2] *= -1
+    assert not torch.equal(model.logits(tokens), before)
+
+
+def test_untied_features_are_all_seen_and_none_is_the_same_for_all_tokens() -> None:
+    model = Transformer(tiny.shape(tied=False), 32).model
+    assert torch.equal(model.norm.weight, torch.ones(16))
+    assert model.embed_tokens.weight.std(0).min() > 0.01
 
 
 def test_weights_follow_from_the_seed_alone() -> None:
