@@ -25,7 +25,7 @@ from llm.model.loss import Sampled, Teachers, cross_entropy_sum
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
 QK_NORM_INIT = 1.25  # initial QK-norm weight; at 1 some seeds learn to copy repeats 300,000 tokens later
-BIAS_INIT = 0.58  # times the root of dim: initial value of the last feature of tied embeddings, for every token
+BIAS_INIT = 0.58  # times the root of dim: initial value of the bias feature
 
 
 @dataclass(frozen=True)
@@ -286,32 +286,29 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> None:
         """Initialise each tensor from its own generator, so that no tensor's values depend on another tensor."""
         for index, (name, weight) in enumerate(self.named_parameters()):
-            rows = local_shard(weight)
-            initial = self.initial(name, weight.shape, mix(seed, index) >> 1)
-            rows.local.copy_(initial[rows.low : rows.low + len(rows.local)])
+            if weight.ndim == 1:
+                weight.fill_(QK_NORM_INIT if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
+            else:
+                # Tied embeddings start small, or each token would predict itself; the loss starts at log(vocab_size).
+                init_std = {"embed_tokens": 4 / self.shape.dim if self.shape.tied else 0.02, "lm_head": 0.001}
+                std = init_std.get(name.split(".")[-2], self.shape.dim**-0.5)
+                generator = torch.Generator().manual_seed(mix(seed, index) >> 1)
+                drawn = torch.randn(weight.shape, generator=generator, device="cpu") * std
+                rows = local_shard(weight)
+                rows.local.copy_(drawn[rows.low : rows.low + len(rows.local)])
 
-    def initial(self, name: str, size: torch.Size, seed: int) -> Tensor:
-        """The initial values, fp32, of the parameter `name` of the given size.
+    @torch.no_grad()
+    def start_with_bias(self) -> None:
+        """Set the last feature of tied embeddings to one value for all tokens: a bias for each matrix that reads it.
 
-        Where embeddings are tied, their last feature starts as the same for every token, which gives each matrix that
-        reads the residual stream a bias. The last norm hides it from the logits, which it would disturb.
+        The last norm hides it from the logits, which it would disturb. It suits Muon's fast embeddings; AdamW's grow
+        too slowly beside it. `recipes/README.md` has the figures. Call it before sharding.
         """
-        dim, tied = self.shape.dim, self.shape.tied
-        if len(size) == 1:
-            value = QK_NORM_INIT if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
-            values = torch.full(size, value, device="cpu")
-            if tied and name == "model.norm.weight":
-                values[-1] = 0
-            return values
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            return torch.zeros(size, device="cpu")
-        # Tied embeddings start small, or each token would predict itself; the loss starts at log(vocab_size).
-        init_std = {"embed_tokens": 4 / dim if tied else 0.02, "lm_head": 0.001}
-        std = init_std.get(name.split(".")[-2], dim**-0.5)
-        values = torch.randn(size, generator=torch.Generator().manual_seed(seed), device="cpu") * std
-        if tied and "embed_tokens" in name:
-            values[:, -1] = BIAS_INIT * dim**0.5
-        return values
+        if self.shape.tied:
+            self.model.embed_tokens.weight[:, -1] = BIAS_INIT * self.shape.dim**0.5
+            self.model.norm.weight[-1] = 0
 
     def forward(
         self, tokens: Tensor, targets: Tensor, windows: Tensor | None = None, segments: Tensor | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llm.base.constants import IGNORED
@@ -17,6 +18,7 @@ from llm.model import cost
 from llm.model.transformer import BIAS_INIT, NORM_EPS, QK_NORM_INIT, ROPE_THETA, Transformer
 from llm.optim.optimizer import Optimizer
 from tests import tiny
+from tests.forks import run, train, write_recipe, write_text
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 EPOCH = 1_386_780  # tokens of the text wiki-leads, by which `auto` is settled
@@ -112,13 +114,13 @@ def test_only_the_norms_of_queries_and_keys_start_above_one() -> None:
     norms = {name: p for name, p in Transformer(tiny.shape(), 32).named_parameters() if p.ndim == 1}
     assert len(norms) == 2 * 4 + 1
     for name, p in norms.items():
-        seen = p[:-1] if name == "model.norm.weight" else p  # the logits do not see the last feature
-        assert torch.equal(seen, torch.full_like(seen, QK_NORM_INIT if "self_attn" in name else 1.0))
+        assert torch.equal(p, torch.full_like(p, QK_NORM_INIT if "self_attn" in name else 1.0))
 
 
 @torch.no_grad()
 def test_the_last_feature_of_tied_embeddings_is_a_bias_that_the_logits_do_not_see() -> None:
     model, tokens = Transformer(tiny.shape(), 32), tiny.ids(2, 16)
+    model.start_with_bias()
     embedding = model.model.embed_tokens.weight
     assert torch.equal(embedding[:, -1], torch.full((32,), BIAS_INIT * 4))
     before = model.logits(tokens)
@@ -128,10 +130,21 @@ def test_the_last_feature_of_tied_embeddings_is_a_bias_that_the_logits_do_not_se
     assert not torch.equal(model.logits(tokens), before)
 
 
-def test_untied_features_are_all_seen_and_none_is_the_same_for_all_tokens() -> None:
-    model = Transformer(tiny.shape(tied=False), 32).model
-    assert torch.equal(model.norm.weight, torch.ones(16))
-    assert model.embed_tokens.weight.std(0).min() > 0.01
+def test_untied_embeddings_start_without_a_bias() -> None:
+    model = Transformer(tiny.shape(tied=False), 32, 1)
+    model.start_with_bias()
+    for p, before in zip(model.parameters(), Transformer(tiny.shape(tied=False), 32, 1).parameters(), strict=True):
+        assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize(("optimizer", "value"), [("muon", BIAS_INIT * 32**0.5), ("adamw", 0.0)])
+def test_a_run_starts_with_a_bias_beside_muon_alone(optimizer: str, value: float, tmp_path: Path) -> None:
+    keys = {"train.optimizer": optimizer, "train.learning_rate": 1e-6, "train.steps": 1, "train.warmup": 0}
+    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **keys)
+    assert run(train(recipe), tmp_path).status == 0
+    weights = load_file(tmp_path / "runs" / "tiny" / "checkpoints" / "step-000001" / "model.safetensors")
+    assert weights["model.embed_tokens.weight"][:, -1].mean().item() == pytest.approx(value, abs=0.03)
+    assert weights["model.norm.weight"][-1].item() == pytest.approx(0.0 if value else 1.0, abs=1e-3)
 
 
 def test_weights_follow_from_the_seed_alone() -> None:
