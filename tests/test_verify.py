@@ -108,7 +108,7 @@ CHANGES = [  # override, the first step at which the run is another one, and wha
     ("seed=2", 1, "other windows"), ("train.learning_rate=0.021", 1, "other weights"),
     ("model.dropout=0.2", 1, "losses"), ("train.warmup=3", 1, "other weights"), ("train.clip=0.01", 1, "other weights"),
     ("model.layers=3", 1, "other weights"), ("train.weight_decay=0.3", 1, "other weights"),
-    ("train.optimizer=adamw", 1, "other weights"), ("train.skip=[4-5]", 4, "other windows"),
+    ("train.optimizer=adamw", 1, "losses"), ("train.skip=[4-5]", 4, "other windows"),
     ("train.decay=0.6", 5, "other weights")]  # fmt: skip
 
 
