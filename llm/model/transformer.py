@@ -25,7 +25,8 @@ from llm.model.loss import Sampled, Teachers, cross_entropy_sum
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
 QK_NORM_INIT = 1.25  # initial QK-norm weight; at 1 some seeds learn to copy repeats 300,000 tokens later
-BIAS_INIT = 0.58  # times the root of dim: initial value of the bias feature
+BIAS_INIT = 0.58  # times the root of dim: initial value of the bias feature at the rate BIAS_RATE and above
+BIAS_RATE = 0.02  # Muon's default; below it the bias is smaller, as embeddings grow more slowly beside it
 
 
 @dataclass(frozen=True)
@@ -300,14 +301,15 @@ class Transformer(nn.Module):
                 rows.local.copy_(drawn[rows.low : rows.low + len(rows.local)])
 
     @torch.no_grad()
-    def start_with_bias(self) -> None:
+    def start_with_bias(self, learning_rate: float) -> None:
         """Set the last feature of tied embeddings to one value for all tokens: a bias for each matrix that reads it.
 
-        The last norm hides it from the logits, which it would disturb. It suits Muon's fast embeddings; AdamW's grow
-        too slowly beside it. `recipes/README.md` has the figures. Call it before sharding.
+        The last norm hides it from the logits, which it would disturb. It suits Muon's `learning_rate`; AdamW's
+        embeddings grow too slowly beside it. `recipes/README.md` has the figures. Call it before sharding.
         """
         if self.shape.tied:
-            self.model.embed_tokens.weight[:, -1] = BIAS_INIT * self.shape.dim**0.5
+            share = min(1.0, learning_rate / BIAS_RATE)
+            self.model.embed_tokens.weight[:, -1] = BIAS_INIT * share * self.shape.dim**0.5
             self.model.norm.weight[-1] = 0
 
     def forward(

@@ -213,7 +213,7 @@ def new_state(context: RunContext) -> TrainState:
             recipe.model, context.tokenizer.vocab_size, recipe.seed, sharding_.shard_module, hf_config.family_of(recipe)
         )
     if context.parts.model is None and context.parts.optimizer is None and recipe.train.optimizer == "muon":
-        model.start_with_bias()
+        model.start_with_bias(recipe.train.learning_rate)
     sharding_.shard_module(model, root=True)
     model.model.recompute = context.settings.recompute
     compile_loss(False)  # until the blocks are compiled
