@@ -19,6 +19,7 @@ from llm.base.hashing import mix
 from llm.config.schema import Model
 from llm.distributed.sharding import local_shard
 from llm.model import fused
+from llm.model.attention import attention
 from llm.model.dropout import dropout
 from llm.model.loss import Sampled, Teachers, cross_entropy_sum
 
@@ -111,8 +112,7 @@ class Attention(nn.Module):
             q = q.to(k.dtype)
             if x.shape[1] == 1:  # treat heads that share keys as tokens of one head, so that no kernel repeats keys
                 q = q.reshape(len(q), self.shape.kv_heads, -1, self.shape.head_dim)
-        mask, grouped = mask if cache is None else cache.mask, k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, E)
+        y = attention(q, k, v, mask if cache is None else cache.mask)  # (B, H, T, E)
         if cache is not None and x.shape[1] == 1:
             y = y.reshape(len(y), self.shape.heads, 1, -1)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -127,8 +127,7 @@ class Attention(nn.Module):
         weight = torch.cat([self.q_norm.weight.expand(heads, size), self.k_norm.weight.expand(kv_heads, size)])
         turned = fused.normed_and_turned(turning, weight, cos.transpose(1, 2), sin.transpose(1, 2), self.q_norm.eps)
         q, k, v = (each.transpose(1, 2) for each in (*turned.split([heads, kv_heads], dim=2), v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=kv_heads < heads)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):

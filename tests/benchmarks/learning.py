@@ -50,7 +50,11 @@ RATES = [
     Row("rates / 2", "train.learning_rate=0.01"),
     Row("rates x 2", "train.learning_rate=0.04"),
 ]
-VOCABULARIES = [Row(f"{pieces:,} pieces", f"tokenizer.vocabulary={pieces}") for pieces in (8192, 32768)]
+VOCABULARIES = [
+    Row("8,192 pieces", "tokenizer.vocabulary=8192"),
+    Row("32,768 pieces", "tokenizer.vocabulary=32768"),
+    Row("32,768 pieces, as many tokens", "tokenizer.vocabulary=32768 train.epochs=0 train.tokens=500k"),
+]
 TABLES: dict[str, tuple[str, list[Row]]] = {
     "rates": (NARROW, [
         Row("defaults", seeds=3),
@@ -178,8 +182,10 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("AdamW 1e-3, cosine, decay 0.1, dropout 10 %", f"{ADAMW} train.learning_rate=1e-3 train.decay=98% train.warmup=100 model.dropout=10%", "cosine_decay"),
     ]),
     **{f"width-{dim}": (f"model.dim={dim} model.heads={heads} train.tokens=500k", RATES) for dim, heads in ((96, 3), (192, 3), (384, 6))},
-    **{f"transfer, {name}": (f"text.files=[{text}] train.tokens=500k {more}", [*RATES, *VOCABULARIES]) for name, text, more in (
-        ("French", "wiki-leads-fr", ""), ("Spanish", "wiki-leads-es", ""), ("Python", f"{sysconfig.get_path('stdlib')}/*.py", "text.documents=files"), ("chat", "chitchat", "train.on=all"))},
+    # Each row reads as much of the text as the default does in 0.5 M tokens.
+    **{f"transfer, {name}": (f"text.files=[{text}] train.tokens=0 train.epochs={epochs} {more}", [*RATES, *VOCABULARIES]) for name, text, epochs, more in (
+        ("French", "wiki-leads-fr", 0.553, ""), ("Spanish", "wiki-leads-es", 0.8075, ""),
+        ("Python", f"{sysconfig.get_path('stdlib')}/*.py", 0.4084, "text.documents=files"), ("chat", "chitchat", 0.16, "train.on=all"))},
 }  # fmt: skip
 
 

@@ -1,0 +1,81 @@
+"""The backward pass of causal attention in bf16 on a CPU: gradients as exact as bf16 allows, in blocks or in one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.model import attention as module
+from llm.model.attention import attention
+
+SHAPES = {  # windows, heads, heads of keys, tokens, features
+    "one block": (2, 3, 3, 200, 64),
+    "blocks, the last one shorter": (2, 3, 3, 700, 54),
+    "shared keys": (2, 4, 2, 520, 32),
+    "one token": (1, 1, 1, 1, 16),
+}
+
+
+def inputs(shape: tuple[int, ...], sharper: float = 1) -> list[Tensor]:
+    windows, heads, kv_heads, tokens, features = shape
+    generator = torch.Generator().manual_seed(5)
+    drawn = [
+        torch.randn(windows, tokens, count, features, generator=generator).bfloat16().transpose(1, 2)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+    return [drawn[0] * sharper, *drawn[1:]]
+
+
+def gradients(compute: object, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> list[Tensor]:
+    given = [each.clone().requires_grad_() for each in (q, k, v)]
+    y = compute(*given)  # type: ignore[operator]
+    return [y.detach(), *torch.autograd.grad(y, given, gradient.to(y.dtype))]
+
+
+def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q, k, v, None)
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return float((found.double() - true).norm() / true.norm().clamp(min=1e-2))  # a lone token's are zero
+
+
+@pytest.mark.parametrize("sharper", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gradients_are_those_of_fp64_within_one_and_a_half_percent(
+    shape: tuple[int, ...], sharper: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCORES", 300_000)  # so that heads come in several turns
+    given = inputs(shape, sharper)
+    true = gradients(torchs, *(each.double() for each in given))
+    errors = [error(found, each) for found, each in zip(gradients(ours, *given), true, strict=True)]
+    theirs = [error(found, each) for found, each in zip(gradients(torchs, *given), true, strict=True)]
+    print(shape, sharper, [f"{a:.4f} {b:.4f}" for a, b in zip(errors, theirs, strict=True)])
+    assert errors[0] == theirs[0] and max(errors) < 0.015
+
+
+def test_no_token_has_a_gradient_from_an_earlier_query() -> None:
+    q, k, v, gradient = inputs((1, 2, 2, 600, 64), sharper=30)  # scores of later keys overflow an exponential
+    gradient[:, :, 300:] = 0
+    _, of_q, of_k, of_v = gradients(ours, q, k, v, gradient)
+    assert not of_q[:, :, 300:].any() and not of_k[:, :, 300:].any() and not of_v[:, :, 300:].any()
+    assert all(each.isfinite().all() and each.any() for each in (of_q, of_k, of_v))
+
+
+def test_under_autocast_fp32_inputs_are_treated_alike() -> None:
+    given = inputs(SHAPES["one block"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(ours, *(each.float() for each in given[:3]), given[3])
+    for a, b in zip(found, gradients(ours, *given), strict=True):
+        assert torch.equal(a.bfloat16(), b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_elsewhere_it_is_torchs_attention(dtype: torch.dtype) -> None:
+    given = [each.to(dtype) for each in inputs(SHAPES["shared keys"])]
+    for a, b in zip(gradients(ours, *given), gradients(torchs, *given), strict=True):
+        assert torch.equal(a, b)
