@@ -8,7 +8,7 @@ from llm.config.reading import load
 from llm.config.schema import flat
 from tests.forks import ROOT
 
-READMES = sorted(ROOT.glob("**/README.md"))
+READMES = [*sorted(ROOT.glob("**/README.md")), ROOT / "recipes/experiments.md"]
 COMMAND = re.compile(r"(?:python -m llm\.\w+|launch/train\.py|launch/slurm\.sh) [^`|]*")
 
 

@@ -1,7 +1,7 @@
 """What a model will reach on a text before it is trained: a law fitted to measured runs, a ladder, and proposals.
 
 The law has Chinchilla's form in bits per byte (Hoffmann et al., 2022), with repeated text discounted as by Muennighoff
-et al. (2023): E + A parameters^-a + B (text read + C)^-b. It was fitted to the runs of recipes/README.md and to one
+et al. (2023): E + A parameters^-a + B (text read + C)^-b. It was fitted to the runs of recipes/experiments.md and to one
 published figure. Three tiny runs on a text, a ladder, correct it for that text.
 """
 
@@ -215,7 +215,7 @@ MOST_PIECES = 0.75  # of the weights in the vocabulary: as many were measured
 NEARLY = 1.03  # the largest proposal is expected to end at most so much above the best
 USED = 0.93  # of the time: the rest goes into evaluations and checkpoints
 SAMPLED = 4096  # pieces that the softmax covers on a CPU, where more took much time and gained nothing
-MEAN = 0.985  # bits per byte of the mean of a run and its branch, over the run's own (recipes/README.md)
+MEAN = 0.985  # bits per byte of the mean of a run and its branch, over the run's own (recipes/experiments.md)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ BLOCK = 1 << 20  # bytes of documents that are looked at together
 SAMPLE = 4 << 20  # bytes that vocabularies and yardsticks are trained on
 VOCABULARIES = (1024, 2048, 4096, 8192, 16384, 32768)
 QUICKSTART = Model(dim=192, layers=4, heads=3, kv_heads=3, head_dim=64, ffn_dim=512, context=256)
-READS = 100  # tokens of text for each piece, with which more pieces still won in recipes/README.md
+READS = 100  # tokens of text for each piece, with which more pieces still won in recipes/experiments.md
 LISTED = 1000  # groups and leaks in the JSON
 
 

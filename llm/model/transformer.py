@@ -304,7 +304,7 @@ class Transformer(nn.Module):
         """Set the last feature of tied embeddings to one value for all tokens: a bias for each matrix that reads it.
 
         The last norm hides it from the logits, which it would disturb. It suits Muon's `learning_rate`; AdamW's
-        embeddings grow too slowly beside it. `recipes/README.md` has the figures. Call it before sharding.
+        embeddings grow too slowly beside it. `recipes/experiments.md` has the figures. Call it before sharding.
         """
         if self.shape.tied:
             share = min(1.0, learning_rate / BIAS_RATE)

@@ -41,7 +41,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     2024, each optimal for the output of the previous one, as in Amsel et al., "The Polar Express", 2025.
     """
     tall = matrices.shape[1] > matrices.shape[2]
-    # Rows of one length first: features with small gradients have their share of the update (recipes/README.md).
+    # Rows of one length first: features with small gradients have their share of the update (recipes/experiments.md).
     matrices = matrices / (matrices.norm(dim=2, keepdim=True) + TINY)
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + TINY)

@@ -296,7 +296,7 @@ def test_time_that_the_text_leaves_is_for_a_branch_of_the_best_run(
         ladder.write_proposals("wiki-leads", CPU, 0.5)
 
 
-MEASURED = [  # width, vocabulary, tokens, bits per byte: recipes/README.md, the packaged English text
+MEASURED = [  # width, vocabulary, tokens, bits per byte: recipes/experiments.md, the packaged English text
     (192, 4096, 0.5e6, 1.8846), (192, 4096, 1e6, 1.7317), (192, 4096, 2e6, 1.4862), (192, 4096, 8e6, 1.3389), (128, 1024, 0.5e6, 2.1175),
     (128, 2048, 0.5e6, 2.0076), (128, 4096, 0.5e6, 1.9039), (128, 8192, 0.5e6, 1.8298), (128, 16384, 0.5e6, 1.7734), (384, 4096, 0.25e6, 2.0546),
 ]  # fmt: skip
