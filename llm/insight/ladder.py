@@ -1,8 +1,8 @@
 """What a model will reach on a text before it is trained: a law fitted to measured runs, a ladder, and proposals.
 
 The law has Chinchilla's form in bits per byte (Hoffmann et al., 2022), with repeated text discounted as by Muennighoff
-et al. (2023): E + A parameters^-a + B (text read + C)^-b. It was fitted to the runs of recipes/experiments.md and to one
-published figure. Three tiny runs on a text, a ladder, correct it for that text.
+et al. (2023): E + A parameters^-a + B (text read + C)^-b. It was fitted to the runs of recipes/experiments.md and to
+one published figure. Three tiny runs on a text, a ladder, correct it for that text.
 """
 
 import json
