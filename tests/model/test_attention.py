@@ -79,3 +79,11 @@ def test_elsewhere_it_is_torchs_attention(dtype: torch.dtype) -> None:
     given = [each.to(dtype) for each in inputs(SHAPES["shared keys"])]
     for a, b in zip(gradients(ours, *given), gradients(torchs, *given), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_windows_bits_do_not_depend_on_the_windows_beside_it(shape: tuple[int, ...]) -> None:
+    given = inputs(shape)
+    alone = [gradients(ours, *(each[n : n + 1] for each in given)) for n in range(shape[0])]
+    for index, whole in enumerate(gradients(ours, *given)):
+        assert torch.equal(whole, torch.cat([each[index] for each in alone]))
