@@ -19,7 +19,7 @@ from llm.base.constants import STACKED, STACKED_NUMBERS
 from llm.config.schema import Train
 from llm.distributed.sharding import LocalShard, Sharding, bounds, gather, local_shard, size
 
-MOMENTUM = 0.9  # Muon's; the usual 0.95 averages over too many steps for runs of a few thousand
+MOMENTUM = 0.86  # Muon's; the usual 0.95 averages over too many steps for runs of a few thousand
 BETAS = (0.9, 0.99)  # AdamW's; small batches need a long second average
 EPS = 1e-8
 # AdamW's learning rates as a fraction of Muon's, for a model of this width. Those of matrices fall with its square

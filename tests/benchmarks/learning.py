@@ -88,6 +88,10 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
         Row("cautious decay", other="cautious"),
         Row("embeddings not decayed", other="embeddings_kept"),
     ]),
+    "momentum": ("tokenizer.vocabulary=4096 train.tokens=500k train.shallow=0 train.sampled_softmax=0", [
+        *(Row(f"momentum {momentum}", other=f"optimizer.MOMENTUM={momentum}") for momentum in (0.78, 0.82, 0.86, 0.9, 0.93)),
+        Row("momentum 0.86, last 70 % falling", "train.decay=70%", "optimizer.MOMENTUM=0.86"),
+    ]),
     "schedule": (NARROW, [
         Row("last 60 % falling in a line, warm-up of 10 steps", seeds=3),
         Row("last 40 % falling", "train.decay=40%", seeds=3),
