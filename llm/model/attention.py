@@ -1,6 +1,6 @@
-"""Attention of a training step, with a backward pass of our own where that is faster: causal, in bf16, on a CPU.
+"""Attention of a training step, with a backward pass of our own where that is faster: short windows, in bf16, on a CPU.
 
-There torch's backward pass takes up to twice as long as the matrix products that it consists of, in blocks. Letters in
+At 512 tokens torch's backward pass takes 1.3 to 1.9 times as long as this one (tests/benchmarks/README.md). Letters in
 shapes: B windows, H heads, K kv_heads, T tokens, E head_dim, N windows times heads.
 """
 
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+MOST_TOKENS = 512  # of a window; from 1,024 on torch's backward pass is as fast
 KEYS = 256  # in a block of scores; queries before the first of them do not see the block
-SCORES = 1 << 21  # in a block, over several heads: what the cache holds
+SCORES = 1 << 21  # in a block, over several heads; the fastest of four sizes
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -24,9 +25,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     device, grouped = q.device.type, k.shape[1] < q.shape[1]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
-    if mask is None and device == "cpu" and dtype is torch.bfloat16 and torch.is_grad_enabled():
-        if grouped:
-            k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
+    suits = device == "cpu" and dtype is torch.bfloat16 and mask is None and k.shape == q.shape
+    dense = all(each.stride(-1) == 1 for each in (q, k, v))  # as torch's kernel wants them
+    if suits and dense and 0 < q.shape[2] <= MOST_TOKENS and torch.is_grad_enabled():
         result: Tensor = _CausalAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype))
         return result
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
@@ -55,12 +56,12 @@ def attention_backward(
     """
     windows, heads, tokens, features = q.shape
     count, scale = windows * heads, features**-0.5
-    # Products are rounded to bf16. `lse` and `along` are subtracted inside of them, as two more features, so that the
-    # logarithms of probabilities are rounded instead of scores: they are small where a probability is large.
-    along = (gradient.float() * y).sum(-1)  # (B, H, T)
-    q, gradient = _with_value(q * scale, lse), _with_value(gradient, along)  # (N, T, E + 2)
-    k, v = (F.pad(each, (0, 2), value=-1.0).flatten(0, 1) for each in (k, v))  # (N, T, E + 2)
-    of_q, of_k, of_v = torch.empty_like(q, dtype=torch.float32), torch.empty_like(k), torch.empty_like(v)
+    # Products are rounded to bf16. `lse` and `mean` are subtracted inside of them, as two more features, so that
+    # logarithms of probabilities are rounded instead of scores: where a probability is large, they are small.
+    mean = (gradient.float() * y).sum(-1)  # (B, H, T): of the gradients of a query's scores, weighed by probability
+    q, gradient = _with_value(q, lse / scale), _with_value(gradient, mean)  # (N, T, E + 2)
+    k, v = (F.pad(each, (0, 2), value=-1.0).flatten(0, 1) for each in (k, v))  # (N, T, E + 2): what subtracts it
+    of_q, of_k, of_v = torch.zeros_like(q, dtype=torch.float32), torch.empty_like(k), torch.empty_like(v)
     most = min(count, max(1, SCORES // (KEYS * tokens)))
     scratch = q.new_empty(2, most * KEYS * tokens)
     for first in range(0, count, most):
@@ -69,18 +70,15 @@ def attention_backward(
             keys, queries = slice(low, min(low + KEYS, tokens)), slice(low, tokens)
             size = (n.stop - first, keys.stop - low, tokens - low)
             p, of_scores = (each[: math.prod(size)].view(size) for each in scratch)  # (n, keys, queries)
-            torch.bmm(k[n, keys], q[n, queries].mT, out=p).exp_()
-            p[:, :, : size[1]].triu_()
-            torch.bmm(v[n, keys], gradient[n, queries].mT, out=of_scores).mul_(p)
+            torch.baddbmm(p, k[n, keys], q[n, queries].mT, beta=0, alpha=scale, out=p).exp_()
+            p[:, :, : size[1]].triu_()  # a key is seen from its own position on
+            torch.baddbmm(of_scores, v[n, keys], gradient[n, queries].mT, beta=0, alpha=scale, out=of_scores).mul_(p)
             of_v[n, keys] = torch.bmm(p, gradient[n, queries])
             of_k[n, keys] = torch.bmm(of_scores, q[n, queries])
-            part = torch.bmm(of_scores.mT, k[n, keys])
-            if low == 0:
-                of_q[n] = part
-            else:
-                of_q[n, queries] += part
-    of_q = of_q.mul_(scale).to(k.dtype)
-    of_q, of_k, of_v = (each.view(windows, heads, tokens, -1)[..., :features] for each in (of_q, of_k, of_v))
+            of_q[n, queries] += torch.bmm(of_scores.mT, k[n, keys])
+    of_q, of_k, of_v = (
+        each.view(windows, heads, tokens, -1)[..., :features] for each in (of_q.to(k.dtype), of_k, of_v)
+    )
     return of_q, of_k, of_v
 
 
@@ -91,7 +89,7 @@ def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor)
 
 
 def _with_value(x: Tensor, value: Tensor) -> Tensor:
-    """`x` (B, H, T, E) with two more features that add up to `value` (B, H, T): (N, T, E + 2)."""
+    """`x` (B, H, T, E) with `value` (B, H, T) as two more features, its bf16 and the rest of it: (N, T, E + 2)."""
     result = x.new_empty(*x.shape[:-1], x.shape[-1] + 2)
     result[..., :-2] = x
     result[..., -2] = value
