@@ -1,6 +1,7 @@
 """verify tells a recipe that keeps its promises from one that does not; show names where two runs part."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,28 @@ def test_a_sound_recipe_keeps_all_promises(
     found = verdicts(tmp_path, text, None, *(["machine.exact=true"] if exact else []))
     assert len(found) == (2 if exact else 3) and not any(found.values()), found
     assert not list(Path("runs").iterdir())  # nothing of it is left
+
+
+def test_where_bits_are_compared_all_trials_have_one_number_of_threads(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, threads = proof.Trials.train, {}
+
+    def noting(self: proof.Trials, name: str, *changes: str, **more: int) -> Path:
+        folder = real(self, name, *changes, **more)
+        threads[name] = json.loads((folder / "machine.json").read_text())["threads"]
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(proof.Trials, "train", noting)
+    monkeypatch.setattr("llm.distributed.threads.threads_per_process", _share)
+    found = verdicts(tmp_path, text, None, "machine.exact=true", "machine.threads=auto")
+    assert threads == {"whole": 2, "resumed": 2, "two-processes": 2} and not any(found.values()), (threads, found)
+
+
+def _share() -> int:
+    """Threads of each process on a machine of two cores."""
+    return 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 FAST = [plants.lost_moments, plants.order_by_worker, plants.mask_by_row]

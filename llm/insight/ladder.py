@@ -27,8 +27,8 @@ from llm.insight import planning
 from llm.insight.cards import Device
 from llm.model import cost
 
-# E, A and B in bits per byte of the packaged English text; parameters in millions, text in megabytes. Seven runs with
-# these defaults (2.0 to 13 M parameters, 0.5 to 6.8 M tokens; 4,096 and 16,384 pieces) and 124 M parameters on 0.73
+# E, A and B in bits per byte of the packaged English text; parameters in millions, text in megabytes. Nine runs with
+# these defaults (0.3 to 13 M parameters, 0.06 to 6.8 M tokens; 4,096 and 16,384 pieces) and 124 M parameters on 0.73
 # billion tokens of FineWeb (3.28 nats a token, github.com/KellerJordan/modded-nanogpt) lie within 4 % of it.
 FLOOR, SIZE, TEXT = 0.9, 0.264, 1.063
 SIZE_POWER, TEXT_POWER, TEXT_OFFSET = 0.2, 0.5, 0.5

@@ -117,7 +117,9 @@ def _verdicts(trials: Trials, recipe: Recipe, steps: int) -> list[Verdict]:
         promise = f"micro-batches of {other} instead of {micro_batch}: one curve"
         verdicts.append(Verdict(promise, same_curve(whole, trial, tolerance)))
     if windows % 2 == 0 and (os.cpu_count() or 1) > 1 and torch.cuda.device_count() != 1:
-        trial = trials.train("two-processes", world=2)
+        # Bits depend on the number of threads, and `auto` would give each of two processes half of them.
+        threads = [f"machine.threads={machine['threads']}"] if exact else []
+        trial = trials.train("two-processes", *threads, world=2)
         fault = same_bits(whole, trial) if exact else same_curve(whole, trial, tolerance)
         verdicts.append(Verdict(f"two processes: {'the same bits' if exact else 'one curve'}", fault))
     return verdicts

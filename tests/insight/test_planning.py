@@ -299,6 +299,7 @@ def test_time_that_the_text_leaves_is_for_a_branch_of_the_best_run(
 MEASURED = [  # width, vocabulary, tokens, bits per byte: recipes/experiments.md, the packaged English text
     (192, 4096, 0.5e6, 1.7917), (192, 4096, 2e6, 1.4581), (192, 16384, 1.115e6, 1.5236), (192, 16384, 6.8e6, 1.3094),
     (96, 16384, 0.5e6, 1.7350), (384, 16384, 0.5e6, 1.6905), (288, 4096, 0.5e6, 1.7727),
+    (48, 4096, 64e3, 2.4859), (80, 4096, 256e3, 2.0463),
 ]  # fmt: skip
 
 
