@@ -112,6 +112,16 @@ def start(act: Callable[[], None], folder: Path, environment: dict[str, str] | N
         os._exit(status)
 
 
+def count_threads() -> None:
+    """From now on, only count this child's threads, all the time computing on one.
+
+    OpenMP's threads do not survive a fork: a child whose parent ever computed on two would crash on its own two.
+    """
+    threads = [torch.get_num_threads()]
+    torch.set_num_threads = lambda number: threads.__setitem__(0, number)
+    torch.get_num_threads = lambda: threads[0]
+
+
 def ended(child: int, folder: Path, tag: str = "", seconds: float = 120) -> Ended:
     """Wait for a child; one that takes longer than `seconds` is killed and fails the test."""
     until = time.monotonic() + seconds

@@ -26,7 +26,7 @@ from llm.run_folder import checkpoint
 from llm.training import session
 from llm.training.micro_batch import MicroBatches
 from llm.training.trainer import Trainer
-from tests.forks import Ended, digest, ended, run, script, start, train, write_recipe, write_text
+from tests.forks import Ended, count_threads, digest, ended, run, script, start, train, write_recipe, write_text
 
 
 @pytest.fixture(scope="module")
@@ -352,10 +352,8 @@ def test_a_run_in_a_process_of_ones_own_leaves_it_as_it_was(tmp_path: Path, text
         return [dict(os.environ), handlers, modes, is_initialized(), torch.distributed.is_initialized()]
 
     def act() -> None:
-        models, init, threads = [], Trainer.__init__, [1]
-        # Counted only: OpenMP's threads of the parent do not survive the fork.
-        torch.set_num_threads = lambda count: threads.__setitem__(0, count)
-        torch.get_num_threads = lambda: threads[0]
+        models, init = [], Trainer.__init__
+        count_threads()
 
         def kept(self: Trainer, *given: Any, **named: Any) -> None:
             init(self, *given, **named)

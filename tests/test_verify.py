@@ -11,7 +11,7 @@ from llm.run_folder import checkpoint, verification
 from llm.run_folder.trace import compare_runs
 from llm.training import proof
 from tests import plants
-from tests.forks import run, run_group, script, train, write_recipe, write_text
+from tests.forks import count_threads, run, run_group, script, train, write_recipe, write_text
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_where_bits_are_compared_all_trials_have_one_number_of_threads(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(proof.Trials, "train", noting)
     monkeypatch.setattr("llm.distributed.threads.threads_per_process", _share)
-    found = verdicts(tmp_path, text, None, "machine.exact=true", "machine.threads=auto")
+    found = verdicts(tmp_path, text, count_threads, "machine.exact=true", "machine.threads=auto")
     assert threads == {"whole": 2, "resumed": 2, "two-processes": 2} and not any(found.values()), (threads, found)
 
 
