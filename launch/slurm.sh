@@ -2,8 +2,8 @@
 # A job that trains, saves five minutes before its time is over, asks to be queued again, and goes on where it was.
 #   sbatch launch/slurm.sh recipes/large.yaml machine.shard=hybrid
 # One task a GPU, started by srun itself: no launcher stands between Slurm's signals and the trainer, or between the
-# trainer's exit status and this script. Whatever ends the job (its time, preemption, a lost node), the next start goes on
-# from the newest valid checkpoint: nothing has to be said for that.
+# trainer's exit status and this script. However the job ends (time limit, preemption, a lost node), the next start resumes
+# from the newest valid checkpoint; no option is needed.
 #SBATCH --job-name=llm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -42,8 +42,8 @@ while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
     status=$?
 done
 
-# Once more, where time was over or a process was lost (status 6). Slurm itself requeues after preemption; whoever cancels
-# the job means it; and any other failure would only come again.
+# Requeue after the time limit or a lost process (status 6). Slurm itself requeues after preemption, a cancelled job is meant
+# to end, and any other failure would only recur.
 if { [ -n "$ahead" ] && [ "$status" -eq 75 ]; } || [ "$status" -eq 6 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -123,7 +123,7 @@ class Run:
         if texts:
             scores = [("", scoring.score(self.loaded, scoring.encode_files(self.loaded, list(texts)), rows))]
         else:
-            scores = [(about, score) for about, score in scoring.score_held_out(self.loaded, rows)]
+            scores = list(scoring.score_held_out(self.loaded, rows))
         sources = [f"{source.name}/" for source in self.recipe.text.sources] if not texts else []
         return {
             f"{source}{name}": getattr(score, name)

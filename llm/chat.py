@@ -4,16 +4,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm.base.command import Parser
 from llm.base.errors import LLMError, RecipeError, run
 from llm.data.conversations import checked
 from llm.inference import terminal
-from llm.inference.sampling import INT8, Sampling, flag
+from llm.inference.sampling import INT8, add_sampling, sampling_of
 
 if TYPE_CHECKING:
     from llm.inference.chat import Conversation
@@ -35,15 +34,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_run()
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_number("--tokens", default=200, least=1, help="at most this many new tokens an answer (default 200)")
-    for each in fields(Sampling):
-        default: Any = each.default
-        bounds = {name: each.metadata[name] for name in ("least", "most")}
-        help = f"{each.metadata['help']} (default {default:g})"
-        parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
+    add_sampling(parser)
     parser.add_argument("--int8", action="store_true", help=INT8)
     parser.add_number("--seed", most=(1 << 63) - 1, help="the same seed gives the same answers (default: another)")
     given = parser.parse_args(arguments)
-    given.sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
+    given.sampling = sampling_of(given)
     return given
 
 

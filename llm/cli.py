@@ -1,6 +1,7 @@
 """The console command `onetext`: `onetext train RECIPE`, and `onetext NAME` for each `python -m llm.NAME`."""
 
 import argparse
+import shlex
 import sys
 from functools import partial
 from importlib import import_module
@@ -45,18 +46,21 @@ def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
     try:
         shards = of_run(folder)
     except RefusedError:  # damaged while the run went on, which its record says
-        say(f"the run lies in {folder}")
+        say(f"Saved in {folder}.")
         return
+    name = recipe.run if folder.parent == Path("runs") else shlex.quote(str(folder))
     if shards.is_chat:
-        say(f"the run lies in {folder}; talk to it with:\n  python -m llm.chat {recipe.run}")
-        return
-    prompt = quoted(example(load_recipe(folder / "recipe.yaml"), hf_tokenizer.load(folder / "tokenizer"), shards))
-    say(f"the run lies in {folder}; sample it with:\n  python -m llm.sample {recipe.run} --prompt {prompt}")
+        attempt = f"python -m llm.chat {name}"
+    else:
+        tokenizer = hf_tokenizer.load(folder / "tokenizer")
+        prompt = quoted(example(load_recipe(folder / "recipe.yaml"), tokenizer, shards))
+        attempt = f"python -m llm.sample {name} --prompt {prompt}"
+    say(f"Saved in {folder}. Try it:\n  {attempt}")
 
 
 def _runs_of(recipe: Path, run: str) -> Path:
     """The folder of runs: that of the run whose own recipe.yaml is named, from anywhere, otherwise runs/ here."""
-    folder = recipe.parent
+    folder = Path.cwd() if recipe.parent == Path() else recipe.parent
     return folder.parent if folder.name == run and (folder / "identity.json").is_file() else Path("runs")
 
 

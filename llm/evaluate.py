@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise RecipeError("--yardsticks and --alone are for texts: name one with --text")
         for name, score in scoring.score_held_out(opened, given.rows):
             print_score(name, score)
-    elif given.text or not (given.pairs or given.tasks):
+    elif given.text or own:
         text = scoring.encode_files(opened, given.text) if given.text else scoring.validation_text(opened)
         score = scoring.score(opened, text, given.rows, alone=given.alone)
         each = ", each alone" if given.alone else ""

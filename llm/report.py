@@ -3,6 +3,7 @@
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -89,12 +90,13 @@ def server(folders: Sequence[Path], port: int) -> ThreadingHTTPServer:
             self.answer(HTTPStatus.OK, data, "text/html")
 
         def answer(self, status: HTTPStatus, data: bytes, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # the reader has left
+                self.send_response(status)
+                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Cache-Control", "no-store")
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, format: str, *values: object) -> None:
             pass

@@ -4,14 +4,13 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm.base.command import Parser
 from llm.base.errors import RecipeError, run
 from llm.inference import terminal
-from llm.inference.sampling import INT8, Sampling, flag
+from llm.inference.sampling import INT8, Sampling, add_sampling, sampling_of
 from llm.inference.stop import Stop
 
 if TYPE_CHECKING:
@@ -32,11 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--prompt-file", type=Path, metavar="FILE", help="continue the text in this file")
     add("--stop", action="append", metavar="TEXT", default=[], help="end before this text; may be given again")
     parser.add_number("--tokens", default=200, help="at most this many new tokens (default 200)")
-    for each in fields(Sampling):
-        default: Any = each.default
-        bounds = {name: each.metadata[name] for name in ("least", "most")}
-        help = f"{each.metadata['help']} (default {default:g})"
-        parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
+    add_sampling(parser)
     add("--int8", action="store_true", help=INT8)
     parser.add_number("--seed", most=(1 << 63) - 1, help="the same seed gives the same text (default: a new one)")
     given = parser.parse_args(arguments)
@@ -44,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise RecipeError("--stop is empty: name the text to end before")
     if given.prompt_file is not None:
         given.prompt = [*(given.prompt or []), text_in(given.prompt_file)]
-    sampling = Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
+    sampling = sampling_of(given)
     import torch
 
     from llm.inference.fast_decode import prepare

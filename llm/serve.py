@@ -14,7 +14,7 @@ KEY = "ONETEXT_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         "serve",
         "Serve a run to any client of OpenAI's API, at http://HOST:PORT/v1, and a page to talk to it at /. Texts that "
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         shown = f"[{given.host}]" if ":" in given.host else given.host
         print(f"http://{shown}:{listener.getsockname()[1]}/ serves {opened.name}; Ctrl-C ends it", flush=True)
         Uvicorn(configured(app, given.drain), server, given.drain).run([listener])
+    return int(server.broken)
 
 
 def key_of(path: Path | None) -> str | None:
@@ -81,16 +82,18 @@ def key_of(path: Path | None) -> str | None:
 
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens. RecipeError where the address or the port is not to be had."""
+    listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
-    except OSError as error:
-        raise RecipeError(
-            f"{host}:{port} cannot be served ({error.strerror}): name another --host or --port"
-        ) from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is too long
+        if listener is not None:
+            listener.close()
+        why = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{host}:{port} cannot be served ({why}): name another --host or --port") from error
     return listener
 
 

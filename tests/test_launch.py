@@ -26,7 +26,7 @@ from llm.run_folder import checkpoint
 from llm.training import session
 from llm.training.micro_batch import MicroBatches
 from llm.training.trainer import Trainer
-from tests.forks import Ended, count_threads, digest, ended, run, script, start, train, write_recipe, write_text
+from tests.forks import ROOT, Ended, count_threads, digest, ended, run, script, start, train, write_recipe, write_text
 
 
 @pytest.fixture(scope="module")
@@ -375,6 +375,15 @@ def test_a_run_in_a_process_of_ones_own_leaves_it_as_it_was(tmp_path: Path, text
 
     done = run(act, tmp_path)
     assert done.status == 0, done.err
+
+
+def test_a_run_goes_on_from_within_its_own_folder(tmp_path: Path, text: Path) -> None:
+    stopped = run(train(write_recipe(tmp_path, text), stop_after=5), tmp_path)
+    assert stopped.status == 75
+    folder = tmp_path / "runs/tiny"
+    done = run(script(ROOT / "launch/train.py", "recipe.yaml"), folder)
+    assert done.status == 0 and "step 12/12" in done.out and not (folder / "runs").exists(), done
+    assert f"Saved in {folder}. Try it:\n  python -m llm.sample {folder} --prompt " in done.out
 
 
 def test_a_run_is_read_from_anywhere_and_after_a_move(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import llm.distributed.coordinator
+from llm.training.stopping import StopRequest
 from llm.training.trainer import Trainer
 from tests.forks import ROOT, Ended, digest, ended, run, run_group, script, start, train, write_recipe, write_text
 
@@ -83,6 +84,38 @@ def test_a_second_ctrl_c_of_a_person_leaves_at_once_a_launchers_echo_does_not(tm
     left = run(acting(recipe, 7, twice(1.2)), tmp_path)
     assert left.status == 130 and "Traceback" not in left.err
     assert digest(tmp_path).startswith("5:")  # nothing was saved on that way out
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_agreed_on_next() -> None:
+    class Waiting:
+        """A group that waits in `largest`, in which the signal comes."""
+
+        def largest(self, reason: int, *, after: str) -> int:
+            if after == "step 1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return reason
+
+    request = StopRequest(Waiting(), 0, -1)  # type: ignore[arg-type]
+    with request.on_signals():
+        assert [request.agreed(step) for step in range(3)] == [False, False, True]
+    assert str(request) == "SIGTERM"
+
+
+def test_the_first_ctrl_c_after_a_stop_by_others_still_lets_the_run_save() -> None:
+    class Others:
+        def largest(self, reason: int, *, after: str) -> int:
+            return signal.SIGUSR1
+
+    request = StopRequest(Others(), 0, -1)  # type: ignore[arg-type]
+    request.began -= 60
+    with request.on_signals():
+        assert request.agreed(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.asked_at is not None
+        request.asked_at -= 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert str(request) == "SIGUSR1"
 
 
 def test_a_run_stops_by_itself_after_its_time(tmp_path: Path, text: Path) -> None:

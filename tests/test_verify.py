@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llm.base.errors import RefusedError
 from llm.run_folder import checkpoint, verification
 from llm.run_folder.trace import compare_runs
 from llm.training import proof
@@ -70,6 +75,24 @@ def test_where_bits_are_compared_all_trials_have_one_number_of_threads(
 def _share() -> int:
     """Threads of each process on a machine of two cores."""
     return 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def test_a_run_of_one_step_is_verified_and_a_trial_that_fails_ends_the_others(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not any(verdicts(tmp_path, text, None, "train.steps=1", "train.warmup=0").values())
+    started, popen = [], subprocess.Popen
+
+    def sleeping(command: list[str], env: dict[str, str], **more: Any) -> Any:
+        code = "import time; time.sleep(60)" if env["RANK"] == "1" else "raise SystemExit('of its own')"
+        started.append(popen([sys.executable, "-c", code], env=env, **more))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", sleeping)
+    with pytest.raises(RefusedError, match="of its own"):
+        proof.start_processes([], 2, 0)
+    assert [process.returncode for process in started] == [1, -signal.SIGKILL]
 
 
 FAST = [plants.lost_moments, plants.order_by_worker, plants.mask_by_row]
@@ -150,6 +173,10 @@ def test_show_names_the_first_step_at_which_two_runs_part(tmp_path: Path, text: 
         *keys, last = compare_runs(runs / "a", runs / f"b{number}")
         assert any(key.startswith(override.partition("=")[0]) for key in keys), override
         assert f"part at step {step}: " in last and what in last, (override, last)
+    sources = ["text.files=[]", f"text.sources.notes.files={text}", "text.sources.notes.weight=1"]
+    assert run(train(recipe, *sources, "run=mixed"), tmp_path).status == 0
+    for pair in (("a", "mixed"), ("mixed", "a")):  # a key that only one of them has
+        assert any(line.startswith("text.sources.notes") for line in compare_runs(*(runs / name for name in pair)))
 
 
 def test_verify_reads_a_run_again_and_names_what_is_damaged(

@@ -22,7 +22,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from llm.base.errors import RecipeError, RefusedError
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # the file system lacks the operation
-BLOCK, STAGE = 4096, 16 << 20  # bytes: what O_DIRECT wants to be whole, and what is written at once
+BLOCK, STAGE = 4096, 16 << 20  # bytes: the unit of O_DIRECT, and the size of one write
 DRAFT = ".draft-"  # prefix of unfinished files and folders: ignore them, sweep them away
 
 
@@ -47,10 +47,10 @@ def _write_at(path: Path, chunks: Iterable[tuple[int, bytes | memoryview]]) -> N
 
 
 class _Stage:
-    """Memory in which what goes to a file is collected, to be written in large pieces.
+    """A buffer that collects a file's bytes into large writes.
 
-    Whole blocks pass by the page cache, where the file system allows: to fill that costs more of a processor than all
-    else about a write. What begins or ends within a block, of which others may write the rest, goes through it.
+    Whole blocks bypass the page cache (O_DIRECT) where the file system allows: filling the cache takes more CPU time
+    than the rest of a write. Partial blocks, whose remainder another process may write, go through the cache.
     """
 
     def __init__(self, path: Path, file: int) -> None:
@@ -84,7 +84,7 @@ class _Stage:
                 self.empty()
 
     def empty(self) -> None:
-        """Write what was collected."""
+        """Write the collected bytes."""
         base, first, last = self.begin // BLOCK * BLOCK, -(-self.begin // BLOCK) * BLOCK, self.end // BLOCK * BLOCK
         if self.direct < 0 or first >= last:
             self._put(self.file, self.begin - base, self.end - base, base)

@@ -9,7 +9,7 @@ from llm.base.errors import RecipeError
 
 NAMED = "name of a run under runs/, or its folder"
 RUN_HELP = "name of a run, or RUN/step-N, RUN/newest; default: the best checkpoint of the last run"
-MEAN_HELP = "take the mean of the weights of RUN and of this one, which went on from one checkpoint; repeatable"
+MEAN_HELP = "average the weights of RUN and of this run, which must have started from the same checkpoint; repeatable"
 
 
 class Parser(argparse.ArgumentParser):

@@ -75,6 +75,13 @@ def as_disk_error(error: OSError) -> LLMError | None:
     return DiskError(f"the disk failed{where}: {os.strerror(error.errno)}{found}; {remedies[error.errno]}")
 
 
+def as_llm_error(error: BaseException) -> LLMError | None:
+    """`error` if it is an LLMError, a failure of the disk as a DiskError, otherwise None."""
+    if isinstance(error, LLMError):
+        return error
+    return as_disk_error(error) if isinstance(error, OSError) else None
+
+
 def optional(package: str, otherwise: str) -> Any:
     """An optional package. RecipeError says `otherwise` where it is not installed."""
     try:
@@ -97,25 +104,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
         sys.stdout.flush()  # fails here, where it is handled, not at interpreter exit
-    except LLMError as error:
-        if str(error):
-            who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
-            kind = "" if isinstance(error, StoppedError) else "error: "
-            tell(f"{who}{kind}{error}", sys.stderr)
-        status = error.status
     except KeyboardInterrupt:
         tell("interrupted", sys.stderr)
         status = 130
-    except OSError as error:
-        disk = as_disk_error(error)
+    except (LLMError, OSError) as error:
+        known = as_llm_error(error)
         if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):  # as in `... | head`
             _silence(sys.stdout)
             status = 0
-        elif disk is None:
+        elif known is None:
             raise
         else:
-            tell(f"error: {disk}", sys.stderr)
-            status = disk.status
+            if str(known):
+                who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+                kind = "" if isinstance(known, StoppedError) else "error: "
+                tell(f"{who}{kind}{known}", sys.stderr)
+            status = known.status
     except Exception:
         if not grouped:
             raise

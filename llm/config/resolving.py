@@ -38,7 +38,7 @@ def _check_values(recipe: Recipe) -> None:
     if any(not term or "\n" in term for term in recipe.tokenizer.terms):
         raise RecipeError("tokenizer.terms: each term must be one or more words on one line, and not empty")
     if recipe.model.from_ is not None and recipe.train.shallow:
-        raise RecipeError("train.shallow is for weights that begin at random: say train.shallow=0 beside model.from")
+        raise RecipeError("train.shallow is for weights that begin at random: set train.shallow=0 beside model.from")
     if recipe.model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
         raise RecipeError("model.from brings its own tokenizer: remove tokenizer.path and tokenizer.terms")
     said = [name for name in LENGTHS if getattr(recipe.train, name.split(".")[1])]

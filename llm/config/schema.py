@@ -120,7 +120,7 @@ class Train:
         "share of the teachers in each target while the rate is full", 0.6, least=0, below=1.0001
     )
     teachers_last: float = setting(
-        "the same at the end, where the rate is zero: less where the run will know more than they do",
+        "the teachers' share at the end, where the rate is zero; lower it if the run will outgrow its teachers",
         0.0,
         least=0,
         below=1.0001,
@@ -146,7 +146,8 @@ class Train:
 class Evaluate:
     every: int = setting("steps", 500, least=1, below=1e12)
     also: tuple[str, ...] = setting(
-        "texts whose held-out side is measured too, before the first step as well: what the model knew before", ()
+        "more texts whose held-out side is evaluated too, also before the first step, to show what the model forgets",
+        (),
     )
     prompts: tuple[str, ...] = setting(
         "texts to continue after each evaluation; auto: the opening of a document of the text", ()

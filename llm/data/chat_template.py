@@ -22,7 +22,7 @@ MARKERS = dict(zip(ROLES, CONTROLS, strict=False))
 END = CONTROLS[-1]
 GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 STAND_IN = re.compile("\ue000\\d+\ue001")
-# What `OwnTemplate` does, in jinja. transformers takes the ids within `generation` for those to be learnt.
+# `OwnTemplate` in jinja. transformers takes the ids within `generation` as targets.
 JINJA = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
@@ -159,7 +159,7 @@ class JinjaTemplate:
         return ids, parts
 
     def _bounds(self) -> tuple[str, list[int]]:
-        """What stands between a message and its answer, and the id of the special token that ends one, if any."""
+        """The text between a message and its answer, and the id of the special token that ends an answer, if any."""
         user, answer = ({"role": role, "content": f"\ue000{at}\ue001"} for at, role in enumerate(ROLES[1:]))
         try:
             asked, said = self.render([user], answer=True)[0], self.render([user, answer])[0]

@@ -58,7 +58,7 @@ def checked(place: str, row: Any) -> list[Message]:
         if not content.strip():
             raise TextError(f"{where} is empty: give it {content_key}, or leave the conversation out")
         if "\0" in content:
-            raise TextError(f"{where} holds a NUL character: it is no plain text, or must be cleaned")
+            raise TextError(f"{where} holds a NUL character: it is not plain text, or must be cleaned")
         messages.append({"role": names[role], "content": content})
     _check_order(place, messages)
     return messages
@@ -95,7 +95,7 @@ def messages_of(document: bytes) -> list[Message]:
 
 
 def text_of(document: bytes) -> bytes:
-    """What is said in a conversation, to train a vocabulary on."""
+    """The messages of a conversation as text, to train a vocabulary on."""
     return "\n".join(message["content"] for message in messages_of(document)).encode()
 
 

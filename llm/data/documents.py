@@ -268,7 +268,7 @@ class Corpus:
 
     @property
     def seen(self) -> dict[str, Any]:
-        """What a run records of its files, to know later whether they are still those."""
+        """A record of the files, by which a run knows later whether they are unchanged."""
         return {"identity": digest_of(self.identity), "most": self.most}
 
     @cached_property

@@ -123,7 +123,8 @@ def follow(past: Past, text: Text, cache: Path, show: Show, *, verify: bool) -> 
     if found.sha256 != survey.sha256:
         gone = int((~there).sum())
         said = f"{new:,} documents ({new_bytes / 1e6:,.1f} MB) are new since it was last prepared, {gone:,} are gone"
-        said = said if new or gone else "its documents are those of its last preparation, in another order or number"
+        if not (new or gone):
+            said = "its documents are unchanged, but their order or number differs from the last preparation"
         show.say(f"text: {said}; the tokenizer stays (--new-tokenizer of llm.prepare trains another)")
     return Grown(corpus, found, past.tokenizer)
 

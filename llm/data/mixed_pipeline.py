@@ -17,7 +17,7 @@ from llm.base.errors import RecipeError, TextError
 from llm.config.schema import Evaluate, Recipe, Text, TextSource
 from llm.data import growth, pipeline
 from llm.data.conversations import text_of
-from llm.data.documents import Corpus, fraction
+from llm.data.documents import fraction
 from llm.data.progress import Say, Show
 from llm.data.shards import AnyShards, MixedShards, Shards
 from llm.data.sharing import Team
@@ -115,14 +115,10 @@ def find_shards(recipe: Recipe) -> AnyShards | None:
         return None
     found = {}
     for source in recipe.text.sources:
-        one = alone(recipe, source)
-        past = growth.find(cache, one, None if path else tokenizer)
-        if past is None or Corpus(one.text, past.most).identity != past.corpus:
+        shards = pipeline.last_shards(cache, alone(recipe, source), None if path else tokenizer)
+        if shards is None:
             return None
-        folder = cache / "shards" / past.shards
-        if not (folder / "manifest.json").is_file():
-            return None
-        found[source.name] = Shards.open(folder)
+        found[source.name] = shards
     return MixedShards(found)
 
 
@@ -176,7 +172,7 @@ def _trained(recipe: Recipe, say: Say, progress: bool, verify: bool) -> Tokenize
 
 
 def _joint(surveys: list[Survey]) -> Survey:
-    """What the tokenizer of several texts depends on."""
+    """The inputs that decide the tokenizer of several texts."""
     documents, text_bytes = ([sum(column) for column in zip(*sizes, strict=True)] for sizes in (
         [each.documents for each in surveys], [each.text_bytes for each in surveys]))  # fmt: skip
     digest = atomic_io.digest_of([[each.sha256, each.share] for each in surveys])

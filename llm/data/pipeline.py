@@ -149,6 +149,15 @@ def prepare_also(
     return prepare(other, say, progress, verify, tokenizer, team=team).shards
 
 
+def last_shards(cache: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> Shards | None:
+    """The shards of the last preparation of the recipe's text, if its files are still those; as of growth.find."""
+    past = growth.find(cache, recipe, tokenizer)
+    if past is None or Corpus(recipe.text, past.most).identity != past.corpus:
+        return None
+    folder = cache / "shards" / past.shards
+    return Shards.open(folder) if (folder / "manifest.json").is_file() else None
+
+
 def find_shards(recipe: Recipe) -> Shards | None:
     """The recipe's shards if they were made before from its files as they are now; nothing is read, trained or written.
 
@@ -157,10 +166,8 @@ def find_shards(recipe: Recipe) -> Shards | None:
     cache, tokenizer = atomic_io.expanded(recipe.text.cache or "data"), recipe.tokenizer
     if any(name.startswith("hub:") for name in recipe.text.files):
         return None
-    past = growth.find(cache, recipe, None)
-    if past and Corpus(recipe.text, past.most).identity == past.corpus:
-        found = cache / "shards" / past.shards
-        return Shards.open(found) if (found / "manifest.json").is_file() else None
+    if shards := last_shards(cache, recipe, None):
+        return shards
     most = MAX_DOCUMENT
     while (path := survey_path(cache, Corpus(recipe.text, most), recipe.text)).is_file():
         survey = Survey(**atomic_io.read_checksummed(path))
@@ -185,7 +192,7 @@ def tokenizer_folder(cache: Path, recipe: Recipe, survey: Survey) -> Path:
 
 
 def _shards_folder(cache: Path, survey: Survey, tokenizer: Tokenizer) -> tuple[dict[str, Any], Path]:
-    """What shards are made of, and their folder, named by a digest of it."""
+    """The inputs that decide the shards, and their folder, named by a digest of these."""
     about = {"text": survey.sha256, "validation": survey.share, "tokenizer": tokenizer.fingerprint}
     if survey.is_chat:
         about["template"] = template_of(tokenizer).fingerprint

@@ -40,7 +40,7 @@ def opening(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards) -> str:
 
 
 def _first_message(tokenizer: Tokenizer, side: Split) -> str:
-    """What the user says first in the first conversation whose first message is short."""
+    """The user's first message of the first conversation in which it is short."""
     starts = side.document_starts()[:100].tolist()
     said = [_opening_of(tokenizer, side, begin) for begin in starts]
     return next((text for text in said if 0 < len(text) <= 2 * MAX_OPENING), "Hello")

@@ -6,7 +6,6 @@ linked, and documents that come later are looked up by the hash that splits them
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,13 +99,13 @@ def link(shards: "Shards", folder: Path, documents: list[int]) -> None:
         counts = np.cumsum([file["documents"] for file in whole])
         files[side] = whole[: min(int(np.searchsorted(counts, most, side="right")), len(whole) - 1)] if whole else []
         for file in files[side]:
-            with suppress(FileExistsError):
-                try:
-                    os.link(shards.folder / file["name"], folder / file["name"])
-                except FileExistsError:
-                    raise
-                except OSError:  # a file system without links
-                    atomic_io.write_bytes(folder / file["name"], (shards.folder / file["name"]).read_bytes())
+            mine, theirs = folder / file["name"], shards.folder / file["name"]
+            try:
+                os.link(theirs, mine)
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without links
+                atomic_io.write_bytes(mine, theirs.read_bytes())
     atomic_io.write_json(folder / JOURNAL, files)
 
 

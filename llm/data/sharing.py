@@ -27,7 +27,7 @@ class Team(Protocol):
     writes: bool  # False where another one writes to the same cache
 
     def exchange(self, part: bytes) -> list[bytes]:
-        """What every machine gives. GroupError if one has failed or is gone."""
+        """Every machine's part. GroupError if one has failed or is gone."""
 
 
 def told(team: Team | None, value: Any) -> list[Any]:

@@ -199,7 +199,7 @@ def _texts_of(rows: Iterable[tuple[str, Any]], field: str, notes: Counter[str]) 
         except UnicodeEncodeError as error:
             raise TextError(f"{place} holds half of a surrogate pair: it cannot be written as UTF-8") from error
         if b"\0" in data:
-            raise TextError(f"{place} holds a NUL character: it is no plain text, or must be cleaned")
+            raise TextError(f"{place} holds a NUL character: it is not plain text, or must be cleaned")
         yield (data,)
 
 

@@ -22,7 +22,7 @@ JSON_LINES = (".jsonl", ".ndjson")  # one JSON object per line
 ROWS = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")  # files with any other suffix are plain text
 COMPRESSED = "is compressed in a format that is not supported: unpack it first, or compress it with gzip, zstd or xz"
 TABLE = "is a table in a format that is not supported: write it as .csv, .parquet or .jsonl"
-DOCUMENT = "is no plain text: save its text as UTF-8 in a .txt file"
+DOCUMENT = "is not plain text: save its text as UTF-8 in a .txt file"
 UNSUPPORTED = {
     **dict.fromkeys((".arrow", ".xls", ".xlsx", ".ods"), TABLE),
     **dict.fromkeys((".bz2", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br", ".rar"), COMPRESSED),
@@ -255,14 +255,14 @@ def _command(path: Path, convert: str) -> str:
 
 
 def _diagnosis(path: Path, chunk: bytes, *, first: bool, has_utf8: bool) -> tuple[str, str]:
-    """What is wrong with the chunk, and a shell command that converts its file from stdin to stdout."""
+    """The fault of the chunk, and a shell command that converts its file from stdin to stdout."""
     if first and chunk.startswith(UTF32):
         return "it is UTF-32", "iconv -f utf-32 -t utf-8"
     even, odd = chunk[::2].count(0), chunk[1::2].count(0)
     if max(even, odd) * 8 >= len(chunk) > 8 and min(even, odd) * 10 <= max(even, odd):  # Latin letters in UTF-16
         return "it looks like UTF-16", f"iconv -f utf-16{'be' if even > odd else 'le'} -t utf-8"
     if even + odd:
-        return "it is no plain text, or its NULs must be left out", "tr -d '\\000'"
+        return "it is not plain text, or its NULs must be left out", "tr -d '\\000'"
     valid = sum(1 for each in chunk.decode(errors="ignore") if each > "\x7f")
     invalid = chunk.decode(errors="replace").count("\ufffd")
     if has_utf8 or valid > invalid:  # in another encoding hardly any two bytes form a UTF-8 character

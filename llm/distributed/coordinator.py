@@ -6,7 +6,7 @@ No gradient passes through here. A single process runs the same code, without co
 import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm.base.errors import GroupError, LLMError, as_disk_error
+from llm.base.errors import GroupError, LLMError, as_llm_error
 from llm.distributed.process import place, rank, say, world
 
 HUNG = timedelta(minutes=15)  # longer than any step or evaluation: a rank that is silent for this long has hung
@@ -115,18 +115,17 @@ class Coordinator:
         """First ranks of the machines that share `folder`; unless it is `needed`, without those that cannot write."""
         token = self.largest(secrets.randbits(60) if rank() == 0 else 0)
         mine = folder / f".here-{token}-{rank()}"
-        if place().local_rank == 0:  # the processes of a machine share its disk
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                mine.touch()
-            except OSError:
-                if needed:
-                    raise
-        self.largest(0)
-        seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob(f".here-{token}-*"))
-        self.largest(0)
-        with suppress(OSError):
-            mine.unlink()
+        try:
+            with self.error_barrier():  # every machine has tried
+                if place().local_rank == 0:  # the processes of a machine share its disk
+                    with nullcontext() if needed else suppress(OSError):
+                        folder.mkdir(parents=True, exist_ok=True)
+                        mine.touch()
+            seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob(f".here-{token}-*"))
+            self.largest(0)  # every rank has looked
+        finally:
+            with suppress(OSError):
+                mine.unlink()
         return seen
 
     def agree(self, what: str, facts: dict[str, Any], mend: str) -> None:
@@ -162,13 +161,15 @@ class Coordinator:
         try:
             yield
         except (LLMError, OSError) as error:
-            known = error if isinstance(error, LLMError) else as_disk_error(error)
+            known = as_llm_error(error)
             status = known.status if known else 1
             prints = rank() == 0 and not isinstance(error, Followed)
             worst = self.largest(status + (MAIN if prints else 0), patient=patient)
             if worst >= MAIN and rank() != 0:
                 raise Followed(worst - MAIN) from error
-            raise known or error from error
+            if known is None or known is error:
+                raise
+            raise known from error
         if worst := self.largest(0, patient=patient):
             raise Followed(worst % MAIN)
 

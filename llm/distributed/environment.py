@@ -36,7 +36,7 @@ from llm.distributed.exchange import BUCKET_MB
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What an accelerate configuration may ask for, the value that asks for nothing, and what decides it here.
+# Settings of an accelerate configuration that the recipe decides instead: the neutral value, and the recipe's key.
 DECIDED = {
     "MIXED_PRECISION": ("no", "machine.precision"),
     "DYNAMO_BACKEND": ("no", "machine.compile"),
@@ -94,7 +94,7 @@ def has_accelerator() -> bool:
 
 
 def precision_of(recipe: Recipe) -> str:
-    """What the recipe says, or what this device multiplies fast."""
+    """The recipe's precision, or the fastest one that this device supports."""
     wanted = recipe.machine.precision
     if wanted == "fp16" and not torch.cuda.is_available():
         raise RecipeError("machine.precision = fp16 needs a CUDA device: take bf16, fp32 or auto")
@@ -242,7 +242,7 @@ def _meet() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(process.place().local_rank)
     try:
-        torch.distributed.init_process_group("nccl" if has_accelerator() else "gloo", timeout=coordination.HUNG)
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=coordination.HUNG)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         fault = f"the {process.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT)"
@@ -302,8 +302,8 @@ def _leave_to_recipe(on_cpu: bool) -> None:
 
 
 def use_deterministic_kernels() -> None:
-    """Take those of CUDA's kernels only that add in the same order each time: attention's usual one on the way back,
-    for one, adds as its threads come by."""
+    """Use only CUDA kernels that add in a fixed order. Attention's default backward kernel, for one, adds in the order
+    in which its threads finish."""
     if os.environ.get("CUBLAS_WORKSPACE_CONFIG") != ":16:8":  # the only other one that does
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
@@ -338,7 +338,7 @@ def die_with_parent() -> None:
     Any other parent is a shell or a script, which may end while the run goes on, whatever it has exported.
     """
     line = parents_line()
-    others = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "llm.verify")
+    others = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "llm.verify", "onetext")
     launched = is_accelerate(line) or any(Path(word).name in others for word in line)
     if sys.platform == "linux" and launched:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""Sums of gradients over all ranks beside the backward pass, bucket by bucket.
+"""Sums of gradients over all ranks, overlapped with the backward pass, bucket by bucket.
 
 Each rank fills its buckets in the same order and sums them in that order. How gradients are divided into buckets and
 pieces does not touch their bits: every number is summed alone, in canonical order (sharding.py).
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class Lane:
-    """A thread that does one exchange after another, and none after a failure: peers would take it for that one."""
+    """A thread that runs exchanges in order, and none after a failure: peers would pair it with the failed one."""
 
     def __init__(self) -> None:
         self.thread, self.failed = ThreadPoolExecutor(1, "exchange", compute_alone), False

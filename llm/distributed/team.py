@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm.base.errors import LLMError, as_disk_error
+from llm.base.errors import LLMError, as_llm_error
 from llm.distributed.coordinator import PATIENCE, Coordinator, Followed
 from llm.distributed.process import place, rank, world
 
@@ -37,7 +37,7 @@ class Team:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         status = 0
         if isinstance(error, LLMError | OSError):
-            known = error if isinstance(error, LLMError) else as_disk_error(error)
+            known = as_llm_error(error)
             status = known.status if known else 1
         elif error is not None:
             return  # the process ends, and the others hear of that

@@ -3,10 +3,11 @@
 Does not import torch, so that `--help` and errors in options are instant.
 """
 
+from argparse import Namespace
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from llm.base.command import checked
+from llm.base.command import Parser, checked
 
 INT8 = "on a CPU: weights of 8 bits, faster from some 10 M parameters on; `evaluate --int8` says what that costs"
 
@@ -34,6 +35,20 @@ class Sampling:
     def __post_init__(self) -> None:
         for each in fields(self):
             checked(flag(each), str(getattr(self, each.name)), float, each.metadata["least"], each.metadata["most"])
+
+
+def add_sampling(parser: Parser) -> None:
+    """Add a command-line option for each field of Sampling."""
+    for each in fields(Sampling):
+        default: Any = each.default
+        bounds = {name: each.metadata[name] for name in ("least", "most")}
+        help = f"{each.metadata['help']} (default {default:g})"
+        parser.add_number(flag(each), kind=type(default), default=default, help=help, **bounds)
+
+
+def sampling_of(given: Namespace) -> Sampling:
+    """The Sampling of the options that `add_sampling` added."""
+    return Sampling(**{each.name: getattr(given, each.name) for each in fields(Sampling)})
 
 
 def flag(each: "Field[Any]") -> str:

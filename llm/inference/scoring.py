@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm.base.constants import IGNORED
 from llm.base.errors import TextError
-from llm.data.batches import Tokens, eval_batches, packed_batches
+from llm.data.batches import Batch, Tokens, eval_batches, packed_batches
 from llm.data.documents import Corpus
 from llm.data.packing import table_of
 from llm.data.shards import AnyShards, Shards, Split, of_run
@@ -83,7 +83,7 @@ def score(run: LoadedRun, text: EncodedText, rows: int = 8, *, alone: bool = Fal
     return Score(nats, targets, text.size, words)
 
 
-def score_held_out(run: LoadedRun, rows: int = 8, *, alone: bool = False) -> Iterator[tuple[str, Score]]:
+def score_held_out(run: LoadedRun, rows: int = 8) -> Iterator[tuple[str, Score]]:
     """The name and the loss of all that the run held out: its text or answers, or those of each of text.sources."""
     for name, shards in of_run(run.folder).sources.items():
         about = f"{name}: " if name else ""
@@ -91,23 +91,17 @@ def score_held_out(run: LoadedRun, rows: int = 8, *, alone: bool = False) -> Ite
             yield f"{about}held-out answers", score_answers(run, shards, rows)
         else:
             text = validation_text(run, shards)
-            each = ", each alone" if alone else ""
-            yield f"{about}{text.name}: {len(text.documents):,} documents{each}", score(run, text, rows, alone=alone)
+            yield f"{about}{text.name}: {len(text.documents):,} documents", score(run, text, rows)
 
 
-@torch.no_grad()
 def score_answers(run: LoadedRun, shards: Shards, rows: int = 8) -> Score:
     """The loss on the answers (of all, under train.on = all) of the conversations that are held out."""
     table = table_of(run.recipe, shards.validation.verified())
     if not table.targets:
         raise TextError(f"run {run.folder.name} holds no answers out: name a text with --text")
-    nats, device = 0.0, run.model.lm_head.weight.device
-    for batch in packed_batches(table, rows):
-        batch = batch.to(device)
-        nats += _loss(run, batch.tokens, batch.targets, batch.segments)
-    said = b"".join(run.tokenizer.bytes_of(id) or b" " for id in table.target_ids().tolist())
-    size = sum(len(run.tokenizer.bytes_of(id)) for id in table.target_ids().tolist())
-    return Score(nats, table.targets, size, len(said.split()))
+    pieces = [run.tokenizer.bytes_of(id) for id in table.target_ids().tolist()]
+    words = b"".join(piece or b" " for piece in pieces).split()
+    return Score(_total(run, packed_batches(table, rows)), table.targets, sum(map(len, pieces)), len(words))
 
 
 def encode_files(run: LoadedRun, files: list[str]) -> EncodedText:
@@ -184,11 +178,16 @@ def likelihoods(run: LoadedRun, sentences: list[str], rows: int = 8) -> list[flo
     return found
 
 
-@torch.no_grad()
 def _nats(run: LoadedRun, tokens: Split | Tokens, rows: int) -> float:
-    nats, device = 0.0, run.model.lm_head.weight.device
     begin = run.tokenizer.bos if run.recipe.train.document_mask else None
-    for batch in eval_batches(tokens, run.recipe.model.context, rows, begin=begin):
+    return _total(run, eval_batches(tokens, run.recipe.model.context, rows, begin=begin))
+
+
+@torch.no_grad()
+def _total(run: LoadedRun, batches: Iterable[Batch]) -> float:
+    """Summed loss (nats) of the batches."""
+    nats, device = 0.0, run.model.lm_head.weight.device
+    for batch in batches:
         batch = batch.to(device)
         nats += _loss(run, batch.tokens, batch.targets, batch.segments)
     return nats

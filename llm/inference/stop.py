@@ -8,7 +8,7 @@ class Stop:
         self.texts, self.held, self.over = texts, "", False
 
     def feed(self, piece: str) -> str:
-        """What may be shown after this piece."""
+        """The text that may be shown after this piece."""
         if self.over:
             return ""
         self.held += piece

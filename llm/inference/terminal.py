@@ -1,4 +1,4 @@
-"""What commands need to ask a person at a terminal: lines, pastes as one text, and a history of both."""
+"""Input from a person at a terminal: lines, pastes as one text, and a history of both."""
 
 import os
 import select

@@ -16,7 +16,7 @@ from llm.insight import planning
 from llm.model import cost
 
 FRESH = 4  # epochs that are worth almost as much as fresh text
-LEARNT_BY_HEART = 0.5  # nats of validation loss above training loss that show memorisation
+MEMORISED = 0.5  # nats of validation loss above training loss that show memorisation
 RATE, RATES = 0.02, (0.007, 0.06)  # of Muon: the best one measured, and bounds beyond which a run ended worse
 DECAY, SHORT_DECAY = 0.6, 0.4  # fraction of a run: shorter decays of the learning rate ended worse, none by far worst
 LONG_WARMUP, WARMUP = 0.2, 0.05  # fractions of a run
@@ -27,7 +27,7 @@ LONG_READ, SHORT_READ = 4, 1 / 50  # tokens read per parameter
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules may look at: the recipe with its length in steps, the text, and the evaluations in order."""
+    """The facts that rules read: the recipe with its length in steps, the text, and the evaluations in order."""
 
     recipe: Recipe
     vocab_size: int
@@ -61,9 +61,9 @@ class Facts:
         return bool(self.evaluations) and self.best["step"] < self.evaluations[-1]["step"]
 
     @property
-    def knows_by_heart(self) -> bool:
+    def memorises(self) -> bool:
         last = self.evaluations[-1] if self.evaluations else {"val_loss": 0.0}
-        return last["val_loss"] - last.get("train_loss", last["val_loss"]) >= LEARNT_BY_HEART
+        return last["val_loss"] - last.get("train_loss", last["val_loss"]) >= MEMORISED
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def shorter(run: Facts) -> Hint | None:
 
 
 def longer(run: Facts) -> Hint | None:
-    if run.got_worse or run.knows_by_heart or (run.epochs > FRESH / 1.2 and not run.recipe.train.hours):
+    if run.got_worse or run.memorises or (run.epochs > FRESH / 1.2 and not run.recipe.train.hours):
         return None
     if run.recipe.train.hours:
         return Hint("a longer run", (f"train.hours={2 * run.recipe.train.hours:.3g}",))
@@ -231,10 +231,10 @@ def of_run(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int = 
             f"{best['bits_per_byte']:.4f} bits per byte there, which is kept, {last['bits_per_byte']:.4f} now"
         )
     elif len(evaluations) > 1:
-        said = f"validation fell to the end, epoch {last['epochs_seen']:.2f}"
+        said = f"the held-out loss fell to the end, epoch {last['epochs_seen']:.2f}"
     else:
         said = f"one evaluation shows no trend, evaluate.every={max(1, last['step'] // 4)} would"
-    return f"{said}\n  what would help: {advise(run)[1]}"
+    return f"{said}\n  Next: {advise(run)[1]}"
 
 
 def facts_of(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int = 0) -> Facts:

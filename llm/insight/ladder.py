@@ -1,4 +1,4 @@
-"""What a model will reach on a text before it is trained: a law fitted to measured runs, a ladder, and proposals.
+"""Bits per byte to expect of a model before it is trained: a law fitted to measured runs, a ladder, and proposals.
 
 The law has Chinchilla's form in bits per byte (Hoffmann et al., 2022), with repeated text discounted as by Muennighoff
 et al. (2023): E + A parameters^-a + B (text read + C)^-b. It was fitted to the runs of recipes/experiments.md and to
@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llm.base.errors import RecipeError, TextError
 from llm.config.reading import load
 from llm.config.resolving import MANY_EPOCHS, resolve
 from llm.config.schema import Checkpoint, Evaluate, Model, Recipe, Text, Tokenizer, Tracking, Train
-from llm.data.sources import WIKI, sources_of, wiki_documents
+from llm.data.sources import WIKI, Source, sources_of, wiki_documents
 from llm.insight import planning
 from llm.insight.cards import Device
 from llm.model import cost
@@ -141,12 +142,22 @@ def _pieces(text: str) -> Iterator[bytes]:
         return
     for source in sources_of(Text(files=(text,))):
         if source.path is None or source.size is None:  # compressed or of the hub: its beginning
-            yield b"".join(chunk for _, chunk in zip(range(1), next(source.texts(Counter())), strict=False))
+            yield _beginning(source)
             continue
         with source.path.open("rb") as file:
             for at in range(0, source.size, -(-source.size // SAMPLES)):
                 file.seek(at)
                 yield file.read(SAMPLE)
+
+
+def _beginning(source: Source) -> bytes:
+    """The first SAMPLE bytes of a source, over as many of its rows as that takes."""
+    text = bytearray()
+    for chunk in chain.from_iterable(source.texts(Counter())):
+        text += chunk
+        if len(text) >= SAMPLE:
+            break
+    return bytes(text[:SAMPLE])
 
 
 # ---------------------------------------------------------------------------------------------- ladder

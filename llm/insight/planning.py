@@ -45,7 +45,7 @@ PROBE_STEPS = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of `recipe` (its length in steps, if tokens or speed are known) needs on `device`."""
+    """The needs of a run of `recipe` (its length in steps, if tokens or speed are known) on `device`."""
 
     recipe: Recipe
     device: Device
@@ -242,7 +242,7 @@ def text_tokens(recipe: Recipe, vocab_size: int = 0) -> tuple[int, int, int, boo
 
     `vocab_size`: of a borrowed tokenizer, instead of the recipe's.
     """
-    if not recipe.model.from_ and Path(recipe.text.cache or "data").expanduser().is_dir():
+    if not recipe.model.from_ and atomic_io.expanded(recipe.text.cache or "data").is_dir():
         from llm.data.mixed_pipeline import find_shards  # takes half a second to import
 
         with contextlib.suppress(LLMError):  # what is wrong with a text is said when it is prepared

@@ -49,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the template shows of one run. Rows are texts, ready to be shown."""
+    """The data of one run that the template shows. Rows are texts, ready to be shown."""
 
     name: str
     colour: int
@@ -169,7 +169,7 @@ def _view(record: Record, colour: int, say: Callable[[str], None]) -> RunView:
     notes = list(record.faults)
 
     def attempt(otherwise: str, act: Callable[[], dict[Key, Value]]) -> dict[Key, Value]:
-        """What `act` returns; nothing and a note where it fails."""
+        """The result of `act`; nothing, and a note, where it fails."""
         try:
             return act()
         except UNREADABLE as error:
@@ -241,7 +241,7 @@ def _results(record: Record) -> list[str]:
 
 
 def _plan(record: Record) -> list[tuple[str, str, str, str]]:
-    """What the first start planned, what came of it by now, and their ratio."""
+    """The first start's planned figures, the actual ones by now, and their ratio."""
     if not record.starts or not record.steps:
         return []
     first, last = record.starts[0], record.steps[-1]

@@ -32,7 +32,7 @@ _NEWLINE = ord("\n")
 
 
 class Counts:
-    """What is counted as the documents pass by."""
+    """The counts that are kept while the documents pass by."""
 
     def __init__(self, val_fraction: float) -> None:
         self.val_fraction = val_fraction

@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a vocabulary of `pieces` would give this text, in a model of quickstart's shape."""
+    """The effect of a vocabulary of `pieces` on this text, in a model of quickstart's shape."""
 
     pieces: int
     bytes_per_token: float  # of held-out text, with a token that begins each document
@@ -314,7 +314,7 @@ def _markup(counts: Counts) -> Iterator[Finding]:
     whole = max(counts.characters, 1)
     for name, count in counts.markup.items():
         mend = (
-            "leave them, unless the model shall not write them"
+            "keep them, unless the model must not write URLs"
             if name == "URLs"
             else "extract plain text from the source, or the model will write markup"
         )
@@ -335,7 +335,7 @@ def _lines(counts: Counts) -> Iterator[Finding]:
         )
     repeated, size, samples = counts.boilerplate.found()
     if repeated:
-        mend = "remove menus, footers and licence lines: the model learns them first and by heart"
+        mend = "remove menus, footers and licence lines: the model memorises them first"
         of = f"bytes, in {len(repeated):,} different lines"
         share = size / max(1, counts.boilerplate.bytes)
         yield Finding("repeated lines", sum(repeated), share, of, mend, samples)

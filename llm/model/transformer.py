@@ -188,7 +188,7 @@ class Block(nn.Module):
 
 
 class _Unused(torch.autograd.Function):
-    """`x` itself. The gradients of `weights` are zero: who sums gradients waits for each of them."""
+    """Identity on `x` that gives `weights` zero gradients: a sum over ranks waits for each parameter's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:

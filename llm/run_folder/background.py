@@ -1,7 +1,7 @@
-"""One piece of work at a time beside the training, in a thread with low priority.
+"""Background work: one job at a time, in a thread of low priority.
 
-Only the main thread talks to other ranks: work that they do together comes in parts, between which `poll` or `wait`
-sees to it that all have come as far, and carries an error of one to all.
+Only the main thread communicates. A job that ranks do together is split into parts; between parts, `poll` or `wait`
+synchronises the ranks and raises one rank's error on all of them.
 """
 
 import os

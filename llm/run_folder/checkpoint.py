@@ -173,7 +173,7 @@ class Draft:
                 deque(rows, maxlen=0)  # takes part in gathering
 
     def _rows(self, tensors: dict[str, LocalShard], offsets: dict[str, int]) -> Iterator[tuple[int, memoryview]]:
-        """What this rank writes of `tensors`, with its offset in the file, in the order of the file."""
+        """The bytes of `tensors` that this rank writes, each with its offset, in the order of the file."""
         if self.copied or self.shared or not self.sharding.sharded:
             return own_rows(tensors, offsets) if self.fills else iter(())
         gathered = ((name, self.sharding.gather_whole(shard)) for name, shard in sorted(tensors.items()))

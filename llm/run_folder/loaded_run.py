@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
     `name` is a run under `runs` or a path; None means the run trained last. RecipeError where there is no such run.
     """
     if name is None:
-        trained = [path for path in runs.glob("*") if checkpoint.folders(path)]
-        if not trained:
+        written = {path: _written(path) for path in runs.glob("*") if checkpoint.folders(path)}
+        if not written:
             raise RecipeError(f"there is no trained run under {runs}/ here: {TRAIN_ONE}")
-        return max(trained, key=lambda path: max(folder.stat().st_mtime for folder in checkpoint.folders(path))), "best"
+        return max(written, key=written.__getitem__), "best"
     path, which = Path(name), "best"
     if path.name in ("best", "newest") or path.name.startswith("step-"):
         path, which = path.parent, path.name
@@ -68,6 +69,15 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
     known = sorted(each.name for each in runs.glob("*") if each.is_dir())
     others = f"there are {', '.join(known[:10])}" if known else "there is none yet"
     raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")
+
+
+def _written(run: Path) -> float:
+    """When the last checkpoint of a run was written. A training run may remove any of them meanwhile."""
+    times = [0.0]
+    for folder in checkpoint.folders(run):
+        with suppress(FileNotFoundError):
+            times.append(folder.stat().st_mtime)
+    return max(times)
 
 
 def open_run(name: str | None, device: torch.device | None = None, runs: Path = RUNS, model: Any = None) -> LoadedRun:

@@ -82,7 +82,7 @@ def _link(chain: str, step: int, values: dict[str, Any]) -> str:
 def compare_runs(a: Path, b: Path) -> list[str]:
     """Lines that name the keys in which two runs' recipes differ, and the first step at which their traces do."""
     recipes = [flat(load(folder / "recipe.yaml")) for folder in (a, b)]
-    values = {name: [recipe.get(name) for recipe in recipes] for name in recipes[0]}
+    values = {name: [recipe.get(name) for recipe in recipes] for name in {**recipes[0], **recipes[1]}}
     lines = [f"{name}: {ours} | {theirs}" for name, (ours, theirs) in values.items() if ours != theirs]
     traces = [{line["step"]: line for line in read(folder)} for folder in (a, b)]
     common = sorted(traces[0].keys() & traces[1].keys())

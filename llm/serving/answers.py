@@ -22,7 +22,7 @@ def text_of(tokenizer: Tokenizer, id: int) -> str:
 
 @dataclass
 class Piece:
-    """What a choice grew by: text, and the tokens that it is made of, each with its offset in the text."""
+    """Newly generated text of a choice, and its tokens, each with its offset in the text."""
 
     text: str
     tokens: list[tuple[int, Token]]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -45,6 +46,7 @@ class Server:
     key: str | None = None
     origins: list[str] = field(default_factory=list)
     draining: bool = False
+    broken: bool = False  # the engine or --follow has failed
     active: int = 0  # requests in progress
 
     @property
@@ -59,7 +61,7 @@ def application(server: Server, also: Callable[[], Any] | None = None) -> ASGIAp
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(work) for work in (server.engine.run(), *([also()] if also else []))]
         for task in tasks:
-            task.add_done_callback(_ended)
+            task.add_done_callback(partial(_ended, server))
         yield
         for task in tasks:
             task.cancel()
@@ -95,8 +97,9 @@ def application(server: Server, also: Callable[[], Any] | None = None) -> ASGIAp
     return app
 
 
-def _ended(task: "asyncio.Task[Any]") -> None:
+def _ended(server: Server, task: "asyncio.Task[Any]") -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
+        server.broken = True
         tell(f"the server is broken: {reason(error)}", sys.stderr)
         signal.raise_signal(signal.SIGTERM)
 
@@ -280,11 +283,8 @@ async def metrics(server: Server, request: Request) -> Response:
 
 
 async def run(server: Server, request: Request) -> Response:
-    """What the page shows of the run: its name, settings with their bounds, and its curve while it trains."""
-    try:
-        about = await asyncio.to_thread(page.about, server.run)
-    except RecipeError as error:
-        raise ApiError(HTTPStatus.NOT_FOUND, str(error)) from error
+    """The run for the page: its name, settings with their bounds, and its curve while it trains."""
+    about = await asyncio.to_thread(page.about, server.run)
     return JSONResponse(about, headers={"Cache-Control": "no-store"})
 
 

@@ -140,8 +140,8 @@ class Engine:
     def swap(self, run: LoadedRun) -> None:
         """Answer new requests from another checkpoint; jobs that were submitted before stay with theirs."""
         self.checkpoints.append(Checkpoint(run, self.int8))
-        self._tidy()
         self.counts["swaps"] += 1
+        self._wake.set()  # `run` tidies between steps: the step in progress still needs the rows it began with
 
     async def run(self) -> None:
         """Work until cancelled."""

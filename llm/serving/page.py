@@ -1,4 +1,4 @@
-"""What is shown beside the API: the page with its policy, what it asks of the run, and the figures for Prometheus."""
+"""The web page and its content policy, the run's data for it, and the figures for Prometheus."""
 
 import base64
 import hashlib

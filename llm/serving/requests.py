@@ -52,7 +52,7 @@ class TextFormat(BaseModel):
 
 
 class Common(BaseModel):
-    """What completions and chat share. Defaults of sampling are those of `llm.sample`."""
+    """The fields that completions and chat share. Defaults of sampling are those of `llm.sample`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

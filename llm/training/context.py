@@ -1,4 +1,4 @@
-"""What the parts of a trainer share: the run, which never changes, and its state, which every step changes."""
+"""The parts that a trainer's modules share: `RunContext`, which is fixed, and `TrainState`, which each step changes."""
 
 import math
 from collections.abc import Callable, Iterable

@@ -61,7 +61,7 @@ class Evaluator:
 
     @torch.no_grad()
     def before(self, micro_batch: int) -> None:
-        """Record what the weights that a run begins with say of both texts; nothing else is changed by it."""
+        """Record the losses of the initial weights on both texts, and change nothing else."""
         best, curve = self.best, self.curve
         self._measure(micro_batch)
         self.metrics, self.best, self.curve = {}, best, curve
@@ -126,7 +126,7 @@ class Evaluator:
         return total, table.targets, size, len(table.windows)
 
     def _attempt(self, otherwise: str, act: Callable[[], Result]) -> Result | None:
-        """What `act` returns; None and an event if it fails on any rank."""
+        """The result of `act`; None, and an event, if it fails on any rank."""
         result, why = None, ""
         try:
             result = act()
@@ -167,7 +167,7 @@ class Evaluator:
         bits = nats / text_bytes / math.log(2)
         if not math.isfinite(bits):
             self.metrics = {"bits_per_byte": None}
-            self.monitor.event(step, "the validation loss is not finite: it counts for nothing")
+            self.monitor.event(step, "the validation loss is not finite; this evaluation is ignored")
             return
         self.metrics = {
             "val_loss": nats / targets,

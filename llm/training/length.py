@@ -40,7 +40,7 @@ class Length:
     def revise(self, step: int, paused: float, written: float) -> bool:
         """Plan anew where that is due, after `paused` seconds of evaluating and saving; true if the plan changed.
 
-        `written`: seconds of the longest write beside the training, for which the last checkpoint will make it wait.
+        `written`: seconds of the longest background write, which the last checkpoint will have to wait for.
         """
         if self.budget is None:
             return False

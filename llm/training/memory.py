@@ -18,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def within_memory(act: Callable[[], Result]) -> Result | None:
-    """What `act` returns, which is not None; None if memory ran out, with everything that it held freed."""
+    """The result of `act` (never None), or None if memory ran out; the memory that it held is freed."""
     try:
         return act()
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""What a run records while it trains, and the watch for losses and gradients that are not finite."""
+"""Metrics, trace and events of a run, and detection of losses and gradients that are not finite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -116,7 +116,7 @@ class Monitor:
         read = [loader.first(step) + np.arange(per_step) for step in range(self.trace.step, self.state.step)]
         self.trace.add(
             self.state.step,
-            windows=f"{mix(*self.context.order.starts(np.concatenate(read)).tolist()):016x}" if read else "",
+            windows=trace.windows(self.context.order, np.concatenate(read)) if read else "",
             loss=float(loss).hex(),
             weights=f"{mix(*sums.tolist()):016x}",
         )

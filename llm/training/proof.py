@@ -59,7 +59,7 @@ class Trials:
         print(f"training: {name}", flush=True)
         for stop in (*stops, -1):
             arguments = [str(self.path), str(stop), *self.overrides, *changes, f"run={folder.name}"]
-            self.start(arguments, world, 75 if stop > 0 else 0)
+            self.start(arguments, world, 75 if stop >= 0 else 0)
         return folder
 
 
@@ -77,11 +77,16 @@ def start_processes(arguments: list[str], world: int, status: int) -> None:
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         )
-    for process in processes:
-        lines = process.communicate()[1].strip().splitlines()
-        if process.returncode != status:
-            last = lines[-1] if lines else "without a message"
-            raise RefusedError(f"a run of the recipe ended with status {process.returncode}: {last}")
+    try:
+        for process in processes:
+            lines = process.communicate()[1].strip().splitlines()
+            if process.returncode != status:
+                last = lines[-1] if lines else "without a message"
+                raise RefusedError(f"a run of the recipe ended with status {process.returncode}: {last}")
+    finally:
+        for process in processes:
+            with process:  # waits for it
+                process.kill()  # does nothing to one that has ended
 
 
 def verify_recipe(path: Path, overrides: list[str], steps: int, start: Start = start_processes) -> list[Verdict]:

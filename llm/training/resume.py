@@ -1,6 +1,5 @@
 """Saving a run and resuming it: what a checkpoint holds, which one is taken, and what must agree with the recipe."""
 
-import math
 import secrets
 import sys
 from collections.abc import Callable
@@ -118,7 +117,7 @@ class Checkpoints:
 
     def _card(self) -> bytes:
         context, curve = self.context, self.evaluator.curve
-        numbers = sum(math.prod(shard.shape) for shard in self.state.weights().values())
+        numbers = self.state.parameters
         shards, step, parts = context.shards, self.state.step, context.parts.names()
         epochs = context.epochs_seen(step) if shards.is_chat or context.recipe.text.sources else None
         return model_card(context.recipe, context.tokenizer, shards, step, curve, numbers, parts, epochs)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from llm.base import atomic_io
 from llm.base.durations import readable
-from llm.base.errors import GroupError, LLMError, RefusedError, as_disk_error, reason
+from llm.base.errors import GroupError, LLMError, RefusedError, as_llm_error, reason
 from llm.config.reading import dump, with_checksum
 from llm.config.schema import Recipe
 from llm.data import mixture
@@ -75,7 +75,7 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
 def _data(
     recipe: Recipe, prepare: Prepare, run: Path, coordinator: Coordinator, parts: Parts
 ) -> tuple[Recipe, Tokenizer, AnyShards]:
-    """What `prepare` gives, or what the run has on every machine, so that it resumes without its text."""
+    """The run's own data if every machine has it, so that it resumes without its text; otherwise that of `prepare`."""
     found = coordinator.first(lambda: None if parts.documents else own_data.find(recipe, run))
     if coordinator.largest(int(found is None), patient=True):
         team = meet(coordinator, atomic_io.expanded(recipe.text.cache or "data"))
@@ -114,7 +114,7 @@ def _status(run: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # of any kind: a run that has ended must not be "running"
-        known = as_disk_error(error) or error if isinstance(error, OSError) else error
+        known = as_llm_error(error) or error
         status = known.status if isinstance(known, LLMError) else 130 if isinstance(known, KeyboardInterrupt) else 1
         ending = {"status": status, "message": reason(known)}
         try:
@@ -160,7 +160,10 @@ def _run(context: RunContext, until: int) -> None:
                 mend = "take a smaller machine.micro_batch, or machine.recompute=true"
                 why = " ".join(str(error).split())[:120]
                 raise GroupError(f"no memory after step {trainer.state.step}: {mend} ({why})") from error
-            raise (coordinator.blamed(error) if isinstance(error, RuntimeError) else error) from error
+            blamed = coordinator.blamed(error) if isinstance(error, RuntimeError) else error
+            if blamed is error:
+                raise
+            raise blamed from error
         finally:
             try:
                 trainer.checkpoints.writing.close()

@@ -1,4 +1,4 @@
-"""A copy of the state in main memory, from which a checkpoint is written while the training goes on."""
+"""A copy of the state in main memory, from which a checkpoint is written while training continues."""
 
 from functools import partial
 

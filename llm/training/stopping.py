@@ -22,8 +22,9 @@ class StopRequest:
     def __init__(self, coordinator: Coordinator, hours: float, at_step: int) -> None:
         """Stop after `hours` (0: never), or when `at_step` updates are done (-1: never)."""
         self.coordinator, self.hours, self.at_step = coordinator, hours, at_step
-        self.reason, self.notice = 0, NOTICE  # a signal, or OUT_OF_TIME; what a signal is answered with
-        self.began = self.asked_at = time.monotonic()
+        self.reason, self.notice = 0, NOTICE  # a signal, or OUT_OF_TIME; the answer to a signal
+        self.began = time.monotonic()
+        self.asked_at: float | None = None  # when a signal first came to this process
 
     def agreed(self, step: int) -> bool:
         """True if any rank was asked to stop (maximum over gloo; no device sync)."""
@@ -31,8 +32,10 @@ class StopRequest:
             self.reason = self.reason or OUT_OF_TIME
         if step == self.at_step:
             self.reason = self.reason or signal.SIGTERM
-        self.reason = self.coordinator.largest(self.reason, after=f"step {step}")
-        return self.reason > 0
+        # A signal may come while this rank waits for the others: it is kept, and agreed on after the next step.
+        if agreed := self.coordinator.largest(self.reason, after=f"step {step}"):
+            self.reason = agreed
+        return agreed > 0
 
     def __str__(self) -> str:
         return "machine.stop_after" if self.reason == OUT_OF_TIME else signal.Signals(self.reason).name
@@ -58,10 +61,10 @@ class StopRequest:
         SIGTERM: neither is a person.
         """
         now = time.monotonic()
-        if self.reason and number == signal.SIGINT and now - self.asked_at > 1:
-            raise KeyboardInterrupt
-        if not self.reason:
-            self.reason, self.asked_at = number, now
+        if self.asked_at is None:
+            self.asked_at, self.reason = now, self.reason or number
             if process.rank() == 0:
                 with suppress(OSError):  # the terminal itself may be gone
                     os.write(2, self.notice)
+        elif number == signal.SIGINT and now - self.asked_at > 1:
+            raise KeyboardInterrupt

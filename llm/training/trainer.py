@@ -91,7 +91,7 @@ class Trainer:
             self.checkpoints.save(evaluation_due=self.evaluation_due, beside=False)
             self.length.save()
             where = f"after step {state.step} of {self.steps}"
-            raise StoppedError(f"stopped ({self.stop}) {where}; all is saved, the same command goes on")
+            raise StoppedError(f"stopped ({self.stop}) {where}; everything is saved, the same command resumes")
         return state
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:

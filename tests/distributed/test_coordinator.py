@@ -1,5 +1,6 @@
 """What the processes of a group agree on before the first step."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -54,6 +55,27 @@ def test_a_process_that_reads_another_text_is_named(tmp_path: Path, text: Path) 
         train(recipe)()
 
     odd_one_named(run_group(act, tmp_path, 2, node=1), "process 1 has the text's fingerprint = ")
+
+
+def test_a_machine_that_cannot_write_the_run_folder_ends_all_with_its_error(tmp_path: Path, text: Path) -> None:
+    recipe = write_recipe(tmp_path, text)
+
+    def refused() -> None:
+        touch = Path.touch
+
+        def touched(self: Path, *given: Any, **named: Any) -> None:
+            if self.name.startswith(".here-") and "runs" in self.parts:
+                raise OSError(errno.EROFS, "Read-only file system", str(self))
+            touch(self, *given, **named)
+
+        Path.touch = touched  # type: ignore[method-assign]
+        train(recipe)()
+
+    for rank in (0, 1):
+        ended = run_group(on(rank, refused, train(recipe)), tmp_path, 2, node=1)
+        assert [each.status for each in ended] == [5, 5], ended
+        assert sum("Read-only file system" in each.err for each in ended) == 1, ended
+        assert not list((tmp_path / "runs/tiny").glob(".here-*"))
 
 
 def test_a_process_with_another_version_is_named(tmp_path: Path, text: Path) -> None:

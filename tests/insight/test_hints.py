@@ -144,7 +144,7 @@ def test_prepare_ends_with_advice_and_a_run_too(tmp_path: Path) -> None:
     assert "unique tokens" in prepared.out.splitlines()[-2] and "help most" in prepared.out.splitlines()[-1]
     trained = run(train(path), tmp_path)
     assert trained.status == 0, trained.err
-    assert "what would help: " in trained.out and "epochs seen" in trained.out and "(training " in trained.out
+    assert "Next: " in trained.out and "epochs seen" in trained.out and "(training " in trained.out
     assert load(tmp_path / "runs/tiny/recipe.yaml").train.steps == 12
 
 

@@ -369,6 +369,15 @@ def test_a_run_that_goes_on_is_planned_from_its_checkpoint() -> None:
     assert "length: 100 steps" in "\n".join(planning.lines(rest))
 
 
+def test_rows_are_judged_by_as_much_text_as_a_file(tmp_path: Path) -> None:
+    """The same text, a file of lines and as many rows: one short row alone says nothing of how it compresses."""
+    lines = [f"The {number}th river of the north flows past {number * 7} towns to the sea." for number in range(4000)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    whole, rows = (ladder.law_of(str(tmp_path / name)).factor for name in ("lines.txt", "rows.jsonl"))
+    assert rows == pytest.approx(whole, rel=0.15)
+
+
 def test_names_and_sizes() -> None:
     assert cards.card("NVIDIA GeForce RTX 4060 Ti") is cards.CARDS["4060ti"]
     assert cards.bytes_of("12GB") == cards.bytes_of("12 GiB") == 12 * 2**30

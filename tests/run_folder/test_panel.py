@@ -85,7 +85,7 @@ def test_it_fits_its_terminal_and_shows_what_the_record_holds(
     panelled = [line for line in lines if line and line[0] in "╭│╰"]
     sure = panelled[: panelled.index(next(line for line in panelled if f"{PROMPT}|" in line))]  # letters of one width
     assert {cell_len(line) for line in [*sure, panelled[-1]]} == {columns - 3} and 12 < len(panelled) < 24
-    assert any("the run lies in" in line for line in lines)
+    assert any("Saved in " in line for line in lines)
     said = "\n".join(lines)
     assert said.count("bits per byte\n") == 3 and not re.search(r"step +\d+/12 +loss", said)
     assert digest(tmp_path) == digest(whole)

@@ -210,6 +210,31 @@ def test_a_text_ends_with_the_checkpoint_that_it_began_with(monkeypatch: pytest.
     assert found[0] != found[1]
 
 
+def test_a_client_that_leaves_while_a_checkpoint_is_swapped_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Slots.step
+
+    def slow(slots: Slots, tokens: dict[int, int]) -> Any:
+        time.sleep(0.02)  # the step in which the client leaves
+        return step(slots, tokens)
+
+    monkeypatch.setattr(Slots, "step", slow)
+    engine = Engine(run_of(model_of(), "0"), queue=9)
+
+    async def act() -> list[int]:
+        leaves, stays = job_of(engine, text(4), 60), job_of(engine, text(5), 9)
+        engine.submit([leaves, stays])
+        answer = asyncio.create_task(tokens_of(stays))
+        await asyncio.sleep(0.05)
+        engine.cancel(leaves)
+        engine.swap(run_of(model_of(1), "1"))
+        found = await answer
+        await asyncio.sleep(0.05)
+        assert [each.name for each in engine.checkpoints] == ["1"]
+        return found
+
+    assert len(play(act(), engine)) == 9
+
+
 def test_a_model_that_fails_ends_its_requests_and_not_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(run_of(model_of()), queue=9)
 

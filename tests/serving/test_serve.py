@@ -21,6 +21,7 @@ from llm.inference.sampling import Sampling
 from llm.run_folder import checkpoint
 from llm.run_folder.loaded_run import open_run
 from llm.serve import key_of, listening
+from llm.serving.engine import Engine
 from llm.serving.server import follow
 from tests.forks import ended, run, script, start, train, write_recipe
 from tests.serving.conftest import CPU, served
@@ -34,6 +35,7 @@ from tests.serving.conftest import CPU, served
         (["--host", "203.0.113.7", "--key-file", "key.txt"], "cannot be served"),
         (["--queue", "0"], "--queue = 0: must be at least 1"),
         (["--port", "99999"], "--port"),
+        (["--host", "a" * 70, "--key-file", "key.txt"], "cannot be served"),
         (["elsewhere"], "there is no run 'elsewhere'"),
     ],
 )
@@ -43,6 +45,18 @@ def test_a_command_that_cannot_be_served_says_why(here: Path, arguments: list[st
                   else script("module:llm.serve", *arguments, "--port", 0), here)  # fmt: skip
     assert refused.status == 2 and told in refused.err and len(refused.err.splitlines()) == 1, refused.err
     assert "s3cret" not in refused.err
+
+
+def test_a_server_whose_engine_ends_says_so_and_exits_with_1(here: Path) -> None:
+    def act() -> None:
+        async def broken(engine: Engine) -> None:
+            raise KeyError("a fault of the engine")
+
+        Engine.run = broken  # type: ignore[method-assign]
+        script("module:llm.serve", "tiny", "--port", 0)()
+
+    ended = run(act, here)
+    assert ended.status == 1 and "the server is broken: KeyError: 'a fault of the engine'" in ended.err, ended
 
 
 def test_a_second_server_of_a_port_says_so(here: Path) -> None:
