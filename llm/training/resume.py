@@ -83,16 +83,17 @@ class Checkpoints:
             coordinator=self.context.coordinator,
             sharding=self.context.sharding,
         )
+        allocate, fill, finish = map(self._in_run, (draft.allocate, draft.fill, draft.finish))
         retain = partial(self._retain, step)
         if beside and self.copy.take(draft):
-            draft.together(draft.allocate)
-            begin, end = partial(_do, self.monitor.flush, draft.fill), partial(_do, draft.finish, retain)
+            draft.together(allocate)
+            begin, end = partial(_do, self.monitor.flush, fill), partial(_do, finish, retain)
             # A file that several ranks write is whole when all of them are done.
             parts = [begin, end] if draft.shared else [partial(_do, begin, end)]
             self.writing.begin(parts, abandon=draft.abandon, hurry=draft.give_up)
         else:
             self.monitor.flush()
-            draft.together(draft.allocate, draft.fill, draft.finish)
+            draft.together(allocate, fill, finish)
             if not evaluation_due:
                 retain()
         self.saved = step
@@ -108,8 +109,13 @@ class Checkpoints:
         with self.context.coordinator.error_barrier():
             if self.context.coordinator.writes:
                 folder = checkpoint.folder_of(self.context.folder, self.state.step)
-                checkpoint.amend(folder, {CARD: self._card()}, **self.evaluator.results())
+                with checkpoint.still_there(self.context.folder):
+                    checkpoint.amend(folder, {CARD: self._card()}, **self.evaluator.results())
         self._retain(self.state.step)
+
+    def _in_run(self, part: Callable[[], None]) -> Callable[[], None]:
+        """The part of a save; DiskError from the rank that writes where the run's folder was removed meanwhile."""
+        return checkpoint.still_there(self.context.folder)(part) if self.context.coordinator.writes else part
 
     def _retain(self, step: int) -> None:
         if self.context.coordinator.writes:

@@ -118,14 +118,16 @@ def _status(run: Path) -> Iterator[None]:
         status = known.status if isinstance(known, LLMError) else 130 if isinstance(known, KeyboardInterrupt) else 1
         ending = {"status": status, "message": reason(known)}
         try:
-            atomic_io.write_json(path, ending)
+            if run.is_dir():  # it may have been removed meanwhile
+                atomic_io.write_json(path, ending)
         except OSError:  # a disk without room for another file may still have room in this one
             with suppress(OSError):
                 data = atomic_io.as_json(ending)
                 atomic_io.write_at(path, [(0, data)])
                 os.truncate(path, len(data))
         raise
-    atomic_io.write_json(path, {"status": 0, "message": "finished"})
+    if run.is_dir():
+        atomic_io.write_json(path, {"status": 0, "message": "finished"})
 
 
 def _run(context: RunContext, until: int) -> None:
@@ -151,8 +153,8 @@ def _run(context: RunContext, until: int) -> None:
     with trainer.stop.on_signals():
         try:
             step_seconds = trainer.micro_batches.rehearse()
-            trainer.length.begin(step, step_seconds)
             _write_run_files(trainer)
+            trainer.length.begin(step, step_seconds)
             process.say(_announcement(trainer, step_seconds))
             trainer.fit(step_seconds)
         except (RuntimeError, MemoryError) as error:
