@@ -26,7 +26,20 @@ from llm.run_folder import checkpoint
 from llm.training import session
 from llm.training.micro_batch import MicroBatches
 from llm.training.trainer import Trainer
-from tests.forks import ROOT, Ended, count_threads, digest, ended, run, script, start, train, write_recipe, write_text
+from tests.forks import (
+    ROOT,
+    Ended,
+    count_threads,
+    digest,
+    ended,
+    run,
+    run_group,
+    script,
+    start,
+    train,
+    write_recipe,
+    write_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +116,25 @@ def test_a_finished_run_does_nothing_and_names_the_way_on(trained: Path) -> None
 def test_another_science_half_is_refused_with_the_first_key_and_both_ways_on(trained: Path) -> None:
     ended = run(train(trained / "recipe.yaml", "train.learning_rate=0.01", "model.dropout=0"), trained)
     refused(ended, 4, "model.dropout = 0.1", "run=NAME", "from=tiny/step-000012")
+
+
+def test_a_refused_start_leaves_the_record_of_the_run_s_ending(trained: Path) -> None:
+    before = (trained / "runs/tiny/status.json").read_bytes()
+    assert run(train(trained / "recipe.yaml", "train.steps=500"), trained).status == 4
+    assert (trained / "runs/tiny/status.json").read_bytes() == before and b"finished" in before
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_refused_first_start_leaves_no_folder(trained: Path, world: int) -> None:
+    act = train(trained / "recipe.yaml", "run=wider", "from=tiny/step-000012", "model.dim=64", "train.steps=24")
+    assert [each.status for each in run_group(act, trained, world)] == [4] * world
+    assert not (trained / "runs/wider").exists()
+    (trained / "runs/wider").mkdir()
+    said = run(script("module:llm.sample", "nobody", "--prompt", "x"), trained)
+    assert said.err == "error: there is no run 'nobody' under runs/ here: there are tiny\n"
+    assert run(act, trained).status == 4
+    assert (trained / "runs/wider").is_dir(), "it was there before"
+    shutil.rmtree(trained / "runs/wider")
 
 
 def test_another_machine_half_is_taken(trained: Path) -> None:

@@ -24,6 +24,7 @@ from llm.run_folder import checkpoint
 from llm.run_folder.checkpoint import Draft
 from llm.training.evaluation import Evaluator
 from llm.training.resume import Checkpoints
+from llm.training.session import Start
 from llm.training.trainer import Trainer
 from tests.forks import ROOT, digest, ended, run, run_group, script, start, train, write_recipe, write_text
 from tests.test_kills import FAULTS, faulty
@@ -295,7 +296,7 @@ def test_a_fault_at_any_operation_of_adding_an_evaluation_leaves_the_checkpoint_
                 os.chdir(copy)
 
                 def status() -> None:
-                    with llm.training.session._status(self.context.folder):
+                    with llm.training.session._status(self.context.folder, Start(begun=True)):
                         begun = faulty(at, kind, when)
                         complete(self)
                         (copy / "begun.json").write_text(json.dumps(begun))

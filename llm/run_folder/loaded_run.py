@@ -66,7 +66,7 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
             if not checkpoint.folders(folder):
                 raise RecipeError(f"{folder} has no checkpoint yet")
             return folder, which
-    known = sorted(each.name for each in runs.glob("*") if each.is_dir())
+    known = sorted(each.name for each in runs.glob("*") if checkpoint.folders(each))
     others = f"there are {', '.join(known[:10])}" if known else "there is none yet"
     raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")
 
