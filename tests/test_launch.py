@@ -297,6 +297,24 @@ def sample(folder: Path, *arguments: str) -> Ended:
     return run(script("module:llm.sample", *arguments), folder)
 
 
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("train.teachers=runs/nobody/best", "train.teachers: there is no run 'runs/nobody/best'"),
+        ("train.teachers=nobody", "train.teachers: nobody/config.json is not there"),
+        ("from=nobody/step-000001", "from = nobody/step-000001 is not there"),
+        ("evaluate.also=nowhere.txt", "nowhere.txt is not there"),
+        ("text.documents=pages", "text.documents = 'pages' is not known"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_before_the_text_is_prepared(
+    tmp_path: Path, override: str, word: str
+) -> None:
+    ended = run(train(write_recipe(tmp_path, write_text(tmp_path / "text.txt")), override), tmp_path)
+    refused(ended, 2, word)
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "runs").exists()
+
+
 def test_sampling_takes_the_last_run_and_a_seed_says_the_same_twice(trained: Path) -> None:
     first = sample(trained, "--prompt", "My self Har", "--seed", "3", "--tokens", "30")
     assert first.status == 0 and first.out.startswith("My self Har") and len(first.out) > 20

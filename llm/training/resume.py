@@ -13,7 +13,7 @@ import torch
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.schema import flat, science
+from llm.config.schema import Recipe, flat, science
 from llm.data.reuse import difference
 from llm.data.shards import of_run
 from llm.distributed import process
@@ -185,10 +185,7 @@ class Checkpoints:
     def _begin_from(self, name: str) -> None:
         """Load the checkpoint RUN/step-N of another run, which becomes this run's parent."""
         run = name.partition("/")[0]
-        folder = checkpoint.folder_of(self.context.folder.parent / run, self.context.recipe.from_step)
-        if not folder.is_dir():
-            there = ", ".join(each.name for each in checkpoint.folders(folder.parent.parent)) or "none"
-            raise RecipeError(f"from = {name} is not there; checkpoints of {run}: {there}")
+        folder = named_by_from(self.context.recipe, self.context.folder.parent)
         source = checkpoint.open_checkpoint(folder)
         if source.manifest["tokenizer"] != self.context.tokenizer.fingerprint:
             mend = f"keep its own by tokenizer.path={self.context.folder.parent / run / 'tokenizer/tokenizer.model'}"
@@ -261,6 +258,16 @@ class Checkpoints:
         scale, good_steps = source.manifest["scale"]
         self.state.scale.fill_(scale)
         self.state.good_steps.fill_(good_steps)
+
+
+def named_by_from(recipe: Recipe, runs: Path) -> Path:
+    """The checkpoint RUN/step-N that `from` names. RecipeError where it is not there."""
+    run = runs / str(recipe.from_).partition("/")[0]
+    folder = checkpoint.folder_of(run, recipe.from_step)
+    if not folder.is_dir():
+        there = ", ".join(each.name for each in checkpoint.folders(run)) or "none"
+        raise RecipeError(f"from = {recipe.from_} is not there; checkpoints of {run.name}: {there}")
+    return folder
 
 
 def _do(*acts: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from llm.base.durations import readable
 from llm.base.errors import GroupError, LLMError, RecipeError, RefusedError, as_llm_error, reason
 from llm.config.reading import dump, with_checksum
 from llm.config.schema import Recipe
-from llm.data import mixture
+from llm.data import mixture, pipeline
 from llm.data.shards import AnyShards, keep_place
+from llm.data.sources import sources_of
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
@@ -27,9 +29,10 @@ from llm.interop.pretrained import ready
 from llm.model import cost
 from llm.run_folder import checkpoint
 from llm.run_folder.record import METRICS
-from llm.training import compiling, own_data
+from llm.training import compiling, own_data, teachers
 from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
+from llm.training.resume import named_by_from
 from llm.training.trainer import Trainer
 
 Prepare: TypeAlias = Callable[..., tuple[Recipe, Tokenizer, AnyShards]]
@@ -71,6 +74,8 @@ def train(
 def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts) -> Path:
     die_with_parent()
     accelerator, coordinator, settings = start_group(recipe, run)
+    with coordinator.error_barrier():
+        _check_names(recipe, run, parts)
     recipe, tokenizer, shards = _data(recipe, prepare, run, coordinator, parts)
     start = Start(new=not run.exists())
     with coordinator.error_barrier():
@@ -87,6 +92,16 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
         _run(context, until, start)
     coordinator.leave()
     return run
+
+
+def _check_names(recipe: Recipe, run: Path, parts: Parts) -> None:
+    """RecipeError or TextError where a new run names what is not there: now, not once its text is prepared."""
+    if process.rank() == 0 and not checkpoint.folders(run):
+        local = [name for name in recipe.evaluate.also if not name.startswith("hub:")]  # the hub need not be asked
+        deque(sources_of(replace(pipeline.also(recipe), files=tuple(local))), maxlen=0)
+        if recipe.from_:
+            named_by_from(recipe, run.parent)
+        teachers.find(recipe, parts)
 
 
 def _data(

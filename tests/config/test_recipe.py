@@ -358,6 +358,7 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path: Path, override: s
         ("machine.precision=" + "f" * 100_000, "expected one of auto, fp32, bf16, fp16"),
         ("tokenizer.terms=['']", "tokenizer.terms: each term must be one or more words on one line"),
         ('tokenizer.terms=["a\\nb"]', "tokenizer.terms: each term must be one or more words on one line"),
+        ("text.documents=pages", "text.documents = 'pages' is not known: use auto, headings"),
         ("from=quickstart", "expected RUN/step-N"),
         ("from=../other/step-1", "expected RUN/step-N"),
         ("from=other/step-" + "9" * 5_000, "expected RUN/step-N"),
