@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("what", help="a recipe (.yaml), or a run under runs/")
-    add("overrides", nargs="*", metavar="key=value", help="keys of the recipe, such as machine.exact=true")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe, such as machine.exact=true")
     parser.add_number("--steps", default=8, least=4, help="steps to train each time (default 8)")
     given = parser.parse_args(arguments)
     if given.what.endswith((".yaml", ".yml")):

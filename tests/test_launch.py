@@ -341,6 +341,14 @@ def test_a_wrong_argument_is_one_line(trained: Path, arguments: tuple[str, ...])
     refused(sample(trained, "--prompt", "x", *arguments), 2)
 
 
+@pytest.mark.parametrize("arguments", [(), ("a.yaml", "--chek"), ("a.yaml", "--check=1")])
+def test_a_wrong_usage_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    ended = run(script(ROOT / "launch" / "train.py", *arguments), tmp_path)
+    refused(ended, 2, "error: ", "recipe" if not arguments else "--che", "--help")
+    assert "key=value" not in ended.err
+    refused(run(script("module:llm.sample", "--tokens"), tmp_path), 2, "--tokens: expected one argument")
+
+
 def test_evaluate_says_what_training_said(trained: Path) -> None:
     ended = run(script("module:llm.evaluate", "tiny/newest"), trained)
     lines = [json.loads(line) for line in (trained / "runs/tiny/metrics.jsonl").read_text().splitlines()]

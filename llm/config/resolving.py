@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from llm.base.errors import RecipeError
@@ -46,9 +47,7 @@ def _check_values(recipe: Recipe) -> None:
         raise RecipeError("train.shallow is for weights that begin at random: set train.shallow=0 beside model.from")
     if recipe.model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
         raise RecipeError("model.from brings its own tokenizer: remove tokenizer.path and tokenizer.terms")
-    said = [name for name in LENGTHS if getattr(recipe.train, name.split(".")[1])]
-    if len(said) != 1:
-        raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
+    check_lengths([name for name in LENGTHS if getattr(recipe.train, name.split(".")[1])])
 
 
 def _check_sources(recipe: Recipe) -> None:
@@ -67,6 +66,12 @@ def _check_sources(recipe: Recipe) -> None:
             )
         if source.epochs is not None and recipe.train.hours:
             raise RecipeError(f"{name}.epochs needs a length in steps, tokens or epochs, not train.hours: use a weight")
+
+
+def check_lengths(said: Sequence[str]) -> None:
+    """RecipeError unless one length alone is said."""
+    if len(said) != 1:
+        raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
 
 
 def check_rule(key: str, name: str) -> None:
