@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm.base.command import Parser
-from llm.base.errors import RefusedError, run
+from llm.base.errors import RecipeError, RefusedError, run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,6 +21,10 @@ def main(arguments: list[str] | None = None) -> None:
         from llm.training.proof import verify_recipe
 
         verdicts = verify_recipe(Path(given.what), given.overrides, given.steps)
+    elif given.overrides:
+        raise RecipeError(
+            f"{given.overrides[0]}: overrides are for a recipe, and {given.what} names a run: leave them out"
+        )
     else:
         from llm.run_folder.verification import verify_run
 
