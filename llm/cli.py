@@ -1,12 +1,12 @@
 """The console command `onetext`: `onetext train RECIPE`, and `onetext NAME` for each `python -m llm.NAME`."""
 
-import argparse
 import shlex
 import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from llm.base.command import Parser
 from llm.base.errors import RefusedError, run
 
 COMMANDS = (
@@ -16,15 +16,18 @@ COMMANDS = (
 
 def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Train one recipe: the command of launch/train.py and of `onetext train`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        "train",
+        "Train one recipe, from its text to a model. The same command goes on where it was stopped.",
         prog=prog,
-        description="Train one recipe, from its text to a model. The same command goes on where it was stopped.",
         epilog="example: python launch/train.py recipes/quickstart.yaml train.tokens=200k run=try",
     )
     parser.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml, or a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="its keys, such as train.steps=60 run=try")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="its keys, such as train.steps=60 run=try"
+    )
     parser.add_argument("--check", action="store_true", help="only check the recipe and print it with every default")
-    given = parser.parse_intermixed_args(arguments)
+    given = parser.parse_args(arguments)
     from llm.api import load_recipe
     from llm.config.reading import dump
 

@@ -16,7 +16,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "recipes for that text, written to this folder, and what to expect of each.",
     )
     parser.add_argument("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings instead of the recipe's"
+    )
     parser.add_argument("--gpu", metavar="NAME", help="a card of the table, as 3080ti; default: this machine's CPU")
     parser.add_argument("--memory", metavar="SIZE", help="of the card, as 12GB, instead of the table's")
     parser.add_argument(

@@ -47,7 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("prepare", about)
     say = parser.add_argument
     say("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
-    say("overrides", nargs="*", metavar="key=value", help="settings instead of the recipe's, as text.cache=data")
+    say(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings instead of the recipe's, as text.cache=data",
+    )
     say("--verify", action="store_true", help="read the text again and check every byte of the shards")
     say("--new-tokenizer", action="store_true", help="of a text that has grown: train its tokenizer and split it anew")
     say("--list", action="store_true", help="only read the text: documents, bytes and what is left out of each file")

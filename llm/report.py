@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
         "One self-contained HTML page on a run, finished or not, or on several: curves, yardsticks, samples, the plan "
         "and what came of it, events, and the keys that differ.",
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{NAMED}; default: the run that recorded last")
+    parser.add_argument(
+        "runs", nargs="*", default=[], metavar="RUN", help=f"{NAMED}; default: the run that recorded last"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default: report.html in the first run")
     parser.add_argument("--watch", action="store_true", help="serve it on this machine alone, reloaded as runs go on")
     parser.add_number("--port", default=PORT, most=65535, help=f"of --watch (default {PORT}; 0: any that is free)")

@@ -10,7 +10,9 @@ def main(arguments: list[str] | None = None) -> None:
         "With one run: the texts that one step read, from the recipe alone. With two: the first step at which they "
         "diverge, and the keys of their recipes that differ.",
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{NAMED}; default, with --step: the last one")
+    parser.add_argument(
+        "runs", nargs="*", default=[], metavar="RUN", help=f"{NAMED}; default, with --step: the last one"
+    )
     parser.add_number("--step", least=1, help="the step to show, counted as the run's messages count: 1 is the first")
     parser.add_number("--world", default=0, help="split the batch among this many processes (default: the run's)")
     parser.add_number("--characters", default=300, help="of each text (default 300; 0: all)")

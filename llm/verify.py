@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm.base.command import Parser
-from llm.base.errors import RefusedError, run
+from llm.base.errors import RecipeError, RefusedError, run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,13 +14,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("what", help="a recipe (.yaml), or a run under runs/")
-    add("overrides", nargs="*", metavar="key=value", help="keys of the recipe, such as machine.exact=true")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe, such as machine.exact=true")
     parser.add_number("--steps", default=8, least=4, help="steps to train each time (default 8)")
     given = parser.parse_args(arguments)
     if given.what.endswith((".yaml", ".yml")):
         from llm.training.proof import verify_recipe
 
         verdicts = verify_recipe(Path(given.what), given.overrides, given.steps)
+    elif given.overrides:
+        raise RecipeError(
+            f"{given.overrides[0]}: overrides are for a recipe, and {given.what} names a run: leave them out"
+        )
     else:
         from llm.run_folder.verification import verify_run
 

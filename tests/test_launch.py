@@ -26,7 +26,20 @@ from llm.run_folder import checkpoint
 from llm.training import session
 from llm.training.micro_batch import MicroBatches
 from llm.training.trainer import Trainer
-from tests.forks import ROOT, Ended, count_threads, digest, ended, run, script, start, train, write_recipe, write_text
+from tests.forks import (
+    ROOT,
+    Ended,
+    count_threads,
+    digest,
+    ended,
+    run,
+    run_group,
+    script,
+    start,
+    train,
+    write_recipe,
+    write_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +116,25 @@ def test_a_finished_run_does_nothing_and_names_the_way_on(trained: Path) -> None
 def test_another_science_half_is_refused_with_the_first_key_and_both_ways_on(trained: Path) -> None:
     ended = run(train(trained / "recipe.yaml", "train.learning_rate=0.01", "model.dropout=0"), trained)
     refused(ended, 4, "model.dropout = 0.1", "run=NAME", "from=tiny/step-000012")
+
+
+def test_a_refused_start_leaves_the_record_of_the_run_s_ending(trained: Path) -> None:
+    before = (trained / "runs/tiny/status.json").read_bytes()
+    assert run(train(trained / "recipe.yaml", "train.steps=500"), trained).status == 4
+    assert (trained / "runs/tiny/status.json").read_bytes() == before and b"finished" in before
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_refused_first_start_leaves_no_folder(trained: Path, world: int) -> None:
+    act = train(trained / "recipe.yaml", "run=wider", "from=tiny/step-000012", "model.dim=64", "train.steps=24")
+    assert [each.status for each in run_group(act, trained, world)] == [4] * world
+    assert not (trained / "runs/wider").exists()
+    (trained / "runs/wider").mkdir()
+    said = run(script("module:llm.sample", "nobody", "--prompt", "x"), trained)
+    assert said.err == "error: there is no run 'nobody' under runs/ here: there are tiny\n"
+    assert run(act, trained).status == 4
+    assert (trained / "runs/wider").is_dir(), "it was there before"
+    shutil.rmtree(trained / "runs/wider")
 
 
 def test_another_machine_half_is_taken(trained: Path) -> None:
@@ -265,6 +297,24 @@ def sample(folder: Path, *arguments: str) -> Ended:
     return run(script("module:llm.sample", *arguments), folder)
 
 
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("train.teachers=runs/nobody/best", "train.teachers: there is no run 'runs/nobody/best'"),
+        ("train.teachers=nobody", "train.teachers: nobody/config.json is not there"),
+        ("from=nobody/step-000001", "from = nobody/step-000001 is not there"),
+        ("evaluate.also=nowhere.txt", "nowhere.txt is not there"),
+        ("text.documents=pages", "text.documents = 'pages' is not known"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_before_the_text_is_prepared(
+    tmp_path: Path, override: str, word: str
+) -> None:
+    ended = run(train(write_recipe(tmp_path, write_text(tmp_path / "text.txt")), override), tmp_path)
+    refused(ended, 2, word)
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "runs").exists()
+
+
 def test_sampling_takes_the_last_run_and_a_seed_says_the_same_twice(trained: Path) -> None:
     first = sample(trained, "--prompt", "My self Har", "--seed", "3", "--tokens", "30")
     assert first.status == 0 and first.out.startswith("My self Har") and len(first.out) > 20
@@ -289,6 +339,14 @@ def test_several_prompts_go_side_by_side_as_each_would_alone(trained: Path) -> N
 @pytest.mark.parametrize("arguments", [("nowhere",), ("--top-p", "0"), ("--tokens", "-1"), ("tiny/step-000099",)])
 def test_a_wrong_argument_is_one_line(trained: Path, arguments: tuple[str, ...]) -> None:
     refused(sample(trained, "--prompt", "x", *arguments), 2)
+
+
+@pytest.mark.parametrize("arguments", [(), ("a.yaml", "--chek"), ("a.yaml", "--check=1")])
+def test_a_wrong_usage_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    ended = run(script(ROOT / "launch" / "train.py", *arguments), tmp_path)
+    refused(ended, 2, "error: ", "recipe" if not arguments else "--che", "--help")
+    assert "key=value" not in ended.err
+    refused(run(script("module:llm.sample", "--tokens"), tmp_path), 2, "--tokens: expected one argument")
 
 
 def test_evaluate_says_what_training_said(trained: Path) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from llm.base.errors import RefusedError
-from llm.run_folder import checkpoint, verification
+from llm import verify
+from llm.base import atomic_io
+from llm.base.errors import RecipeError, RefusedError
+from llm.run_folder import checkpoint, loaded_run, verification
+from llm.run_folder.step_texts import step_texts
 from llm.run_folder.trace import compare_runs
 from llm.training import proof
 from tests import plants
@@ -193,6 +196,16 @@ def test_verify_reads_a_run_again_and_names_what_is_damaged(
     record.write_text(record.read_text().replace('"step": 3,', '"step": 3, "x": 1,'))
     faults = [verdict.fault for verdict in verification.verify_run("tiny") if verdict.fault]
     assert len(faults) == 2 and "model.safetensors is damaged" in faults[0] and "step 3" in faults[1]
+    with pytest.raises(RecipeError, match=r"seed=2: overrides are for a recipe, and tiny names a run"):
+        verify.main(["tiny", "seed=2"])
+    with pytest.raises(RecipeError, match=r"there is no run '' under runs/ here: there are tiny"):
+        loaded_run.find("")
+    with pytest.raises(RecipeError, match=r"--world = 3: 4 windows .* name a divisor of 2"):
+        next(step_texts(Path("runs/tiny"), 1, 3))
+    settings = {"micro_batch": 4, "world": 1}
+    atomic_io.write_checksummed(Path("runs/tiny/machine.json"), settings)
+    with pytest.raises(RecipeError, match=r"--world = 3: .* only 1 process can share"):
+        next(step_texts(Path("runs/tiny"), 1, 3))
 
 
 def test_a_run_extended_from_its_stable_phase_is_the_longer_run(tmp_path: Path, text: Path) -> None:

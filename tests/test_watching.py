@@ -21,8 +21,10 @@ import llm.training.trainer
 from llm.base import atomic_io, errors
 from llm.distributed import environment
 from llm.run_folder import checkpoint
+from llm.run_folder.checkpoint import Draft
 from llm.training.evaluation import Evaluator
 from llm.training.resume import Checkpoints
+from llm.training.session import Start
 from llm.training.trainer import Trainer
 from tests.forks import ROOT, digest, ended, run, run_group, script, start, train, write_recipe, write_text
 from tests.test_kills import FAULTS, faulty
@@ -294,7 +296,7 @@ def test_a_fault_at_any_operation_of_adding_an_evaluation_leaves_the_checkpoint_
                 os.chdir(copy)
 
                 def status() -> None:
-                    with llm.training.session._status(self.context.folder):
+                    with llm.training.session._status(self.context.folder, Start(begun=True)):
                         begun = faulty(at, kind, when)
                         complete(self)
                         (copy / "begun.json").write_text(json.dumps(begun))
@@ -442,6 +444,35 @@ def test_whatever_ends_a_run_is_told_in_its_status(tmp_path: Path, text: Path, e
     said = status(tmp_path)
     assert said["status"] == 1 and said["message"].startswith(type(error).__name__) and "\n" not in said["message"]
     assert ("moon is full" in said["message"]) == isinstance(error, ValueError)
+
+
+@pytest.mark.parametrize("length", [{}, {"train.steps": None, "train.hours": "3s"}])
+def test_a_run_folder_that_was_removed_is_told_and_not_made_again(
+    tmp_path: Path, text: Path, length: dict[str, object]
+) -> None:
+    def remove() -> None:
+        shutil.rmtree("runs/tiny")
+
+    done = run(during(recipe_of(tmp_path, text, **length), 3, remove), tmp_path)
+    assert done.status == 5 and done.err.startswith("error: runs/tiny was removed while it trained"), done.err
+    assert done.err.count("\n") == 1 and not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("part", ["fill", "finish"])
+def test_a_run_folder_that_is_removed_during_a_save_is_told(tmp_path: Path, text: Path, part: str) -> None:
+    launch, act = train(recipe_of(tmp_path, text)), getattr(Draft, part)
+
+    def child() -> None:
+        def removed(self: Draft) -> None:
+            shutil.rmtree("runs/tiny")
+            act(self)
+
+        setattr(Draft, part, removed)
+        launch()
+
+    done = run(child, tmp_path)
+    assert done.status == 5 and "error: runs/tiny was removed while it trained" in done.err, done.err
+    assert done.err.count("\n") == 1
 
 
 def test_a_dropped_connection_saves_and_stops_but_under_nohup_the_run_goes_on(tmp_path: Path, text: Path) -> None:

@@ -1,11 +1,13 @@
 """The smallest models that have everything in them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from llm.config.reading import key_of
 from llm.config.resolving import resolve
-from llm.config.schema import Model, Recipe, Text, Train
+from llm.config.schema import LENGTHS, Model, Recipe, Text, Train
 from llm.model.transformer import Transformer
 
 VOCABULARY = 32
@@ -35,3 +37,9 @@ def stirred(model: Transformer, seed: int = 0) -> Transformer:
 def ids(*size: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Random tokens: int64 of `size`."""
     return torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(seed))
+
+
+def with_last_length(overrides: Sequence[str]) -> list[str]:
+    """The overrides with the last of their lengths alone."""
+    lengths = [each for each in overrides if key_of(each) in LENGTHS]
+    return [each for each in overrides if each in lengths[-1:] or each not in lengths]

@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, NoReturn
 
 from llm.base.errors import RecipeError
 
@@ -16,7 +16,11 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser for `python -m llm.NAME`."""
 
     def __init__(self, name: str, description: str, **options: Any) -> None:
-        super().__init__(prog=f"python -m llm.{name}", description=description, **options)
+        super().__init__(**{"prog": f"python -m llm.{name}", "description": description, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """RecipeError instead of argparse's several lines."""
+        raise RecipeError(f"{message}: `{self.prog} --help` tells what it takes")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, but options and overrides may stand in any order."""

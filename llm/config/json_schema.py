@@ -86,7 +86,8 @@ def _alternatives(kind: Any, about: Any) -> typing.Iterator[dict[str, Any]]:
         whole = int in options
         hours = about["description"].startswith("hours")
         suffix = "|".join([*TIMES, *map(str.upper, TIMES)]) if hours else "[kKmMbBgG]" if whole else "[kKmMbBgG%]"
-        bounds = {"minimum": about["least"], "exclusiveMaximum": about["below"]}
+        names = {"least": "minimum", "below": "exclusiveMaximum", "most": "maximum"}
+        bounds = {names[key]: bound for key, bound in about.items() if key in names}
         yield {"type": "integer" if whole else "number", **bounds}
         yield {"type": "string", "pattern": f"{DIGITS} ?({suffix})? *$"}
     if Epochs in options:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.resolving import counted_from_1, resolve
+from llm.config.resolving import check_lengths, counted_from_1, resolve
 from llm.config.schema import (
     LENGTHS,
     RESERVED_NAMES,
@@ -52,6 +52,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if form in ("1", "2"):
         given.setdefault("train.document_mask", "false")
     given.setdefault("run", path.stem)
+    if lengths := [name for name in LENGTHS if name in map(key_of, overrides)]:
+        check_lengths(lengths)
     for override in overrides:
         _override(given, override)
     recipe = resolve(_build(given))
@@ -62,6 +64,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if size > MAX_BYTES:
         raise RecipeError(f"{path} takes {size} bytes when written out, more than {MAX_BYTES}: shorten its lists")
     return recipe
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def dump(recipe: Recipe) -> str:

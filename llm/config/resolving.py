@@ -2,11 +2,14 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from llm.base.errors import RecipeError
 from llm.config.schema import LENGTHS, MIN_VOCAB_SIZE, RUN_NAME, STEP, Epochs, Model, Recipe, Train
 
+RULES = ("auto", "headings", "blank-lines", "blocks", "lines", "files")  # of text.documents, besides marker LINE
+MARKER_BYTES = 1 << 15  # a LINE is shorter
 MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # above this many epochs, model.dropout = auto is this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of train.weight_decay = auto
 MAX_DECAY = 3.2  # per step, however short the time constant
@@ -35,15 +38,16 @@ def _check_values(recipe: Recipe) -> None:
     if recipe.from_ is not None and not re.fullmatch(f"{RUN_NAME}/{STEP}", recipe.from_):
         raise RecipeError(f"from = {recipe.from_[:120]!r}: expected RUN/step-N, such as quickstart/step-000400")
     _check_sources(recipe)
+    check_rule("text.documents", recipe.text.documents)
+    for source in recipe.text.sources:
+        check_rule(f"text.sources.{source.name}.documents", source.text.documents)
     if any(not term or "\n" in term for term in recipe.tokenizer.terms):
         raise RecipeError("tokenizer.terms: each term must be one or more words on one line, and not empty")
     if recipe.model.from_ is not None and recipe.train.shallow:
         raise RecipeError("train.shallow is for weights that begin at random: set train.shallow=0 beside model.from")
     if recipe.model.from_ is not None and (recipe.tokenizer.path or recipe.tokenizer.terms):
         raise RecipeError("model.from brings its own tokenizer: remove tokenizer.path and tokenizer.terms")
-    said = [name for name in LENGTHS if getattr(recipe.train, name.split(".")[1])]
-    if len(said) != 1:
-        raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
+    check_lengths([name for name in LENGTHS if getattr(recipe.train, name.split(".")[1])])
 
 
 def _check_sources(recipe: Recipe) -> None:
@@ -62,6 +66,20 @@ def _check_sources(recipe: Recipe) -> None:
             )
         if source.epochs is not None and recipe.train.hours:
             raise RecipeError(f"{name}.epochs needs a length in steps, tokens or epochs, not train.hours: use a weight")
+
+
+def check_lengths(said: Sequence[str]) -> None:
+    """RecipeError unless one length alone is said."""
+    if len(said) != 1:
+        raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
+
+
+def check_rule(key: str, name: str) -> None:
+    """RecipeError unless `name`, the value of `key`, is a rule to find documents by (see documents.rule_for)."""
+    line = name.removeprefix("marker ")
+    is_marker = line not in ("", name) and "\n" not in line and len(line.encode()) < MARKER_BYTES
+    if name not in RULES and not is_marker:
+        raise RecipeError(f"{key} = {name[:80]!r} is not known: use {', '.join(RULES)} or marker LINE")
 
 
 def _resolve_model(model: Model) -> Model:

@@ -33,9 +33,9 @@ MACHINE_HALF = (
 )
 
 
-def setting(description: str, default: Any = MISSING, *, least: float | None = None, below: float | None = None) -> Any:
-    """A key of the recipe. A number must satisfy least <= number < below."""
-    return field(default=default, metadata={"description": description, "least": least, "below": below})
+def setting(description: str, default: Any = MISSING, **bounds: float) -> Any:
+    """A key of the recipe. A number must satisfy least <= number < below, or least <= number <= most."""
+    return field(default=default, metadata={"description": description, **bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,23 +116,19 @@ class Train:
     teachers: tuple[str, ...] = setting(
         "finished runs with the same pieces, as runs/NAME/best, whose probabilities are learnt beside the text", ()
     )
-    teachers_share: float = setting(
-        "share of the teachers in each target while the rate is full", 0.6, least=0, below=1.0001
-    )
+    teachers_share: float = setting("share of the teachers in each target while the rate is full", 0.6, least=0, most=1)
     teachers_last: float = setting(
         "the teachers' share at the end, where the rate is zero; lower it if the run will outgrow its teachers",
         0.0,
         least=0,
-        below=1.0001,
+        most=1,
     )
     optimizer: Literal["muon", "adamw"] = setting(
         "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all", "muon"
     )
     learning_rate: float = setting("of Muon's matrices, or of AdamW", 0.02, least=0, below=10)
     warmup: int = setting("steps from zero to the full rate", 0, least=0, below=1e12)
-    decay: float = setting(
-        "fraction of the run, at its end, over which the rate falls to zero", 0.4, least=0, below=1.0001
-    )
+    decay: float = setting("fraction of the run, at its end, over which the rate falls to zero", 0.4, least=0, most=1)
     weight_decay: float | Epochs | Auto = setting(
         "per step, times the rate; or the epochs over which weights are forgotten, such as 0.7 epochs; auto: by the "
         "number of epochs", 0.1, least=0, below=100,

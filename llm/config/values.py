@@ -6,6 +6,7 @@ import types
 import typing
 from dataclasses import Field
 from decimal import Decimal, InvalidOperation
+from math import inf
 from typing import Any
 
 from llm.base.errors import RecipeError
@@ -67,14 +68,16 @@ def _epochs(name: str, value: str, number: str) -> Epochs:
 
 def _bounded(name: str, value: str, *, whole: bool, words: list[str], each: "Field[Any]") -> int | float:
     """A number or a time, in hours, within the field's bounds."""
-    described, least, below = (each.metadata[key] for key in ("description", "least", "below"))
+    described, least, below = each.metadata["description"], each.metadata["least"], each.metadata.get("below", inf)
+    most = each.metadata.get("most", inf)
     time = re.fullmatch(r"(.*?) ?([a-z%]+)", value.lower()) if described.startswith("hours") else None
     if time and (time[2] not in TIMES or not re.fullmatch(r"[\d.,_e+-]+", time[1])):
         raise RecipeError(f"{name} = {_short(value)!r}: expected a time such as 8h, 90min or 2d")
     number = _number(name, time[1] if time else value, whole=whole, words=words)
     number = number * TIMES[time[2]] if time else number
-    if not least <= number < below:
-        rule = f"must be at least {least:,.10g} and below {below:,.10g}"
+    if not least <= number < below or number > most:
+        upper = f"below {below:,.10g}" if below < inf else f"at most {most:,.10g}"
+        rule = f"must be at least {least:,.10g} and {upper}"
         raise RecipeError(f"{name} = {_short(value)}: {rule} ({described})")
     return number
 

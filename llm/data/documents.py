@@ -15,7 +15,8 @@ from itertools import chain
 from typing import Any
 
 from llm.base.atomic_io import digest_of
-from llm.base.errors import RecipeError, TextError
+from llm.base.errors import TextError
+from llm.config.resolving import check_rule
 from llm.config.schema import Text
 from llm.data.sources import Source, sources_of
 
@@ -98,11 +99,8 @@ def rule_for(name: str, head: bytes, rest: Iterable[bytes] = ()) -> Rule:
         return Rule(name, most=PAGE)
     if name == "files":
         return Rule(name)
-    line = name.removeprefix("marker ")
-    if line and line != name and "\n" not in line and len(line.encode()) < MARGIN // 2:
-        return _marker(line)
-    choices = "auto, headings, blank-lines, blocks, lines, files or marker LINE"
-    raise RecipeError(f"text.documents = {name!r} is not known: use {choices}")
+    check_rule("text.documents", name)
+    return _marker(name.removeprefix("marker "))
 
 
 def _guess(head: bytes, rest: Iterable[bytes]) -> Rule:
@@ -260,7 +258,7 @@ class Corpus:
                 other = "twice" if first.name == source.name else f"as {first.name} too"
                 self.repeated.append(f"{source.name} is named {other}: it is read once")
         self.sources = list(named.values())
-        rule_for(text.documents, b"")  # refuses an unknown name now; the rules themselves are found when needed
+        check_rule("text.documents", text.documents)  # the rules themselves are found when needed
         self._rule_name, self.most = text.documents, most
         self.known_rules = rules or {}  # by source: the rules of a text that was read before stay
         # Differs whenever the documents could. The first number counts changes to the way documents are found.

@@ -24,7 +24,7 @@ from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
-from llm.config.schema import Evaluate, Recipe
+from llm.config.schema import Evaluate, Recipe, Text
 from llm.data import growth, packing, shard_writer, sharing
 from llm.data import shards as sharding
 from llm.data.chat_template import template_of
@@ -144,9 +144,13 @@ def prepare_also(
     team: Team | None = None,
 ) -> Shards:
     """The texts of evaluate.also in the tokens of the run."""
-    plain = replace(recipe.text, files=recipe.evaluate.also, sources=())
-    other = replace(recipe, text=plain, evaluate=Evaluate(), train=replace(recipe.train, on="auto"))
+    other = replace(recipe, text=also(recipe), evaluate=Evaluate(), train=replace(recipe.train, on="auto"))
     return prepare(other, say, progress, verify, tokenizer, team=team).shards
+
+
+def also(recipe: Recipe) -> Text:
+    """The texts of evaluate.also, read as those of the run."""
+    return replace(recipe.text, files=recipe.evaluate.also, sources=())
 
 
 def last_shards(cache: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> Shards | None:

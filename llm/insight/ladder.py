@@ -250,7 +250,15 @@ def propose(text: str, device: Device, hours: float, law: Law | None = None) -> 
         raise RecipeError(f"--text {text[:80]}: its size is not known here: name a file or a folder")
     found = [each for shape in _shapes() if (each := _candidate(text, device, hours, law, *shape))]
     if not found:
-        raise RecipeError(f"no model fits {device.name}, {hours:g} h and {size / 1e6:.3g} MB of text: give more of one")
+        smallest = _recipe("best", text, *next(_shapes()), 8 * Model().context)
+        least = cost.parameters(smallest.model, smallest.tokenizer.vocabulary)
+        if least > MOST_WEIGHTS * planning.text_tokens(smallest)[0]:
+            fault = (
+                f"{size / 1e6:.3g} MB are too little for the smallest model proposed, {least / 1e6:.2f} M parameters"
+            )
+            mend = f"give more text, or train recipes/quickstart.yaml with text.files={text}"
+            raise RecipeError(f"--text {text[:80]}: {fault}: {mend}")
+        raise RecipeError(f"no model for {text[:80]} fits the memory of {device.name}: name a card with more")
     best = min(found, key=_bits)
     small = [each for each in found if _size(each) <= _size(best) / 2] or [best]
     halves = [_candidate(text, device, hours / 2, law, each.plan.recipe.model, _vocabulary(each)) for each in small]

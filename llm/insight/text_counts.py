@@ -39,6 +39,7 @@ class Counts:
         self.places: list[np.ndarray] = []  # of each document, its fraction: side and, nearly, its identity
         self.index = Index()
         self.sizes: list[np.ndarray] = []  # bytes of each document
+        self.text_bytes = [0, 0]  # for training, held out
         self.lines = self.long_lines = self.longest_line = 0
         self.points = np.zeros(0x110000, np.int64)  # how often each character comes
         self.markup: Counter[str] = Counter()
@@ -68,6 +69,7 @@ class Counts:
     def _sample(self, documents: list[bytes], places: list[float]) -> None:
         for document, place in zip(documents, places, strict=True):
             self._seen += 1
+            self.text_bytes[place < self.val_fraction] += len(document)
             if place < self.val_fraction:
                 heapq.heappush(self._held_out, (-place, self._seen, document))
                 self._held += len(document)

@@ -63,7 +63,7 @@ class Survey:
 
     rule: str
     documents: list[int]  # for training, held out
-    text_bytes: list[int]
+    text_bytes: list[int]  # of conversations those of their messages
     characters: int
     lengths: list[int]  # documents of 2^i to 2^(i+1) - 1 bytes
     median: int  # bytes
@@ -98,7 +98,7 @@ def survey(text: Text, show: Show) -> Survey:
     return Survey(
         rule=split.rule,
         documents=split.documents,
-        text_bytes=split.text_bytes,
+        text_bytes=counts.text_bytes,
         characters=counts.characters,
         lengths=np.bincount(np.log2(sizes).astype(np.int64)).tolist(),
         median=int(np.median(sizes)),

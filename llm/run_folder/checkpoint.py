@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -90,6 +91,23 @@ def identity(run: Path) -> str | None:
     return str(atomic_io.read_checksummed(path).get("run")) if path.exists() else None
 
 
+@contextmanager
+def still_there(run: Path) -> Iterator[None]:
+    """DiskError if the folder of a run that trains was removed, before the block or in it, as by `rm -r runs/NAME`."""
+
+    def there() -> bool:
+        return (run / IDENTITY).is_file()
+
+    try:
+        if not there():
+            raise FileNotFoundError(run)
+        yield
+    except (FileNotFoundError, RefusedError) as error:
+        if there():
+            raise
+        raise DiskError(f"{run} was removed while it trained: run the same command again to begin anew") from error
+
+
 @dataclass
 class Draft:
     """The checkpoint `folder` in the making; all ranks make it together.
@@ -154,7 +172,7 @@ class Draft:
                 atomic_io.remove(self.path)
             sizes = [end for _, _, end in self.headers.values()]
             _check_space(self.folder, sum([*sizes, *map(len, (self.extra_files | self.unlisted_files).values())]))
-            self.path.mkdir(parents=True)
+            self.path.mkdir()
             for name, (_, _, end) in self.headers.items():
                 (self.path / name).touch()
                 os.truncate(self.path / name, end)

@@ -61,12 +61,12 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
         path, which = path.parent, path.name
     if path.name == "checkpoints":
         path = path.parent
-    for folder in (runs / path, path):
+    for folder in (runs / path, path) if name else ():
         if os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
             if not checkpoint.folders(folder):
                 raise RecipeError(f"{folder} has no checkpoint yet")
             return folder, which
-    known = sorted(each.name for each in runs.glob("*") if each.is_dir())
+    known = sorted(each.name for each in runs.glob("*") if checkpoint.folders(each))
     others = f"there are {', '.join(known[:10])}" if known else "there is none yet"
     raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")
 
@@ -109,9 +109,12 @@ def open_mean(
     if not others:
         return first
     sums = {key: p.cpu().double() for key, p in first.model.named_parameters()}  # Apple's GPUs have no fp64
-    names = []
+    names, folders = [], {first.checkpoint.folder.resolve()}
     for each in others:
         other = open_run(each, torch.device("cpu"), runs)
+        if (folder := other.checkpoint.folder.resolve()) in folders:
+            raise RecipeError(f"--mean {each}: {other.name} is in the mean already: name another run")
+        folders.add(folder)
         added = dict(other.model.named_parameters())
         alike = {key: p.shape for key, p in added.items()} == {key: total.shape for key, total in sums.items()}
         alike = alike and other.model.family == first.model.family

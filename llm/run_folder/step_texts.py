@@ -29,7 +29,9 @@ def step_texts(folder: Path, step: int, world: int = 0, characters: int = 0) -> 
     world, micro_batch, windows = world or int(machine["world"]), int(machine["micro_batch"]), recipe.windows_per_step
     if windows % (world * micro_batch):
         fault = f"{windows} windows in micro-batches of {micro_batch} cannot be split among {world} processes"
-        raise RecipeError(f"--world = {world}: {fault}: name a divisor of {windows // micro_batch}")
+        most = windows // micro_batch
+        mend = f"name a divisor of {most}" if most > 1 else "only 1 process can share the step"
+        raise RecipeError(f"--world = {world}: {fault}: {mend}")
     shards, tokenizer = of_run(folder), hf_tokenizer.load(folder / "tokenizer")
     order = order_of(recipe, shards)
     yield f"step {step} of {folder.name} reads:"

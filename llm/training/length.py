@@ -8,6 +8,7 @@ from llm.distributed import process
 from llm.optim.schedule import StepPlan, lr_factor, planned
 from llm.optim.time_budget import RECORD as PLAN
 from llm.optim.time_budget import TimeBudget
+from llm.run_folder.checkpoint import still_there
 from llm.training.context import RunContext
 
 
@@ -62,7 +63,8 @@ class Length:
         if self.budget is not None:
             with coordinator.error_barrier():
                 if coordinator.writes:
-                    atomic_io.write_checksummed(self.context.folder / PLAN, self.budget.record())
+                    with still_there(self.context.folder):
+                        atomic_io.write_checksummed(self.context.folder / PLAN, self.budget.record())
 
     def record(self) -> dict[str, Any] | None:
         return self.budget.record() if self.budget is not None else None

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 
 from llm.base.errors import RefusedError, run
-from llm.config.reading import load
-from llm.config.schema import Recipe
+from llm.config.reading import key_of, load
+from llm.config.schema import LENGTHS, Recipe
 from llm.distributed.environment import measured_flops
 from llm.model.cost import covered, flops_per_token
 from llm.run_folder import checkpoint, trace
@@ -94,8 +94,9 @@ def verify_recipe(path: Path, overrides: list[str], steps: int, start: Start = s
     recipe = load(path, overrides)
     steps = min(steps, recipe.train.steps or steps)
     warmup = min(recipe.train.warmup, int(steps * (1 - recipe.train.decay)))
+    others = [each for each in overrides if key_of(each) not in LENGTHS]
     common = [
-        *overrides, f"train.steps={steps}", f"train.warmup={warmup}", "tracking.every=1", "tracking.wandb=off",
+        *others, f"train.steps={steps}", f"train.warmup={warmup}", "tracking.every=1", "tracking.wandb=off",
         "tracking.tensorboard=false", "evaluate.prompts=[]", f"evaluate.every={max(1, steps // 2 - 1)}",
         f"checkpoint.every={steps}", "from="]  # fmt: skip
     minutes = _expected_seconds(recipe, steps) // 60 + 1

@@ -13,7 +13,7 @@ import torch
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
-from llm.config.schema import flat, science
+from llm.config.schema import Recipe, flat, science
 from llm.data.reuse import difference
 from llm.data.shards import of_run
 from llm.distributed import process
@@ -83,16 +83,17 @@ class Checkpoints:
             coordinator=self.context.coordinator,
             sharding=self.context.sharding,
         )
+        allocate, fill, finish = map(self._in_run, (draft.allocate, draft.fill, draft.finish))
         retain = partial(self._retain, step)
         if beside and self.copy.take(draft):
-            draft.together(draft.allocate)
-            begin, end = partial(_do, self.monitor.flush, draft.fill), partial(_do, draft.finish, retain)
+            draft.together(allocate)
+            begin, end = partial(_do, self.monitor.flush, fill), partial(_do, finish, retain)
             # A file that several ranks write is whole when all of them are done.
             parts = [begin, end] if draft.shared else [partial(_do, begin, end)]
             self.writing.begin(parts, abandon=draft.abandon, hurry=draft.give_up)
         else:
             self.monitor.flush()
-            draft.together(draft.allocate, draft.fill, draft.finish)
+            draft.together(allocate, fill, finish)
             if not evaluation_due:
                 retain()
         self.saved = step
@@ -108,8 +109,13 @@ class Checkpoints:
         with self.context.coordinator.error_barrier():
             if self.context.coordinator.writes:
                 folder = checkpoint.folder_of(self.context.folder, self.state.step)
-                checkpoint.amend(folder, {CARD: self._card()}, **self.evaluator.results())
+                with checkpoint.still_there(self.context.folder):
+                    checkpoint.amend(folder, {CARD: self._card()}, **self.evaluator.results())
         self._retain(self.state.step)
+
+    def _in_run(self, part: Callable[[], None]) -> Callable[[], None]:
+        """The part of a save; DiskError from the rank that writes where the run's folder was removed meanwhile."""
+        return checkpoint.still_there(self.context.folder)(part) if self.context.coordinator.writes else part
 
     def _retain(self, step: int) -> None:
         if self.context.coordinator.writes:
@@ -179,10 +185,7 @@ class Checkpoints:
     def _begin_from(self, name: str) -> None:
         """Load the checkpoint RUN/step-N of another run, which becomes this run's parent."""
         run = name.partition("/")[0]
-        folder = checkpoint.folder_of(self.context.folder.parent / run, self.context.recipe.from_step)
-        if not folder.is_dir():
-            there = ", ".join(each.name for each in checkpoint.folders(folder.parent.parent)) or "none"
-            raise RecipeError(f"from = {name} is not there; checkpoints of {run}: {there}")
+        folder = named_by_from(self.context.recipe, self.context.folder.parent)
         source = checkpoint.open_checkpoint(folder)
         if source.manifest["tokenizer"] != self.context.tokenizer.fingerprint:
             mend = f"keep its own by tokenizer.path={self.context.folder.parent / run / 'tokenizer/tokenizer.model'}"
@@ -255,6 +258,16 @@ class Checkpoints:
         scale, good_steps = source.manifest["scale"]
         self.state.scale.fill_(scale)
         self.state.good_steps.fill_(good_steps)
+
+
+def named_by_from(recipe: Recipe, runs: Path) -> Path:
+    """The checkpoint RUN/step-N that `from` names. RecipeError where it is not there."""
+    run = runs / str(recipe.from_).partition("/")[0]
+    folder = checkpoint.folder_of(run, recipe.from_step)
+    if not folder.is_dir():
+        there = ", ".join(each.name for each in checkpoint.folders(run)) or "none"
+        raise RecipeError(f"from = {recipe.from_} is not there; checkpoints of {run.name}: {there}")
+    return folder
 
 
 def _do(*acts: Callable[[], None]) -> None:

@@ -2,20 +2,23 @@
 
 import gc
 import os
+import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from llm.base import atomic_io
 from llm.base.durations import readable
-from llm.base.errors import GroupError, LLMError, RefusedError, as_llm_error, reason
+from llm.base.errors import GroupError, LLMError, RecipeError, RefusedError, as_llm_error, reason
 from llm.config.reading import dump, with_checksum
 from llm.config.schema import Recipe
-from llm.data import mixture
+from llm.data import mixture, pipeline
 from llm.data.shards import AnyShards, keep_place
+from llm.data.sources import sources_of
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
@@ -25,12 +28,28 @@ from llm.distributed.team import meet
 from llm.interop.pretrained import ready
 from llm.model import cost
 from llm.run_folder import checkpoint
-from llm.training import compiling, own_data
+from llm.run_folder.record import METRICS
+from llm.training import compiling, own_data, teachers
 from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
+from llm.training.resume import named_by_from
 from llm.training.trainer import Trainer
 
 Prepare: TypeAlias = Callable[..., tuple[Recipe, Tokenizer, AnyShards]]
+
+
+@dataclass
+class Start:
+    """One start of a run: whether it made the run's folder, and whether it has begun to train or was refused before."""
+
+    new: bool = False
+    begun: bool = False
+
+    def is_refused_by(self, error: BaseException) -> bool:
+        """Whether the recipe, the text or what is in the folder ends this start, and not a fault on the way."""
+        return (
+            not self.begun and isinstance(error, LLMError) and error.status in (RecipeError.status, RefusedError.status)
+        )
 
 
 def train(
@@ -55,21 +74,34 @@ def train(
 def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts) -> Path:
     die_with_parent()
     accelerator, coordinator, settings = start_group(recipe, run)
+    with coordinator.error_barrier():
+        _check_names(recipe, run, parts)
     recipe, tokenizer, shards = _data(recipe, prepare, run, coordinator, parts)
+    start = Start(new=not run.exists())
     with coordinator.error_barrier():
         found = {"the text's": shards.fingerprint[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
         data = {f"{name} fingerprint": value for name, value in found.items()}
         coordinator.agree("data", data, "give every machine the same files")
     coordinator.meet_on_disk(run)
-    with _locked(run, coordinator), _status(run):
+    with _locked(run, coordinator), _status(run, start), _undone_if_refused(run, start, coordinator):
         sharding = Sharding(settings.shard, accelerator.device, DTYPES[settings.precision])
         if parts.model is not None:  # a caller's, whose cost is unknown
             settings = replace(settings, compile=bool(settings.compile))
         settings = compiling.settled(settings, recipe, tokenizer.vocab_size, accelerator.device, coordinator)
         context = RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, sharding, run, parts)
-        _run(context, until)
+        _run(context, until, start)
     coordinator.leave()
     return run
+
+
+def _check_names(recipe: Recipe, run: Path, parts: Parts) -> None:
+    """RecipeError or TextError where a new run names what is not there: now, not once its text is prepared."""
+    if process.rank() == 0 and not checkpoint.folders(run):
+        local = [name for name in recipe.evaluate.also if not name.startswith("hub:")]  # the hub need not be asked
+        deque(sources_of(replace(pipeline.also(recipe), files=tuple(local))), maxlen=0)
+        if recipe.from_:
+            named_by_from(recipe, run.parent)
+        teachers.find(recipe, parts)
 
 
 def _data(
@@ -104,31 +136,49 @@ def _locked(run: Path, coordinator: Coordinator) -> Iterator[None]:
 
 
 @contextmanager
-def _status(run: Path) -> Iterator[None]:
-    """Record in status.json how the run ended: some launchers turn every exit status into 1."""
+def _status(run: Path, start: Start) -> Iterator[None]:
+    """Record in status.json how the run ended: some launchers turn every exit status into 1.
+
+    A start that is refused leaves the record of an earlier ending as it was.
+    """
     if process.rank() != 0:
         yield
         return
     path = run / "status.json"
+    earlier = path.read_bytes() if path.is_file() else b""
     atomic_io.write_json(path, {"status": None, "message": "running", "process": os.getpid()})
     try:
         yield
     except BaseException as error:  # of any kind: a run that has ended must not be "running"
         known = as_llm_error(error) or error
         status = known.status if isinstance(known, LLMError) else 130 if isinstance(known, KeyboardInterrupt) else 1
-        ending = {"status": status, "message": reason(known)}
+        ending = atomic_io.as_json({"status": status, "message": reason(known)})
+        data = earlier if earlier and start.is_refused_by(known) else ending
         try:
-            atomic_io.write_json(path, ending)
+            if run.is_dir():  # it may have been removed meanwhile
+                atomic_io.write_bytes(path, data)
         except OSError:  # a disk without room for another file may still have room in this one
             with suppress(OSError):
-                data = atomic_io.as_json(ending)
                 atomic_io.write_at(path, [(0, data)])
                 os.truncate(path, len(data))
         raise
-    atomic_io.write_json(path, {"status": 0, "message": "finished"})
+    if run.is_dir():
+        atomic_io.write_json(path, {"status": 0, "message": "finished"})
 
 
-def _run(context: RunContext, until: int) -> None:
+@contextmanager
+def _undone_if_refused(run: Path, start: Start, coordinator: Coordinator) -> Iterator[None]:
+    """Remove the folder again that a refused start has made, of a run that has not trained yet."""
+    try:
+        yield
+    except LLMError as error:
+        empty = not checkpoint.folders(run) and not (run / METRICS).exists()
+        if start.new and start.is_refused_by(error) and empty and coordinator.writes:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def _run(context: RunContext, until: int, start: Start) -> None:
     """Train a run whose folder this process holds."""
     coordinator, run = context.coordinator, context.folder
     if coordinator.writes:
@@ -151,8 +201,9 @@ def _run(context: RunContext, until: int) -> None:
     with trainer.stop.on_signals():
         try:
             step_seconds = trainer.micro_batches.rehearse()
-            trainer.length.begin(step, step_seconds)
+            start.begun = True
             _write_run_files(trainer)
+            trainer.length.begin(step, step_seconds)
             process.say(_announcement(trainer, step_seconds))
             trainer.fit(step_seconds)
         except (RuntimeError, MemoryError) as error:

@@ -4,15 +4,19 @@ Knowledge distillation (Hinton, Vinyals and Dean, "Distilling the knowledge in a
 the same batch as the run, so nothing is stored, and what it says follows from the recipe and its weights alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from llm.base.errors import GroupError, RecipeError, RefusedError
-from llm.config.schema import Model, Train
+from llm.config.schema import Model, Recipe, Train
 from llm.distributed.sharding import local_shard
 from llm.interop import pretrained
 from llm.model.hf_config import FIELDS, read_config, read_family
 from llm.model.transformer import Transformer
-from llm.training.context import RunContext
+from llm.training.context import Parts, RunContext
 from llm.training.memory import within_memory
 
 
@@ -26,14 +30,10 @@ def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
 
     RecipeError or RefusedError where one cannot be read, or has other pieces than this run.
     """
-    if context.recipe.train.teachers and context.parts.model is not None:
-        raise RecipeError("train.teachers is for the model of this project: leave it out beside model=")
     models, digests = [], []
-    for name in context.recipe.train.teachers:
-        try:
-            found = within_memory(partial(_load, name, context))
-        except (RecipeError, RefusedError) as error:
-            raise type(error)(f"train.teachers: {error}") from None
+    for name, (folder, config) in zip(context.recipe.train.teachers, find(context.recipe, context.parts), strict=True):
+        with _naming():
+            found = within_memory(partial(_load, name, folder, config, context))
         if found is None:
             raise GroupError(f"train.teachers: no memory for {name}: leave it out, or name a smaller one")
         models.append(found[0])
@@ -41,9 +41,24 @@ def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
     return models, digests
 
 
-def _load(name: str, context: RunContext) -> tuple[Transformer, str]:
-    folder = pretrained.folder_of(name)
-    config = read_config(folder)
+def find(recipe: Recipe, parts: Parts) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders that train.teachers names, each with its config.json. RecipeError where one is not there."""
+    if recipe.train.teachers and parts.model is not None:
+        raise RecipeError("train.teachers is for the model of this project: leave it out beside model=")
+    with _naming():
+        return [(folder, read_config(folder)) for folder in map(pretrained.folder_of, recipe.train.teachers)]
+
+
+@contextmanager
+def _naming() -> Iterator[None]:
+    """Errors name the key."""
+    try:
+        yield
+    except (RecipeError, RefusedError) as error:
+        raise type(error)(f"train.teachers: {error}") from None
+
+
+def _load(name: str, folder: Path, config: dict[str, Any], context: RunContext) -> tuple[Transformer, str]:
     if not context.tokenizer.has_pieces_of(pretrained.tokenizer_of(folder, config)):
         mend = "say model.from or tokenizer.path so that both have the same, or train it again on this text"
         raise RefusedError(f"{name} has another tokenizer than this run: {mend}")

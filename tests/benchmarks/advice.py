@@ -21,6 +21,7 @@ from llm.data.sources import wiki_documents
 from llm.insight import hints
 from llm.model import cost
 from llm.prepare import MARKER
+from tests.tiny import with_last_length
 
 BASE = (
     "tokenizer.vocabulary=4096 model.dim=96 model.heads=3 model.layers=4 model.context=128 train.tokens=60k "
@@ -70,7 +71,7 @@ def write_parts(folder: Path) -> None:
 def trained(overrides: list[str]) -> tuple[Any, list[dict[str, Any]]]:
     """The recipe as the run understood it, and its evaluations."""
     found: list[dict[str, Any]] = []
-    recipe = llm.load_recipe("quickstart", overrides)
+    recipe = llm.load_recipe("quickstart", with_last_length(overrides))
     with tempfile.TemporaryDirectory() as runs:
         done = llm.train(recipe, runs=runs, on_log=lambda line: found.append(line))
     return done.recipe, [line for line in found if line.get("val_loss") is not None]

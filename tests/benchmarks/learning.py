@@ -25,6 +25,7 @@ from llm.data.sources import wiki_documents
 from llm.prepare import MARKER
 from tests.benchmarks.alternatives import plant
 from tests.forks import ROOT, ended, script, start
+from tests.tiny import with_last_length
 
 PARTS = {"third": 3, "sixth": 6}  # one article in so many of the packaged text, as a text of its own
 SPEEDS = {96: 9500, 128: 7800, 192: 5000, 384: 1800}  # tokens a second and thread, by width, to tell the cost by
@@ -53,7 +54,7 @@ RATES = [
 VOCABULARIES = [
     Row("8,192 pieces", "tokenizer.vocabulary=8192"),
     Row("32,768 pieces", "tokenizer.vocabulary=32768"),
-    Row("32,768 pieces, as many tokens", "tokenizer.vocabulary=32768 train.epochs=0 train.tokens=500k"),
+    Row("32,768 pieces, as many tokens", "tokenizer.vocabulary=32768 train.tokens=500k"),
 ]
 TABLES: dict[str, tuple[str, list[Row]]] = {
     "rates": (NARROW, [
@@ -187,7 +188,7 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
     ]),
     **{f"width-{dim}": (f"model.dim={dim} model.heads={heads} train.tokens=500k", RATES) for dim, heads in ((96, 3), (192, 3), (384, 6))},
     # Each row reads as much of the text as the default does in 0.5 M tokens.
-    **{f"transfer, {name}": (f"text.files=[{text}] train.tokens=0 train.epochs={epochs} {more}", [*RATES, *VOCABULARIES]) for name, text, epochs, more in (
+    **{f"transfer, {name}": (f"text.files=[{text}] train.epochs={epochs} {more}", [*RATES, *VOCABULARIES]) for name, text, epochs, more in (
         ("French", "wiki-leads-fr", 0.553, ""), ("Spanish", "wiki-leads-es", 0.8075, ""),
         ("Python", f"{sysconfig.get_path('stdlib')}/*.py", 0.4084, "text.documents=files"), ("chat", "chitchat", 0.16, "train.on=all"))},
 }  # fmt: skip
@@ -195,7 +196,8 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
 
 def overrides(table: str, row: Row) -> dict[str, str]:
     common = "train.tokens_per_step=1024 evaluate.prompts=[] checkpoint.every=1000000 tracking.every=50 evaluate.every=1000000"
-    return dict(each.split("=", 1) for each in f"{common} {TABLES[table][0]} {row.changes}".split())
+    given = with_last_length(f"{common} {TABLES[table][0]} {row.changes}".split())
+    return dict(each.split("=", 1) for each in given)
 
 
 def cost(table: str, row: Row) -> float:

@@ -214,8 +214,8 @@ def test_a_value_is_read_by_the_type_of_its_key(tmp_path: Path, key: str, writte
         (["train.steps=60"], "train.steps", 60),
         (["train.epochs=2"], "train.epochs", 2.0),
         (["train.epochs=2"], "train.steps", 0),
-        (["train.epochs=2", "train.tokens=81920", "train.steps=7"], "train.steps", 7),
-        (["train.steps=7", "train.tokens=81920"], "train.steps", 10),
+        (["train.tokens=81920"], "train.steps", 10),
+        (["train.steps=6", "train.steps=7"], "train.steps", 7),
         (["seed=1", " seed = 2 "], "seed", 2),
         (["text.files=[a.txt, 'b c.txt']"], "text.files", ["a.txt", "b c.txt"]),
         (["text.files=a,b=c.txt"], "text.files", ["a,b=c.txt"]),
@@ -348,6 +348,7 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path: Path, override: s
         ("train.learning_rate=1e999", "must be at least 0 and below 10"),
         ("train.learning_rate=true", "expected a number"),
         ("model.dropout=100%", "model.dropout = 100%: must be at least 0 and below 1 (fraction of the features"),
+        ("train.decay=1.00005", "train.decay = 1.00005: must be at least 0 and at most 1 (fraction of the run"),
         ("train.steps=0", "train.steps = 0: must be at least 1"),
         ("model.tied=maybe", "model.tied = 'maybe': expected true or false"),
         ("model.tied=1", "expected true or false"),
@@ -358,6 +359,7 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path: Path, override: s
         ("machine.precision=" + "f" * 100_000, "expected one of auto, fp32, bf16, fp16"),
         ("tokenizer.terms=['']", "tokenizer.terms: each term must be one or more words on one line"),
         ('tokenizer.terms=["a\\nb"]', "tokenizer.terms: each term must be one or more words on one line"),
+        ("text.documents=pages", "text.documents = 'pages' is not known: use auto, headings"),
         ("from=quickstart", "expected RUN/step-N"),
         ("from=../other/step-1", "expected RUN/step-N"),
         ("from=other/step-" + "9" * 5_000, "expected RUN/step-N"),
@@ -531,6 +533,11 @@ def test_a_run_has_exactly_one_length(tmp_path: Path, lengths: str) -> None:
     line = refused(tmp_path, TEXT + f"train: {{{lengths}}}\n")
     assert "a run needs exactly one of train.steps, train.tokens, train.epochs" in line
     assert read(tmp_path, TEXT + f"train: {{{lengths}}}\n", "train.steps=5").train.steps == 5
+
+
+def test_overrides_say_one_length_at_most(tmp_path: Path) -> None:
+    line = refused(tmp_path, SMALLEST, "train.tokens=2M", "train.steps=20")
+    assert "train.steps and train.tokens given: a run needs exactly one of" in line
 
 
 def test_warm_up_and_decay_meet_a_length_in_epochs_when_it_is_known(tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ BAD = {
     "zstandard": bad(lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd"), "is damaged", name="a.jsonl.zst"),
     "cut xz": bad(lambda path: path.write_bytes(lzma.compress(b"a" * 99)[:-9]), "is damaged"),
     "bzip2 under another name": bad(lambda path: path.write_bytes(bz2.compress(b"a" * 99)), "unpack it first"),
-    "Word": bad(lambda path: path.write_bytes(b"PK"), "no plain text", name="a.docx"),
+    "Word": bad(lambda path: path.write_bytes(b"PK"), "not plain text", name="a.docx"),
     "NUL in JSON": bad(lambda path: path.write_text('{"text": "\\u0000"}'), "line 1", "NUL", name="a.jsonl"),
 }  # fmt: skip
 

@@ -13,13 +13,14 @@ from llm.config.schema import Recipe, TextSource
 from llm.insight import hints
 from llm.run_folder.metrics import Tracker
 from tests.forks import run, script, train, write_recipe, write_text
+from tests.tiny import with_last_length
 
 TOKENS = 1_000_000
 
 
 def recipe(epochs: float, *changes: str) -> Recipe:
     """quickstart with another length and `changes`, as it is resolved for a text of TOKENS tokens."""
-    return with_steps(llm.load_recipe("quickstart", [f"train.epochs={epochs}", *changes]), TOKENS)
+    return with_steps(llm.load_recipe("quickstart", with_last_length([f"train.epochs={epochs}", *changes])), TOKENS)
 
 
 # (overrides of quickstart, epochs, the rule that speaks, a part of the change it names)
@@ -63,7 +64,7 @@ def test_advice_that_is_followed_comes_to_an_end(first: str) -> None:
     """Each change is an override that `load` takes as it is, and after it another rule speaks, or none."""
     overrides, spoken = ["train.epochs=0.7", *first.split()], []
     for _ in range(14):
-        given = with_steps(llm.load_recipe("quickstart", overrides), TOKENS)
+        given = with_steps(llm.load_recipe("quickstart", with_last_length(overrides)), TOKENS)
         rule, hint = hints.advise(hints.Facts(given, given.tokenizer.vocabulary, TOKENS, given.train.steps))
         if rule == "more_text":
             break

@@ -231,7 +231,8 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
         (("--text", "none.txt", "--hours", "1", "--gpu", "4090"), "none.txt is not there"),
         (("--text", "text.txt", "--hours", "-1"), "--hours = -1: must be at least"),
         (("--text", "text.txt", "--hours", "1", "--memory", "12GB"), "speed of a card of 12GB"),
-        (("--text", "text.txt", "--hours", "1", "--gpu", "4090"), "no model fits"),  # 10 kB of text
+        (("--text", "text.txt", "--hours", "1", "--gpu", "4090"), "text.files=text.txt"),  # 10 kB
+        (("--text", "wiki-leads", "--hours", "1", "--gpu", "4090", "--memory", "1MB"), "fits the memory of"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, words: tuple[str, ...], said: str) -> None:

@@ -186,6 +186,16 @@ def test_small_vocabularies_are_counted_from_a_large_one() -> None:
     assert found == {size: sum(map(len, ids)) for size, ids in trained.items()}
 
 
+def test_of_conversations_the_messages_are_counted(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Déjà?"}, {"role": "assistant", "content": "Yes, " * 40}]
+    rows = [json.dumps({"messages": [*turns, {"role": "user", "content": f"{number:04}"}]}) for number in range(50)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+    found = survey(Text(files=(str(tmp_path / "chat.jsonl"),), validation=0.3), Show(print, False))
+    each = len("Déjà?".encode()) + 200 + 4 + 2
+    assert found.text_bytes == [each * documents for documents in found.documents] and all(found.documents)
+    assert found.characters == 50 * (each - 2)
+
+
 def test_the_command_prints_for_people_and_machines_and_writes_nothing(tmp_path: Path) -> None:
     documents, _ = planted(10)
     written(tmp_path / "text.jsonl", [*documents[:200], "\x1b[31mred\x1b[0m " + documents[0]])

@@ -83,7 +83,8 @@ def test_the_mean_of_runs_is_exported_and_scored(here: Path, tmp_path: Path) -> 
     assert "the mean of tiny/step-000030, branch/step-000005" in card
     scored = run(script("module:llm.evaluate", "tiny", "--mean", "branch"), here)
     assert scored.status == 0 and "the mean of tiny/step-000030, branch/step-000005" in scored.out, scored.err
-    both = run(script("module:llm.evaluate", "tiny", "--mean", "tiny"), here)
+    shutil.copytree(here / "runs/tiny", tmp_path / "twin")
+    both = run(script("module:llm.evaluate", "tiny", "--mean", tmp_path / "twin"), here)
     alone = run(script("module:llm.evaluate", "tiny"), here)
     assert both.out.splitlines()[1:] == alone.out.splitlines()[1:]  # of equals it is the same to the bit
 
@@ -93,6 +94,7 @@ def test_the_mean_of_runs_is_exported_and_scored(here: Path, tmp_path: Path) -> 
     [
         (("tiny", "--mean", "untied"), 4, "another shape or other pieces"),
         (("tiny", "--mean", "nobody"), 2, "there is no run 'nobody'"),
+        (("tiny", "--mean", "tiny/newest"), 2, "tiny/step-000030 is in the mean already"),
         (("tiny", "--mean", "tiny", "--tasks", "x"), 2, "leave out --mean"),
     ],
 )
