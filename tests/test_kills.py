@@ -272,7 +272,7 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
                 os.chdir(copy)
 
                 def status() -> None:
-                    with llm.training.session._status(self.context.folder):
+                    with llm.training.session._status(self.context.folder, llm.training.session.Start(begun=True)):
                         begun = faulty(*plan)
                         save(self, evaluation_due=evaluation_due, beside=beside)
                         self.writing.wait()

@@ -2,10 +2,12 @@
 
 In fp32 with AVX-512, MKL's kernel adds the terms of a row in one order from two rows on. Without, it does so from four
 on, and large matrices are kept in oneDNN's blocked order instead, whose kernel does so for nearly any number. In int8
-sums are of integers, hence exact; each row of the input is scaled by its own largest value.
+sums are of integers, hence exact; each row of the input is scaled by its own largest value and rounded to 8 bits, or to
+7 where the kernel would clip sums.
 """
 
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -55,9 +57,10 @@ class Product:
 
 
 class Int8Product(Product):
-    """The same with weights of 8 bits, symmetric about zero with a scale for each output, and inputs of 8 bits."""
+    """The same with weights of 8 bits, symmetric about zero with a scale for each output, and inputs of 8 or 7 bits."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bits: int = 0) -> None:
+        self.bits = bits or input_bits()
         scales = weight.abs().amax(1).clamp_min(TINY).double() / 127
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         before = torch.backends.quantized.engine
@@ -77,7 +80,7 @@ class Int8Product(Product):
         """
         top = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        return product(x / top, 2 / 255, 128, self.weight), top
+        return product(x / top, 2 / (2**self.bits - 1), 2 ** (self.bits - 1), self.weight), top
 
     def __call__(self, x: Tensor) -> Tensor:
         y, top = self.scaled(x)
@@ -89,3 +92,13 @@ class Int8Product(Product):
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(x, *self.scaled(y))
+
+
+@cache
+def input_bits() -> int:
+    """Bits of Int8Product's inputs, 8 or 7, found by a product: without VNNI pairs of terms are summed in 16 bits.
+
+    Two terms of an input and a weight of 8 bits can exceed those, and the kernel then clips the sum without a word.
+    """
+    ones = torch.ones(1, 64)
+    return 8 if Int8Product(ones, 8)(ones).isclose(torch.tensor(64.0), rtol=0.02).all() else 7
