@@ -4,7 +4,6 @@ import gc
 import os
 import shutil
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -47,9 +46,8 @@ class Start:
 
     def is_refused_by(self, error: BaseException) -> bool:
         """Whether the recipe, the text or what is in the folder ends this start, and not a fault on the way."""
-        return (
-            not self.begun and isinstance(error, LLMError) and error.status in (RecipeError.status, RefusedError.status)
-        )
+        refused = isinstance(error, LLMError) and error.status in (RecipeError.status, RefusedError.status)
+        return refused and not self.begun
 
 
 def train(
@@ -98,7 +96,7 @@ def _check_names(recipe: Recipe, run: Path, parts: Parts) -> None:
     """RecipeError or TextError where a new run names what is not there: now, not once its text is prepared."""
     if process.rank() == 0 and not checkpoint.folders(run):
         local = [name for name in recipe.evaluate.also if not name.startswith("hub:")]  # the hub need not be asked
-        deque(sources_of(replace(pipeline.also(recipe), files=tuple(local))), maxlen=0)
+        list(sources_of(replace(pipeline.also(recipe), files=tuple(local))))  # raises at a name that is not there
         if recipe.from_:
             named_by_from(recipe, run.parent)
         teachers.find(recipe, parts)
