@@ -1,13 +1,15 @@
 """The console command `onetext`: `onetext train RECIPE`, and `onetext NAME` for each `python -m llm.NAME`."""
 
+import difflib
 import shlex
 import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from llm.base.command import Parser
-from llm.base.errors import RefusedError, run
+from llm.base.errors import RecipeError, RefusedError, run
 
 COMMANDS = (
     "plan", "inspect", "prepare", "sample", "chat", "serve", "evaluate", "export", "verify", "show", "runs", "report",
@@ -73,5 +75,12 @@ def main() -> None:
         run(lambda: train(sys.argv[2:], "onetext train"))
     if name in COMMANDS:
         run(lambda: import_module(f"llm.{name}").main(sys.argv[2:]))
+    if name not in ("-h", "--help"):
+        run(partial(_refuse, name))
     print(f"usage: onetext {{train,{','.join(COMMANDS)}}} ...\n\n`onetext NAME --help` tells what NAME takes.")
-    sys.exit(0 if name in ("-h", "--help") else 2)
+
+
+def _refuse(name: str) -> NoReturn:
+    near = difflib.get_close_matches(name, ("train", *COMMANDS), 1)
+    meant = f"did you mean {near[0]}?" if near else "`onetext --help` lists the commands"
+    raise RecipeError(f"onetext {name}: no such command; {meant}")

@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 import weakref
 from importlib import import_module
@@ -62,6 +64,15 @@ def refused(done: Ended, status: int, *words: str) -> None:
     assert done.status == status, done.err
     assert len(done.err.splitlines()) == 1, done.err
     assert all(word in done.err for word in words), done.err
+
+
+@pytest.mark.parametrize(("name", "mend"), [("smaple", "did you mean sample?"), ("xyz", "`onetext --help` lists")])
+def test_a_command_that_onetext_does_not_know_is_one_line(name: str, mend: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", "from llm.cli import main; main()", name], capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and not ended.stdout
+    assert ended.stderr.count("\n") == 1 and f"error: onetext {name}: no such command; {mend}" in ended.stderr
 
 
 def test_a_run_says_what_is_coming_and_how_to_sample_it(trained: Path) -> None:

@@ -178,6 +178,13 @@ def test_a_source_that_is_wrong_is_named_in_one_line(here: Path, tmp_path: Path)
     assert ended.status == 2 and "needs a length in steps, tokens or epochs" in ended.err
 
 
+def test_a_source_that_is_missing_is_told_before_any_is_read(here: Path, tmp_path: Path) -> None:
+    recipe = mixed_recipe(here, tmp_path, **{"text.cache": tmp_path / "cache"})
+    ended = run(train(recipe, "text.sources.talk.files=nowhere.jsonl"), tmp_path)
+    assert ended.status == 2 and "nowhere.jsonl is not there" in ended.err
+    assert not list(tmp_path.glob("cache/s*/*")), "surveys and shards"
+
+
 def test_a_source_over_its_cap_says_so_before_the_run(here: Path, tmp_path: Path) -> None:
     ended = run(train(mixed_recipe(here, tmp_path), "text.sources.talk.epochs=5%"), tmp_path)
     assert ended.status == 0, ended.err

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_the_step_is_done_anew_in_smaller_micro_batches_on_the_same_curve(tmp_pa
     assert found == pytest.approx(expected, rel=1e-4)
     kept = json.loads((tmp_path / "short/runs/tiny/machine.json").read_text())
     assert kept["micro_batch"] < 8
+
+
+def test_a_run_that_was_removed_is_not_made_anew_by_a_smaller_micro_batch(tmp_path: Path, text: Path) -> None:
+    def act() -> None:
+        def accumulate(self: MicroBatches, step: int, *of_step: object) -> None:
+            shutil.rmtree(self.context.folder)
+            self.halve(step + 1)
+
+        MicroBatches.accumulate = accumulate  # type: ignore[method-assign,assignment]
+        train(large(tmp_path, text))()
+
+    ended = run(act, tmp_path)
+    assert ended.status == 5 and "was removed while it trained" in ended.err, ended.err
+    assert not (tmp_path / "runs/tiny").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")

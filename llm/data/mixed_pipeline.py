@@ -21,7 +21,7 @@ from llm.data.documents import fraction
 from llm.data.progress import Say, Show
 from llm.data.shards import AnyShards, MixedShards, Shards
 from llm.data.sharing import Team
-from llm.data.sources import Source
+from llm.data.sources import Source, refuse_missing
 from llm.data.survey import SAMPLE, Survey, check, read_only, survey_of, surveyed
 from llm.data.tokenizer import Tokenizer
 
@@ -48,6 +48,9 @@ def prepare(
     if not recipe.text.sources:
         text = pipeline.prepare(recipe, say, progress, verify, tokenizer, own, anew, team)
         return Prepared(text.tokenizer, text.shards)
+    for name, named in texts(recipe).items():  # before any of them is read
+        with _naming(name):
+            refuse_missing(named)
     if tokenizer is None and recipe.tokenizer.path is None:
         tokenizer = (None if anew else _made_before(recipe)) or _trained(recipe, say, progress, verify)
     found: dict[str, Shards] = {}

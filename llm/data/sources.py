@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -91,6 +91,13 @@ def sources_of(text: Text, left_out: list[tuple[str, str]] | None = None) -> Ite
             yield _chitchat()
         else:
             yield from _files(name, text.field, no_text)
+
+
+def refuse_missing(text: Text) -> None:
+    """TextError or RecipeError for names in `text.files` that lead nowhere. Data sets of the hub are not asked for."""
+    local = tuple(name for name in text.files if not name.startswith("hub:"))
+    for _ in sources_of(replace(text, files=local)):
+        pass
 
 
 def _files(name: str, field: str, left_out: list[tuple[str, str]]) -> Iterator[Source]:

@@ -217,7 +217,7 @@ def of_text(recipe: Recipe, tokens: int, vocab_size: int) -> str:
     times = f"{recipe.train.hours:g} h" if recipe.train.hours else f"{run.epochs:.2f} times"
     return (
         f"the text allows: {tokens / 1e6:.2f} M unique tokens, read {times} by {run.parameters / 1e6:.2f} M "
-        f"parameters, {held:.0%} of them in the vocabulary\nwhat would help most: {advise(run)[1]}"
+        f"parameters, {held:.0%} of them in the vocabulary\nmost helpful: {advise(run)[1]}"
     )
 
 

@@ -15,6 +15,7 @@ from llm.base.errors import GroupError
 from llm.data.batches import Batch
 from llm.distributed import environment, process
 from llm.model.loss import compile_loss
+from llm.run_folder.checkpoint import still_there
 from llm.training.context import RunContext, TrainState
 from llm.training.memory import clear_tracebacks, within_memory
 
@@ -60,7 +61,8 @@ class MicroBatches:
         if self.compiled:  # as a process would that starts with this size
             torch._dynamo.reset()
         self.size, self.compiled = size, False
-        self.save_settings()
+        with still_there(self.context.folder):
+            self.save_settings()
         self.event(step, f"{short}: repeating it, and going on, in micro-batches of {size}")
 
     def save_settings(self) -> None:

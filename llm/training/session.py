@@ -17,7 +17,7 @@ from llm.config.reading import dump, with_checksum
 from llm.config.schema import Recipe
 from llm.data import mixture, pipeline
 from llm.data.shards import AnyShards, keep_place
-from llm.data.sources import sources_of
+from llm.data.sources import refuse_missing
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
@@ -95,8 +95,7 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
 def _check_names(recipe: Recipe, run: Path, parts: Parts) -> None:
     """RecipeError or TextError where a new run names what is not there: now, not once its text is prepared."""
     if process.rank() == 0 and not checkpoint.folders(run):
-        local = [name for name in recipe.evaluate.also if not name.startswith("hub:")]  # the hub need not be asked
-        list(sources_of(replace(pipeline.also(recipe), files=tuple(local))))  # raises at a name that is not there
+        refuse_missing(pipeline.also(recipe))
         if recipe.from_:
             named_by_from(recipe, run.parent)
         teachers.find(recipe, parts)
