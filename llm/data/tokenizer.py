@@ -182,6 +182,20 @@ class Tokenizer:
         """The bytes of text that this id stands for; empty for controls such as BOS."""
         return self._bytes[id]
 
+    def prefixes(self) -> list[int]:
+        """For each piece the longest other piece that begins it, as ids; -1 where there is none.
+
+        Both are whole characters, and at least one of them no space: "Americ" is the prefix of "Americans".
+        """
+        texts = [self._bytes[id].decode(errors="replace") for id in range(self.vocab_size)]
+        # Of a letter's two pieces the later one, as the other stands for a byte and is hardly ever used.
+        ids = {text: id for id, text in enumerate(texts) if id not in self.banned and "\ufffd" not in text}
+        found = [-1] * self.vocab_size
+        for text, id in ids.items():
+            least = len(text) - len(text.lstrip()) + 1
+            found[id] = next((ids[text[:end]] for end in range(len(text) - 1, least - 1, -1) if text[:end] in ids), -1)
+        return found
+
     def has_pieces_of(self, other: "Tokenizer") -> bool:
         """True if each id but that of the unknown piece means the same in both, whatever library reads them."""
         if self.fingerprint == other.fingerprint:

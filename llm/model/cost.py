@@ -141,7 +141,8 @@ def _update(shape: Model, matrices: Shapes, ends: Shapes, held: Memory, *, muon:
             orthogonalising = count * (3 * rows * columns + 4 * least * least) * number
             left -= count * rows * columns * 4
             peak = max(peak, left + max(orthogonalising, 3 * 4 * count * rows * columns))
-    return peak
+    prefixes = 2 * 4 * math.prod(ends[0]) if muon and shape.tied else 0  # copies beside Optimizer's shared embeddings
+    return max(peak, left + prefixes)
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,13 @@ def traffic(
     gathered: int = 4,
     orthogonalised: int = 4,
     exact: bool = False,
+    prefixes: bool = False,
 ) -> Traffic:
     """Traffic of gathering weights, summing gradients and Muon; `gathered` and `orthogonalised` are bytes per number.
 
     Each micro-batch gathers blocks in its forward and its backward pass, gathers the other tensors once, and
-    reduce-scatters gradients. Replicas sum gradients once per step, or with `exact` once per micro-batch.
+    reduce-scatters gradients. Replicas sum gradients once per step, or with `exact` once per micro-batch. With
+    `prefixes` gradients and updates of the embeddings are gathered too: in the first updates (optim/optimizer.py).
     """
     matrices, vectors, ends = tensors(shape, vocab_size)
     # Sizes of the first shard, as the others are padded to it.
@@ -181,6 +184,7 @@ def traffic(
     sums = micro_batches if exact else 1
     within = (shard_size - 1) * (
         micro_batches * (2 * block * gathered + rest * 4 + (block + rest) * 4)
+        + (2 * 4 * _numbers(ends[:1], shard_size) if prefixes else 0)
         + 8 * sum(-(-each // shard_size) for each in rows)  # the gradient norm: one fp64 per row
     ) + 2 * updates * (shard_size - 1) // shard_size**2
     between = 2 * sums * (block + rest) * 4 * (replica_size - 1) // replica_size

@@ -311,6 +311,15 @@ class Transformer(nn.Module):
             self.model.embed_tokens.weight[:, -1] = BIAS_INIT * share * self.shape.dim**0.5
             self.model.norm.weight[-1] = 0
 
+    @torch.no_grad()
+    def start_with_prefixes(self, prefixes: Tensor) -> None:
+        """Add to the embedding of each piece that of its prefix, so that pieces that begin alike start alike.
+
+        `prefixes` (V,) are ids, -1 for none. Call it before `start_with_bias`, and before sharding.
+        """
+        embeddings, has = self.model.embed_tokens.weight, prefixes >= 0
+        embeddings += embeddings[prefixes.clamp(min=0)] * has[:, None]
+
     def forward(
         self, tokens: Tensor, targets: Tensor, windows: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:

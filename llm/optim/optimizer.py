@@ -26,6 +26,7 @@ EPS = 1e-8
 # root, as a logit sums over more features.
 ADAMW_LR_FACTORS = {"embed_tokens": 1.0, "lm_head": 0.25, "norm": 0.5}
 WIDTH = 192
+PREFIX_STEPS = 272  # updates in which the share of a prefix in the embeddings of its pieces falls from 1 to 0
 # (a, b, c) of a x + b x^3 + c x^5: applied in turn, the three map 0.0127 .. 1 to within 20 % of 1. Each minimises the
 # maximum of |1 - p| over the interval that the previous one leaves (Remez).
 POLYNOMIALS = ((7.9883, -23.2063, 17.1169), (3.5093, -2.6294, 0.5260), (2.4945, -1.8380, 0.4372))
@@ -103,6 +104,7 @@ class Optimizer:
     ) -> None:
         self.train, self.sharding, self.orthogonalise_in = train, sharding or Sharding(), orthogonalise_in
         self.decay = float(train.weight_decay)
+        self.prefixes: Tensor | None = None  # of `share_with_prefixes`
         self.moments: dict[str, LocalShard] = {}
         self.stacks: list[Stack] = []
         named = dict(model.named_parameters())
@@ -126,6 +128,14 @@ class Optimizer:
                 self.moments[f"{name}/momentum"] = local_shard(p).like(momentum)
             self.stacks.append(stack)
 
+    def share_with_prefixes(self, prefixes: Tensor) -> None:
+        """At first, move the embedding of each piece with that of its prefix: `prefixes` (V,) of ids, -1 for none.
+
+        It is then a vector of the piece's own plus a share of the prefix's. The share is of gradients and updates
+        alone: it falls to 0 by update PREFIX_STEPS, and the weights stay whole. For tied embeddings beside Muon.
+        """
+        self.prefixes = prefixes
+
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, scale: Tensor, finite: Tensor) -> None:
         """Do update `step` (0 is the first) with gradients times `scale`, unless `finite` is false.
@@ -140,7 +150,8 @@ class Optimizer:
                 dim = next((p.shape[1] for p in named.values() if p.ndim == 2), None)
                 factor *= math.sqrt(WIDTH / (dim or WIDTH))
                 decay = self.decay / factor if dim else 0.0  # the same decay per step for all matrices, none for norms
-                self._adamw(named, step, rate * factor, decay, scale, finite)
+                shared = part == "embed_tokens" and self.prefixes is not None and step < PREFIX_STEPS
+                (self._shared_adamw if shared else self._adamw)(named, step, rate * factor, decay, scale, finite)
             return
         decayed = {name: p for name, p in self.adamw_params.items() if p.ndim == 2}  # not the norms
         self._adamw(decayed, step, rate, self.decay, scale, finite)
@@ -179,6 +190,23 @@ class Optimizer:
             handle.wait()
         return results
 
+    def _shared_adamw(
+        self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
+    ) -> None:
+        """AdamW on the vectors of which `share_with_prefixes` tells."""
+        assert self.prefixes is not None
+        (p,), prefixes = named.values(), self.prefixes.clamp(min=0)
+        weight, shares = local_shard(p), (self.prefixes >= 0)[:, None] * (1 - step / PREFIX_STEPS)
+        rows, gradient = slice(weight.low, weight.low + len(weight.local)), weight.like(_gradient(p))
+        theirs = without_bias(self.sharding.gather_whole(gradient) * shares)
+        # As in an embedding's backward pass, whose order of summing is fixed.
+        gradient.local.add_(torch.ops.aten.embedding_dense_backward(theirs, prefixes, p.shape[0], -1, False)[rows])
+        del theirs
+        before = weight.local * (1 - finite.float() * (rate * decay))
+        self._adamw(named, step, rate, decay, scale, finite)
+        moved = self.sharding.gather_whole(weight.like(before.neg_().add_(weight.local)))
+        weight.local.add_(without_bias(moved[prefixes[rows]].mul_(shares[rows])))
+
     def _adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
     ) -> None:
@@ -206,6 +234,12 @@ class Optimizer:
             parts = [each[which] for each in ends]
             pieces = whole[-1][which][: sum(map(len, parts))].split([len(part) for part in parts])
             torch._foreach_copy_(parts, pieces)
+
+
+def without_bias(embeddings: Tensor) -> Tensor:
+    """`embeddings` (V, dim) without their last feature, which is one for all pieces: Transformer.start_with_bias."""
+    embeddings[:, -1] = 0
+    return embeddings
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -68,6 +68,15 @@ class RunContext:
     def orthogonalise_in(self) -> torch.dtype:
         return torch.float32 if self.settings.precision == "fp32" else torch.bfloat16
 
+    @property
+    def shares_with_prefixes(self) -> bool:
+        """Whether embeddings move with those of their prefixes: tied ones beside Muon, in parts of ours.
+
+        Those of `model.from` have long learnt what prefixes would teach them.
+        """
+        recipe, own = self.recipe, self.parts.model is not None or self.parts.optimizer is not None
+        return recipe.train.optimizer == "muon" and recipe.model.tied and not recipe.model.from_ and not own
+
     @cached_property
     def order(self) -> Order:
         return order_of(self.recipe, self.shards)

@@ -181,6 +181,7 @@ class Trainer:
             gathered=split.dtype.itemsize,
             orthogonalised=self.context.orthogonalise_in.itemsize,
             exact=self.context.settings.exact,
+            prefixes=self.context.shares_with_prefixes,
         )
         return cost.memory(recipe.model, vocab_size, muon=muon, shard_size=split.shard_size), traffic
 
@@ -212,12 +213,16 @@ def new_state(context: RunContext) -> TrainState:
         model = (context.parts.model or Transformer)(
             recipe.model, context.tokenizer.vocab_size, recipe.seed, sharding_.shard_module, hf_config.family_of(recipe)
         )
-    if context.parts.model is None and context.parts.optimizer is None and recipe.train.optimizer == "muon":
+    prefixes = torch.tensor(context.tokenizer.prefixes(), device=device) if context.shares_with_prefixes else None
+    if prefixes is not None:
+        model.start_with_prefixes(prefixes)
         model.start_with_bias(recipe.train.learning_rate)
     sharding_.shard_module(model, root=True)
     model.model.recompute = context.settings.recompute
     compile_loss(False)  # until the blocks are compiled
     optimizer = (context.parts.optimizer or Optimizer)(model, recipe.train, context.orthogonalise_in, sharding_)
+    if prefixes is not None:
+        optimizer.share_with_prefixes(prefixes)
     scale = torch.tensor(FP16_SCALE if context.settings.precision == "fp16" else 1.0, device=device)
     return TrainState(model, optimizer, scale, torch.zeros((), device=device))
 

@@ -46,6 +46,33 @@ def trained(**settings: object) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.parametrize(
+    "model", [None, {"model_type": "unigram"}, {"byte_fallback": True, "vocab_size": 390}, {"add_dummy_prefix": False}]
+)
+def test_a_prefix_is_the_longest_other_piece_that_begins_a_piece(
+    tokenizer: Tokenizer, model: dict[str, object] | None
+) -> None:
+    found = tokenizer if model is None else Tokenizer(trained(**model), "theirs")
+    prefixes = found.prefixes()
+    assert len(prefixes) == found.vocab_size and all(-1 <= id < found.vocab_size for id in prefixes)
+    texts = {id: found.bytes_of(id).decode(errors="replace") for id in range(found.vocab_size)}
+    whole = {text for id, text in texts.items() if id not in found.banned and "\ufffd" not in text}
+    seen = 0
+    for id, prefix in enumerate(prefixes):
+        text = texts[id]
+        shorter = [text[:end] for end in range(1, len(text)) if text[:end].strip() and text[:end] in whole]
+        if prefix >= 0:
+            assert texts[prefix] == max(shorter, key=len) and prefix not in found.banned
+            seen += 1
+        else:
+            assert not shorter or text not in whole or prefixes[found_last(texts, text)] >= 0
+    assert seen
+
+
+def found_last(texts: dict[int, str], text: str) -> int:
+    return max(id for id, each in texts.items() if each == text)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)

@@ -131,6 +131,15 @@ def test_the_last_feature_of_tied_embeddings_is_a_bias_that_the_logits_do_not_se
     assert not torch.equal(model.logits(tokens), before)
 
 
+@torch.no_grad()
+def test_pieces_start_as_the_sum_of_their_own_embedding_and_that_of_their_prefix() -> None:
+    model = Transformer(tiny.shape(), 4, 1)
+    embedding = model.model.embed_tokens.weight
+    drawn = embedding.clone()
+    model.start_with_prefixes(torch.tensor([-1, 0, 1, -1]))
+    assert torch.equal(embedding, torch.stack([drawn[0], drawn[1] + drawn[0], drawn[2] + drawn[1], drawn[3]]))
+
+
 def test_untied_embeddings_start_without_a_bias() -> None:
     model = Transformer(tiny.shape(tied=False), 32, 1)
     model.start_with_bias(0.02)

@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.config.schema import Train
 from llm.distributed.sharding import Sharding, local_shard
 from llm.model.transformer import Transformer
+from llm.optim import optimizer as optimizers
 from llm.optim.optimizer import (
     ADAMW_LR_FACTORS,
     BETAS,
@@ -17,6 +19,7 @@ from llm.optim.optimizer import (
     MOMENTUM,
     MUON_SCALE,
     POLYNOMIALS,
+    PREFIX_STEPS,
     STACKED,
     WIDTH,
     Optimizer,
@@ -91,6 +94,55 @@ def test_adamw_is_torchs(train: Train, tied: bool) -> None:
     for found, true in zip(ours.parameters(), theirs.parameters(), strict=True):
         if id(true) in compared:
             assert off(found, true) < 1e-6  # the fused kernel orders its products otherwise: some roundings of 6e-8
+
+
+def test_pieces_that_move_with_their_prefixes_are_vectors_of_their_own_and_of_their_prefix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same weights come from AdamW on the vectors themselves, through whose sums the gradients pass."""
+    monkeypatch.setattr(optimizers, "PREFIX_STEPS", 8)
+    prefixes = torch.tensor([-1, 0, 1, 1, -1, *[4] * (tiny.VOCABULARY - 5)])
+    ours = tiny.transformer(layers=1)
+    embeddings = ours.model.embed_tokens.weight
+    own = embeddings.detach().clone().requires_grad_()  # a piece's own vector, where all others begin at zero
+    start = embeddings.detach().clone()
+    optimizer = Optimizer(ours, MUON)
+    optimizer.share_with_prefixes(prefixes)
+    factor = ADAMW_LR_FACTORS["embed_tokens"] * math.sqrt(WIDTH / own.shape[1])
+    reference = torch.optim.AdamW([own], betas=BETAS, eps=EPS, weight_decay=0.0, foreach=False)
+
+    def whole(step: int) -> Tensor:
+        with_prefix = own[prefixes.clamp(min=0)] * (prefixes >= 0)[:, None] * (1 - step / 8)
+        return own + F.pad(with_prefix[:, :-1], (0, 1))  # the last feature is the bias of all
+
+    expected = start.clone()
+    for step in range(4):
+        give_gradients(ours, step)
+        assert embeddings.grad is not None
+        before = whole(step)
+        before.backward(embeddings.grad.clone())
+        optimizer.step(step, 1.0, ONE, TRUE)
+        reference.param_groups[0]["lr"] = rate = MUON.learning_rate * factor
+        reference.step()
+        reference.zero_grad()
+        expected = expected * (1 - rate * MUON.weight_decay / factor) + (whole(step) - before).detach()
+        assert off(embeddings.detach(), expected) < 1e-6
+    give_gradients(ours, 4)
+    kept = weights(ours)
+    optimizer.step(4, 1.0, ONE, FALSE)
+    assert all(torch.equal(a, b) for a, b in zip(kept, weights(ours), strict=True))
+
+
+@pytest.mark.parametrize("step", [PREFIX_STEPS - 1, PREFIX_STEPS, PREFIX_STEPS + 1])
+def test_after_the_first_steps_prefixes_are_left_alone(step: int) -> None:
+    ours, plain = model(), model()
+    first, second = Optimizer(ours, MUON), Optimizer(plain, MUON)
+    first.share_with_prefixes(torch.arange(-1, tiny.VOCABULARY - 1))
+    for each, optimizer in ((ours, first), (plain, second)):
+        give_gradients(each, step)
+        optimizer.step(step, 1.0, ONE, TRUE)
+    alike = [torch.equal(a, b) for a, b in zip(weights(ours), weights(plain), strict=True)]
+    assert all(alike) == (step >= PREFIX_STEPS) and alike.count(False) <= 1
 
 
 def muon(weight: Tensor, gradients: list[Tensor], rates: list[float], decay: float) -> Tensor:
