@@ -55,6 +55,8 @@ def alive(recipe: Recipe, micro_batch: int) -> int:
     model = Transformer(shape, vocab_size)
     model.model.recompute = recipe.machine.recompute
     optimizer = Optimizer(model, recipe.train, torch.bfloat16 if half else torch.float32)
+    if recipe.train.optimizer == "muon" and shape.tied:
+        optimizer.share_with_prefixes(torch.arange(-1, vocab_size - 1))
     held = sum(p.nbytes for p in model.parameters()) + sum(each.local.nbytes for each in optimizer.moments.values())
     tokens = torch.randint(vocab_size, (micro_batch, shape.context + 1))
 
