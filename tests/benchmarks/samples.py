@@ -1,4 +1,4 @@
-"""How a run's samples read: python tests/benchmarks/samples.py RUN [RUN ...] [--temperature 0.8] [--seed 1]
+"""How a run's samples read: python tests/benchmarks/samples.py RUN [RUN ...] [--seed 1], with the options of llm.sample
 
 Each run continues the first three words of 50 held-out documents. Printed are, of the first 400 characters of each continuation,
 the share of words that its text never has, on either side, and the share of runs of four words that stood in the sample before.
@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from llm.base.command import Parser
 from llm.data.shards import Split, of_run
 from llm.inference.generation import continuations
-from llm.inference.sampling import Sampling
+from llm.inference.sampling import Sampling, add_sampling, sampling_of
 from llm.run_folder.loaded_run import LoadedRun, open_run
 
 PROMPTS, WORDS, TOKENS, CHARACTERS = 50, 3, 200, 400
@@ -47,10 +48,10 @@ def repeated(text: str, size: int = 4) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("samples", str(__doc__), prog="samples.py", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
-    parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=1)
+    add_sampling(parser)
     given = parser.parse_args()
     for name in given.runs:
         run = open_run(name)
@@ -58,7 +59,7 @@ def main() -> None:
         held_out = [text for each in shards for text in documents(run, each.validation)]
         known = {word for each in shards for text in documents(run, each.train) for word in words(text)}
         known.update(word for text in held_out for word in words(text))
-        texts = samples(run, held_out, Sampling(temperature=given.temperature), given.seed)
+        texts = samples(run, held_out, sampling_of(given), given.seed)
         said = [word for text in texts for word in words(text)]
         unknown = sum(word not in known for word in said) / len(said)
         again, runs = (sum(column) for column in zip(*map(repeated, texts), strict=True))
