@@ -220,6 +220,6 @@ def test_a_text_ends_before_what_it_shall_stop_at(here: Path) -> None:
     (here / "prompt.txt").write_text("The river\n")
     assert said("--prompt-file", "prompt.txt") == whole
     both = said("--prompt", "The river", "--prompt-file", "prompt.txt", "--stop", rest[10:13])
-    assert both.count("-" * 40) == 2 and rest[10:13] not in both
+    assert both.count("-" * 40) == 2 and rest[10:13] not in both.replace("The river", "")
     refused = run(script("module:llm.sample", "tiny", "--prompt-file", "nowhere.txt"), here)
     assert refused.status == 2 and "nowhere.txt cannot be read" in refused.err

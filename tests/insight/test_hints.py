@@ -142,7 +142,7 @@ def test_prepare_ends_with_advice_and_a_run_too(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
     prepared = run(script("module:llm.prepare", path), tmp_path)
     assert prepared.status == 0, prepared.err
-    assert "unique tokens" in prepared.out.splitlines()[-2] and "help most" in prepared.out.splitlines()[-1]
+    assert "unique tokens" in prepared.out.splitlines()[-2] and "most helpful: " in prepared.out.splitlines()[-1]
     trained = run(train(path), tmp_path)
     assert trained.status == 0, trained.err
     assert "Next: " in trained.out and "epochs seen" in trained.out and "(training " in trained.out
