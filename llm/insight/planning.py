@@ -38,7 +38,8 @@ GPU_SHARE = 0.6  # of a card's matrix throughput that large products reach
 GPU_BYTES = 850  # that a block moves per token and feature
 GPU_BLOCK = 0.5e-3  # seconds that a card needs for a block forward and backward, however few its tokens
 EAGER = 2.0  # times as slow with machine.compile=false; with auto only runs of a minute or two are
-CPU_SHARE, CPU_WIDTH = 0.85, 90  # a CPU's share of its product's speed: CPU_SHARE dim / (dim + CPU_WIDTH)
+CPU_SHARE, CPU_WIDTH = 0.85, 90  # a CPU's share of its product's speed: CPU_SHARE / (1 + CPU_WIDTH / dim)
+CPU_BLOCK = 3e-3  # seconds of a step that a CPU needs for a block, however few its tokens (2026-11-30, AVX2, two cores)
 FORWARD = 3.5  # an evaluation reads so many times more tokens per second than training
 PROBE_STEPS = 20
 
@@ -300,7 +301,8 @@ def tabulated_speed(recipe: Recipe, device: Device) -> float:
     if not peak:
         return 0.0
     if not device.cuda:
-        return peak * CPU_SHARE * shape.dim / (shape.dim + CPU_WIDTH) / (flops * again)
+        started = CPU_BLOCK * (shape.layers + 2) / recipe.train.tokens_per_step
+        return 1 / ((flops / (CPU_SHARE * peak) * (1 + CPU_WIDTH / shape.dim) + started) * again)
     moved = GPU_BYTES * shape.layers * shape.dim * (1 if half else 2) / device.bandwidth
     started = GPU_BLOCK * (shape.layers + 2) / recipe.train.tokens_per_step
     return 1 / ((flops / (GPU_SHARE * peak) + moved + started) * again * (1 if recipe.machine.compile else EAGER))

@@ -151,6 +151,20 @@ def test_the_table_gives_the_speed_of_an_h100_within_a_factor_of_two(name: str, 
     assert speed / 2 < found < 2 * speed
 
 
+@pytest.mark.parametrize(
+    ("dim", "layers", "tokens", "speed"), [(32, 2, 64, 4_800), (32, 6, 64, 1_700), (64, 4, 256, 4_650), (96, 4, 512, 7_500), (192, 4, 1024, 3_550)]
+)  # fmt: skip
+def test_the_speed_of_small_models_on_a_cpu_is_found_within_a_factor_of_two(
+    dim: int, layers: int, tokens: int, speed: float
+) -> None:
+    """Measured on two AVX2 cores whose product of matrices does 1e11 operations a second, 2026-11-30."""
+    changes = f"model.dim={dim} model.layers={layers} train.tokens_per_step={tokens} tokenizer.vocabulary=1024"
+    heads = f"model.heads={dim // 64 or 1} model.context={tokens // 4} train.sampled_softmax=0"
+    recipe = load(ROOT / "recipes/quickstart.yaml", [*changes.split(), *heads.split()])
+    found = planning.tabulated_speed(recipe, CPU)
+    assert speed / 2 < found < 2 * speed
+
+
 @pytest.mark.parametrize("name", ["quickstart", "classic", "small", "medium", "large"])
 def test_parameters_by_part_are_those_of_the_model(name: str) -> None:
     recipe = with_steps(load(ROOT / f"recipes/{name}.yaml"), 1_400_000)
