@@ -1,4 +1,4 @@
-"""Which runs move pieces with those that begin them, and that such a run goes on to the bit in the midst of it."""
+"""Embeddings move with those of their prefixes in runs with Muon, and such a run resumes to the bit at any step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def watched(act: Callable[[], None], steps: int = 6) -> Callable[[], None]:
-    """Training that shares during `steps` updates, and writes which embeddings do to prefixes.txt."""
+    """Training that shares during `steps` updates, and writes the prefixes to prefixes.txt."""
 
     def share(self: optimizer.Optimizer, prefixes: torch.Tensor) -> None:
         Path("prefixes.txt").write_text(" ".join(map(str, prefixes.tolist())))

@@ -188,7 +188,7 @@ class Tokenizer:
         Both are whole characters, and at least one of them no space: "Americ" is the prefix of "Americans".
         """
         texts = [self._bytes[id].decode(errors="replace") for id in range(self.vocab_size)]
-        # Of a letter's two pieces the later one, as the other stands for a byte and is hardly ever used.
+        # A letter may have two pieces. The later one counts: the other stands for a byte and is hardly ever used.
         ids = {text: id for id, text in enumerate(texts) if id not in self.banned and "\ufffd" not in text}
         found = [-1] * self.vocab_size
         for text, id in ids.items():

@@ -18,7 +18,7 @@ from llm.base.errors import RecipeError
 GIB = 1 << 30
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # of CPUs that multiply bf16 faster than fp32
 BF16_GAIN = 1.4  # of a step there: 1.36 at quickstart's size, 1.45 at classic's (tests/benchmarks/README.md)
-SHARED = 0.8  # of a thread's speed alone, that each of several has in a product (two AVX2 cores, 2026-11-30)
+SHARED = 0.8  # of one thread's speed, that each of several threads reaches in a product (two AVX2 cores, 2026-11-30)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def bytes_of(text: str) -> float:
 def this_cpu(threads: int) -> Device:
     """This machine's CPU: its memory, and the speed of numpy's matrix product on `threads` threads.
 
-    The product is one that numpy gives to a single thread. Where other programs run, a larger one would wait for its
-    second thread and seem twenty times as slow.
+    It times a product so small that numpy computes it on one thread. Beside other programs a larger one waits for its
+    second thread and can appear twenty times slower.
     """
     a = np.ones((64, 64), np.float32)
     best, until = float("inf"), time.perf_counter() + 0.1
@@ -94,7 +94,7 @@ def this_cpu(threads: int) -> Device:
         began = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - began)
-    single = (threads if threads == 1 else SHARED * threads) * 2 * 64**3 / best
+    single = threads * (SHARED if threads > 1 else 1.0) * 2 * 64**3 / best
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     try:
         flags = Path("/proc/cpuinfo").read_text()

@@ -300,11 +300,10 @@ def tabulated_speed(recipe: Recipe, device: Device) -> float:
     peak = device.half if half else device.single
     if not peak:
         return 0.0
+    started = (GPU_BLOCK if device.cuda else CPU_BLOCK) * (shape.layers + 2) / recipe.train.tokens_per_step
     if not device.cuda:
-        started = CPU_BLOCK * (shape.layers + 2) / recipe.train.tokens_per_step
         return 1 / ((flops / (CPU_SHARE * peak) * (1 + CPU_WIDTH / shape.dim) + started) * again)
     moved = GPU_BYTES * shape.layers * shape.dim * (1 if half else 2) / device.bandwidth
-    started = GPU_BLOCK * (shape.layers + 2) / recipe.train.tokens_per_step
     return 1 / ((flops / (GPU_SHARE * peak) + moved + started) * again * (1 if recipe.machine.compile else EAGER))
 
 

@@ -193,7 +193,7 @@ class Optimizer:
     def _shared_adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
     ) -> None:
-        """AdamW on the vectors of which `share_with_prefixes` tells."""
+        """AdamW on the vectors that `share_with_prefixes` describes."""
         assert self.prefixes is not None
         (p,), prefixes = named.values(), self.prefixes.clamp(min=0)
         weight, shares = local_shard(p), (self.prefixes >= 0)[:, None] * (1 - step / PREFIX_STEPS)

@@ -70,9 +70,9 @@ class RunContext:
 
     @property
     def shares_with_prefixes(self) -> bool:
-        """Whether embeddings move with those of their prefixes: tied ones beside Muon, in parts of ours.
+        """Whether embeddings move with those of their prefixes: tied ones beside Muon, without a caller's parts.
 
-        Those of `model.from` have long learnt what prefixes would teach them.
+        The embeddings of `model.from` are trained already.
         """
         recipe, own = self.recipe, self.parts.model is not None or self.parts.optimizer is not None
         return recipe.train.optimizer == "muon" and recipe.model.tied and not recipe.model.from_ and not own
