@@ -313,7 +313,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def start_with_prefixes(self, prefixes: Tensor) -> None:
-        """Add to the embedding of each piece that of its prefix, so that pieces that begin alike start alike.
+        """Add to the embedding of each piece that of its prefix as drawn, so that pieces that begin alike start alike.
 
         `prefixes` (V,) are ids, -1 for none. Call it before `start_with_bias`, and before sharding.
         """

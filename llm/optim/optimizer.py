@@ -129,10 +129,11 @@ class Optimizer:
             self.stacks.append(stack)
 
     def share_with_prefixes(self, prefixes: Tensor) -> None:
-        """At first, move the embedding of each piece with that of its prefix: `prefixes` (V,) of ids, -1 for none.
+        """In the first updates, move the embedding of each piece with that of its prefix.
 
-        It is then a vector of the piece's own plus a share of the prefix's. The share is of gradients and updates
-        alone: it falls to 0 by update PREFIX_STEPS, and the weights stay whole. For tied embeddings beside Muon.
+        `prefixes` (V,) are ids, -1 for none. Each embedding is trained as own + share * own of the prefix, where the
+        prefix's own prefix does not count and share = 1 - step / PREFIX_STEPS. Only these sums are stored; AdamW's
+        moments are those of the own vectors. For tied embeddings beside Muon.
         """
         self.prefixes = prefixes
 
@@ -150,8 +151,9 @@ class Optimizer:
                 dim = next((p.shape[1] for p in named.values() if p.ndim == 2), None)
                 factor *= math.sqrt(WIDTH / (dim or WIDTH))
                 decay = self.decay / factor if dim else 0.0  # the same decay per step for all matrices, none for norms
-                shared = part == "embed_tokens" and self.prefixes is not None and step < PREFIX_STEPS
-                (self._shared_adamw if shared else self._adamw)(named, step, rate * factor, decay, scale, finite)
+                shares = part == "embed_tokens" and self.prefixes is not None and step < PREFIX_STEPS
+                update = self._shared_adamw if shares else self._adamw
+                update(named, step, rate * factor, decay, scale, finite)
             return
         decayed = {name: p for name, p in self.adamw_params.items() if p.ndim == 2}  # not the norms
         self._adamw(decayed, step, rate, self.decay, scale, finite)
@@ -193,19 +195,19 @@ class Optimizer:
     def _shared_adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
     ) -> None:
-        """AdamW on the vectors that `share_with_prefixes` describes."""
+        """AdamW on each embedding's own vector; what that moves by, the pieces that it begins move by too, in part."""
         assert self.prefixes is not None
         (p,), prefixes = named.values(), self.prefixes.clamp(min=0)
-        weight, shares = local_shard(p), (self.prefixes >= 0)[:, None] * (1 - step / PREFIX_STEPS)
+        weight, shares = local_shard(p), (self.prefixes >= 0)[:, None] * (1 - step / PREFIX_STEPS)  # (V, 1)
         rows, gradient = slice(weight.low, weight.low + len(weight.local)), weight.like(_gradient(p))
-        theirs = without_bias(self.sharding.gather_whole(gradient) * shares)
+        theirs = without_bias_(self.sharding.gather_whole(gradient) * shares)  # (V, dim): the prefixes' part
         # As in an embedding's backward pass, whose order of summing is fixed.
         gradient.local.add_(torch.ops.aten.embedding_dense_backward(theirs, prefixes, p.shape[0], -1, False)[rows])
         del theirs
-        before = weight.local * (1 - finite.float() * (rate * decay))
+        before = weight.local * (1 - finite.float() * (rate * decay))  # decayed, as each row decays by itself alone
         self._adamw(named, step, rate, decay, scale, finite)
-        moved = self.sharding.gather_whole(weight.like(before.neg_().add_(weight.local)))
-        weight.local.add_(without_bias(moved[prefixes[rows]].mul_(shares[rows])))
+        fell = self.sharding.gather_whole(weight.like(before.sub_(weight.local)))  # (V, dim): 0 where masked
+        weight.local.sub_(without_bias_(fell[prefixes[rows]].mul_(shares[rows])))  # subtracting 0 keeps -0.0 too
 
     def _adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
@@ -236,10 +238,10 @@ class Optimizer:
             torch._foreach_copy_(parts, pieces)
 
 
-def without_bias(embeddings: Tensor) -> Tensor:
-    """`embeddings` (V, dim) without their last feature, which is one for all pieces: Transformer.start_with_bias."""
-    embeddings[:, -1] = 0
-    return embeddings
+def without_bias_(change: Tensor) -> Tensor:
+    """Zero the last feature of `change` (rows, dim): that of the bias (Transformer.start_with_bias), common to all."""
+    change[:, -1] = 0
+    return change
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -70,9 +70,10 @@ class RunContext:
 
     @property
     def shares_with_prefixes(self) -> bool:
-        """Whether embeddings move with those of their prefixes: tied ones beside Muon, without a caller's parts.
+        """Whether embeddings start with a bias and move with those of their prefixes: tied ones beside Muon.
 
-        The embeddings of `model.from` are trained already.
+        Not with a caller's model or optimizer, nor after `model.from`, whose embeddings are trained already. A run
+        that goes on from a checkpoint counts its updates too, and shares in as many of them.
         """
         recipe, own = self.recipe, self.parts.model is not None or self.parts.optimizer is not None
         return recipe.train.optimizer == "muon" and recipe.model.tied and not recipe.model.from_ and not own

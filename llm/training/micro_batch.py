@@ -108,7 +108,7 @@ class MicroBatches:
         for p in self.state.model.parameters():
             p.grad = torch.zeros_like(p)
         zero = torch.zeros((), device=self.context.device)
-        self.state.optimizer.step(0, 0.0, zero + 1, zero > 0)
+        self.state.optimizer.step(self.state.step, 0.0, zero + 1, zero > 0)
         self.state.model.zero_grad(set_to_none=True)
         return (passed - began) * (self.windows // self.size) + zero.item() + time.perf_counter() - passed
 

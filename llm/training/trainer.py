@@ -20,7 +20,7 @@ from llm.insight import hints
 from llm.model import cost, hf_config
 from llm.model.loss import compile_loss
 from llm.model.transformer import Transformer
-from llm.optim.optimizer import Optimizer
+from llm.optim.optimizer import PREFIX_STEPS, Optimizer
 from llm.training import teachers
 from llm.training.context import RunContext, TrainState
 from llm.training.evaluation import Evaluator
@@ -181,7 +181,7 @@ class Trainer:
             gathered=split.dtype.itemsize,
             orthogonalised=self.context.orthogonalise_in.itemsize,
             exact=self.context.settings.exact,
-            prefixes=self.context.shares_with_prefixes,
+            prefixes=self.context.shares_with_prefixes and self.state.step < PREFIX_STEPS,
         )
         return cost.memory(recipe.model, vocab_size, muon=muon, shard_size=split.shard_size), traffic
 
