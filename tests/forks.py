@@ -15,7 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas  # noqa: F401 - `datasets` and groups import these two: seconds in each child
 import torch
+import torch._dynamo
 
 import llm.data.pipeline
 import llm.training.trainer

@@ -6,6 +6,7 @@ only scores, byte pieces and symbols are carried over. Its "qwen3" model is our 
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError, optional
 from llm.data.chat_template import END, GO, PLAIN_JINJA, OwnTemplate
 from llm.data.tokenizer import CONTROLS, SPACE, Tokenizer
+from llm.inference.sampling import Sampling
 from llm.interop.parity import check_llama_cpp, overlaps, symbols_of
 from llm.run_folder.loaded_run import LoadedRun
 from llm.run_folder.model_card import FILE_NAME
@@ -33,12 +35,7 @@ NEEDED = "--gguf needs the package gguf: pip install -e '.[export]'"
 MODELFILE = """# ollama create {name} -f Modelfile
 FROM ./{file}
 {template}
-PARAMETER temperature 0.8
-PARAMETER top_k 0
-PARAMETER top_p 1
-PARAMETER min_p 0.05
-PARAMETER repeat_penalty 1
-PARAMETER num_ctx {context}
+{parameters}
 """
 
 
@@ -64,7 +61,12 @@ def write(folder: Path, opened: LoadedRun, kind: str) -> None:
     template = f'TEMPLATE """{GO}"""\nPARAMETER stop "{END}"' if opened.is_chat else "TEMPLATE {{ .Prompt }}"
     atomic_io.write_at(path, [])  # flushes the file to the disk
     name, context = opened.folder.name.lower(), opened.model.shape.context
-    modelfile = MODELFILE.format(name=name, file=path.name, template=template, context=context)
+    # The penalty is for all tokens that occurred; Ollama's own default is the last 64.
+    values = {**asdict(Sampling()), "repeat_last_n": -1, "num_ctx": context}
+    parameters = "\n".join(
+        f"PARAMETER {key.replace('repetition', 'repeat')} {value:g}" for key, value in values.items()
+    )
+    modelfile = MODELFILE.format(name=name, file=path.name, template=template, parameters=parameters)
     atomic_io.write_bytes(folder / "Modelfile", modelfile.encode())
     if FILE_NAME in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
         atomic_io.write_bytes(folder / FILE_NAME, _small_file(opened, FILE_NAME))

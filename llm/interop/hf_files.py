@@ -5,6 +5,7 @@ byte-fallback BPE, which gives sentencepiece's ids on any text. Its pieces hold 
 piece and becomes bytes there as here. A borrowed tokenizer is copied unchanged.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from llm.base.atomic_io import as_json
@@ -12,6 +13,7 @@ from llm.config.schema import Model
 from llm.data.chat_template import JINJA, template_of
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import SPACE, Tokenizer
+from llm.inference.sampling import Sampling
 from llm.model.transformer import Family
 
 
@@ -33,7 +35,7 @@ def model_files(shape: Model, tokenizer: Tokenizer, family: Family, *, chat: boo
         **({"use_sliding_window": False} if family.name == "qwen3" else {"mlp_bias": False}),
         "use_cache": True, "torch_dtype": "float32", **ends,
     }  # fmt: skip
-    generation: dict[str, Any] = {**ends, "do_sample": True, "temperature": 0.8, "top_k": 0, "min_p": 0.05}
+    generation: dict[str, Any] = {**ends, "do_sample": True, **asdict(Sampling())}
     if template.banned:
         generation["suppress_tokens"] = list(template.banned)
     return {"config.json": as_json(config), "generation_config.json": as_json(generation)}

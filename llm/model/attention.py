@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm.model.operation import operation
+
 MOST_TOKENS = 512  # of a window; from 1,024 on torch's backward pass is as fast
 KEYS = 256  # in a block of scores; queries before the first of them do not see the block
 SCORES = 1 << 21  # in a block, over several heads; the fastest of four sizes
@@ -46,7 +48,7 @@ class _CausalAttention(torch.autograd.Function):
         return attention_backward(gradient, *ctx.saved_tensors)
 
 
-@torch.library.custom_op("llm::attention_backward", mutates_args=())  # one operation, to a compiler as well
+@operation
 def attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +84,7 @@ def attention_backward(
     return of_q, of_k, of_v
 
 
-@attention_backward.register_fake
+@torch.library.register_fake("llm::attention_backward")
 def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     padded = q.new_empty(*q.shape[:-1], q.shape[-1] + 2)
     return tuple(torch.empty_like(padded)[..., :-2] for _ in range(3))

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm.model.operation import operation
 
-@torch.library.custom_op("llm::keep_mask", mutates_args=())
+
+@operation
 def keep_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int, rate: float) -> Tensor:
     """Elements to keep: bool (windows, tokens, dim), each True with probability 1 - rate to within 1/65536.
 
@@ -27,7 +29,7 @@ def keep_mask(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int,
     return torch.from_numpy(keep)[:, : tokens * dim].contiguous().view(-1, tokens, dim)
 
 
-@keep_mask.register_fake
+@torch.library.register_fake("llm::keep_mask")
 def _(positions: Tensor, seed: int, site: Tensor, tokens: int, dim: int, rate: float) -> Tensor:
     return positions.new_empty((positions.shape[0], tokens, dim), dtype=torch.bool)
 

@@ -38,8 +38,9 @@ RECIPES = {  # width, depth, vocabulary, context, micro-batch and recomputation,
     "recomputed": "machine.recompute=true model.layers=8 model.ffn_dim=1024 tokenizer.vocabulary=1024 machine.micro_batch=4",
     "short windows, AdamW": "train.optimizer=adamw model.dim=256 model.heads=4 model.context=32 machine.micro_batch=1 train.tokens_per_step=64",
     "short windows, Muon": "model.dim=384 model.heads=6 model.context=32 machine.micro_batch=1 train.tokens_per_step=32",
-    "bf16, dropout, untied": "machine.precision=bf16 model.dropout=10% model.tied=false machine.micro_batch=4",
-    "bf16, recomputed": "machine.precision=bf16 machine.recompute=true machine.micro_batch=4",
+    # Small, as a CPU may take a hundred times as long in bf16.
+    "bf16, dropout, untied": "machine.precision=bf16 model.dropout=10% model.tied=false model.dim=96 model.layers=2 model.context=128 tokenizer.vocabulary=1024 machine.micro_batch=2 train.tokens_per_step=512",
+    "bf16, recomputed": "machine.precision=bf16 machine.recompute=true model.dim=96 model.layers=3 model.context=128 tokenizer.vocabulary=1024 machine.micro_batch=2 train.tokens_per_step=512",
 }
 
 
