@@ -49,7 +49,7 @@ def write_text(path: Path, documents: int = 60) -> Path:
 def write_recipe(folder: Path, text: Path, **changes: object) -> Path:
     """A recipe of a tiny model that is trained in a second, with all switched on. A change to None leaves a key out."""
     keys: dict[str, object] = {
-        "run": "tiny", "text.files": f"[{text}]", "text.validation": 0.2, "text.cache": text.parent / "cache", "tokenizer.vocabulary": 320,
+        "run": "tiny", "text.files": f"[{text}]", "text.validation": 0.1, "text.cache": text.parent / "cache", "tokenizer.vocabulary": 320,
         "model.dim": 32, "model.layers": 2, "model.heads": 2, "model.context": 16, "model.dropout": 0.1, "train.steps": 12,
         "train.tokens_per_step": 64, "train.learning_rate": 0.02, "train.warmup": 2, "evaluate.every": 5, "checkpoint.every": 4,
         "checkpoint.keep": 99, "tracking.every": 1, "machine.precision": "fp32", "machine.micro_batch": 2, "machine.threads": 1}  # fmt: skip

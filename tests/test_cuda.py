@@ -212,7 +212,7 @@ def test_a_replayed_graph_says_what_reading_all_again_would(tmp_path: Path) -> N
                 shape = tiny.shape(dim=64, context=64, **keys)
                 model = tiny.stirred(Transformer(shape, 128), seed=3).cuda()
                 prompts = [[3, 1, 4], [5], [9, 2, 6, 5, 3, 5, 8] * 3]
-                columns = list(generate(model, prompts, 150, Sampling(temperature=0)))
+                columns = list(generate(model, prompts, 150, Sampling(temperature=0, repetition_penalty=1)))
                 for row, prompt in enumerate(prompts):
                     text, new = list(prompt), [column[row] for column in columns]
                     for index, said in enumerate(new):

@@ -176,7 +176,7 @@ def test_the_key_that_was_changed_is_named_before_what_follows_from_it(tmp_path:
         "train.epochs=9": "train.steps = ",
         "train.learning_rate=0.01": "train.learning_rate = 0.02",
         "train.weight_decay=0.5": "train.weight_decay = ",
-        "text.validation=0.3": "text.validation = 0.2",
+        "text.validation=0.3": "text.validation = 0.1",
         "tokenizer.vocabulary=330": "tokenizer.vocabulary = 320",
     }.items():
         refused(run(train(recipe, change), tmp_path), 4, f"run tiny was trained with {said}")

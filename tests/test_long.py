@@ -74,8 +74,8 @@ def flat(folder: Path, steps: int, cpu: bool) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
-def test_1500_steps_grow_neither_memory_nor_open_files(tmp_path: Path) -> None:
-    flat(tmp_path, 1500, cpu=False)
+def test_1000_steps_grow_neither_memory_nor_open_files(tmp_path: Path) -> None:
+    flat(tmp_path, 1000, cpu=False)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def test_stopped_after_any_step_it_ends_in_the_same_bits(tmp_path: Path, text: P
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     recipe = write_recipe(
-        tmp_path, text, **{"train.optimizer": optimizer, "train.tokens_per_step": 256, "machine.micro_batch": 8}
+        tmp_path, text, **{"train.optimizer": optimizer, "train.tokens_per_step": 384, "machine.micro_batch": 12}
     )
     done(run(train(recipe), tmp_path / "whole"))
     for step in range(1, 12):

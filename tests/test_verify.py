@@ -116,7 +116,7 @@ def test_show_prints_what_the_trainer_read(tmp_path: Path, text: Path) -> None:
     """On two processes, across an epoch's end, after a resume: the texts that the trainer saw, each in its place."""
     from llm.data import batches
 
-    recipe = write_recipe(tmp_path, text, **{"train.tokens_per_step": 256, "machine.micro_batch": 4})
+    recipe = write_recipe(tmp_path, text, **{"train.tokens_per_step": 384, "machine.micro_batch": 6})
     real = batches.BatchLoader.at
 
     def spying(stop: int | None) -> Callable[[], None]:
@@ -146,7 +146,7 @@ def test_show_prints_what_the_trainer_read(tmp_path: Path, text: Path) -> None:
         ended = run(script("module:llm.show", *named, "--step", step + 1, "--characters", "0"), tmp_path)
         assert ended.status == 0, ended.err
         read = [line for line in lines if line[0] == step]
-        assert len(read) == 16
+        assert len(read) == 24
         for _, rank, number, position, row in read:
             head = f"--- process {rank}, micro-batch {number}, position {position}, epoch "
             shown = ended.out.partition(head)[2].partition("\n")[2]

@@ -28,8 +28,9 @@ class Sampling:
     top_k: int = option(0, least=0, most=float("inf"), help="choose among this many likeliest tokens; 0: all")
     top_p: float = option(1.0, least=1e-9, most=1, help="among the likeliest that hold this probability together")
     min_p: float = option(0.05, least=0, most=1, help="among those with this share of the likeliest one's probability")
+    # A small model goes round in circles without: recipes/experiments.md, "quickstart", has the figures.
     repetition_penalty: float = option(
-        1.0, least=1e-6, most=1e6, help="above 1: tokens that occurred become less likely, their logits divided by it"
+        1.1, least=1e-6, most=1e6, help="above 1: tokens that occurred become less likely, their logits divided by it"
     )
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ def compare(recipe: str, rows: int, device: str, dtype: torch.dtype, rounds: int
         return theirs.generate(prompts, attention_mask=mask)[:, PROMPT_TOKENS:].tolist()
 
     def we_say() -> list[list[int]]:
-        columns = generate(ours, prompts.tolist(), NEW_TOKENS, Sampling(temperature=0))
+        columns = generate(ours, prompts.tolist(), NEW_TOKENS, Sampling(temperature=0, repetition_penalty=1))
         return [[token for token in row if token is not None] for row in zip(*columns, strict=True)]
 
     expected = they_say()  # which also warms both

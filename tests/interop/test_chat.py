@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from llm.base.errors import RefusedError
 from llm.data.chat_template import GO, JINJA, PLAIN_JINJA, JinjaTemplate, OwnTemplate
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import CONTROLS, Tokenizer
+from llm.inference.sampling import Sampling
 from llm.interop.parity import _same_conversations, conversations
 from llm.run_folder.loaded_run import open_run
 from tests.data.test_conversations import BRACKETS, CHATML, THINKING, foreign, opened
@@ -54,6 +56,7 @@ def test_an_exported_folder_holds_the_template_and_ends_answers(talk: Path) -> N
     generation = json.loads((talk / "out/generation_config.json").read_text())
     assert end in generation["eos_token_id"] and end not in generation["suppress_tokens"]
     assert len(generation["suppress_tokens"]) == 1 + len(CONTROLS) - 1
+    assert asdict(Sampling()).items() <= generation.items()
     assert (talk / "out/chat_template.jinja").read_text() == JINJA
     base = json.loads((talk / "runs/tiny/checkpoints/step-000003/generation_config.json").read_text())
     assert end in base["suppress_tokens"] and end != base["eos_token_id"]
@@ -73,6 +76,7 @@ def test_gguf_and_modelfile_carry_template_and_stop(talk: Path) -> None:
     names = [fields["tokenizer.ggml.tokens"].contents(at) for at in tokenizer.controls[1:]]
     assert names == list(CONTROLS)
     modelfile = (talk / "gguf/Modelfile").read_text()
+    assert "\nPARAMETER repeat_penalty 1.1\nPARAMETER repeat_last_n -1\n" in modelfile
     assert f'TEMPLATE """{GO}"""\nPARAMETER stop "<|end|>"\n' in modelfile
     plain = run(script("module:llm.export", "tiny", "--gguf", "f32", "--to", "plain"), talk)
     assert plain.status == 0 and "TEMPLATE {{ .Prompt }}\n" in (talk / "plain/Modelfile").read_text()

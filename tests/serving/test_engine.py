@@ -19,7 +19,7 @@ from llm.model.transformer import Transformer
 from llm.serving.engine import BusyError, Engine, EngineError, Job, Token
 from tests import tiny
 
-GREEDY, SAMPLED = Sampling(temperature=0), Sampling(temperature=1.0, top_p=0.9, min_p=0.01)
+GREEDY, SAMPLED = Sampling(temperature=0, repetition_penalty=1), Sampling(temperature=1.0, top_p=0.9, min_p=0.01)
 PENALTY = Sampling(temperature=0.7, top_k=20, repetition_penalty=1.3)
 CONTEXT = 300  # several parts of the cache: 32, 48, 64 ... 256, 300
 
