@@ -63,10 +63,8 @@ def write(folder: Path, opened: LoadedRun, kind: str) -> None:
     name, context = opened.folder.name.lower(), opened.model.shape.context
     # The penalty is for all tokens that occurred; Ollama's own default is the last 64.
     values = {**asdict(Sampling()), "repeat_last_n": -1, "num_ctx": context}
-    parameters = "\n".join(
-        f"PARAMETER {key.replace('repetition', 'repeat')} {value:g}" for key, value in values.items()
-    )
-    modelfile = MODELFILE.format(name=name, file=path.name, template=template, parameters=parameters)
+    lines = [f"PARAMETER {key.replace('repetition', 'repeat')} {value:.9g}" for key, value in values.items()]
+    modelfile = MODELFILE.format(name=name, file=path.name, template=template, parameters="\n".join(lines))
     atomic_io.write_bytes(folder / "Modelfile", modelfile.encode())
     if FILE_NAME in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
         atomic_io.write_bytes(folder / FILE_NAME, _small_file(opened, FILE_NAME))
