@@ -1,6 +1,7 @@
 """Text generation: prefill, choose, step, repeat. Rows may differ in length; each keeps its own position."""
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Generator, Tensor
@@ -16,16 +17,18 @@ COLDEST = torch.finfo(torch.float32).tiny  # below it dividing by the temperatur
 
 
 def choose(
-    logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: Generator | Sequence[Generator]
+    logits: Tensor,
+    occurred: Sequence[AbstractSet[int]],
+    sampling: Sampling,
+    generator: Generator | Sequence[Generator],
 ) -> Tensor:
     """Sample the next token of each row: (B,) from logits (B, V), with one generator or with one for each row.
 
-    `seen` (B, V, bool) marks tokens that occurred, for the repetition penalty.
+    `occurred` are the tokens of each row's text, for the repetition penalty.
     """
     logits = logits.float()
-    if seen is not None and sampling.repetition_penalty != 1.0:
-        punished = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-        logits = torch.where(seen, punished, logits)
+    if sampling.repetition_penalty != 1.0:
+        logits = _punished(logits, occurred, sampling.repetition_penalty)
     if sampling.temperature < COLDEST:
         return logits.argmax(-1)
     # On the CPU, so that a seed gives the same text on any device; CUDA also lacks some deterministic kernels.
@@ -43,6 +46,15 @@ def choose(
     sums = shares.cumsum(-1, dtype=torch.float64)
     places = torch.minimum(drawn * sums[:, -1:], sums[:, -1:].nextafter(torch.zeros((), dtype=torch.float64)))
     return torch.searchsorted(sums, places, right=True)[:, 0].to(device)
+
+
+def _punished(logits: Tensor, occurred: Sequence[AbstractSet[int]], penalty: float) -> Tensor:
+    """`logits` (B, V) with those of the tokens that occurred divided by the penalty, or multiplied if negative."""
+    places = [(row, id) for row, ids in enumerate(occurred) for id in ids]
+    at = torch.tensor(places, dtype=torch.int64, device=logits.device).view(-1, 2).unbind(1)
+    old, logits = logits[at], logits.clone()
+    logits[at] = torch.where(old > 0, old / penalty, old * penalty)
+    return logits
 
 
 def _least(shares: Tensor, top_p: float) -> Tensor:
@@ -85,7 +97,7 @@ def generate(
         return
     device, context = model.lm_head.weight.device, model.shape.context
     texts = [list(prompt[-context:]) for prompt in prompts]
-    seen = _seen(texts, model.lm_head.weight) if sampling.repetition_penalty != 1.0 else None
+    occurred = [set(text) for text in texts]
     never = torch.tensor(banned, dtype=torch.int64, device=device)
     generators = [generator_of(seed, row) for row in range(len(texts))]
     slots = Slots(model, len(texts), min(context, max(map(len, texts)) + tokens), fixed=fixed)
@@ -95,10 +107,11 @@ def generate(
         logits = _advance(slots, texts, rows, said)
         if banned:
             logits = logits.index_fill(1, never, -torch.inf)
-        chosen = choose(logits, None if seen is None else seen[rows], sampling, [generators[row] for row in rows])
-        if seen is not None:
-            seen[torch.tensor(rows, device=device), chosen] = True
-        said = {row: token for row, token in zip(rows, chosen.tolist(), strict=True) if token not in ends}
+        by_row = [occurred[row] for row in rows]
+        chosen = choose(logits, by_row, sampling, [generators[row] for row in rows]).tolist()
+        for tokens_of_row, token in zip(by_row, chosen, strict=True):
+            tokens_of_row.add(token)
+        said = {row: token for row, token in zip(rows, chosen, strict=True) if token not in ends}
         yield [said.get(row) for row in range(len(texts))]
         rows = list(said)
         if not rows:
@@ -117,14 +130,6 @@ def _advance(slots: Slots, texts: list[list[int]], rows: list[int], said: dict[i
         texts[row] = texts[row][-(context // 2) :]
     found |= slots.join({row: texts[row] for row in rows if row not in found})
     return torch.stack([found[row] for row in rows])
-
-
-def _seen(texts: list[list[int]], head: Tensor) -> Tensor:
-    """Which tokens occur in each text: bool (B, V)."""
-    seen = torch.zeros(len(texts), len(head), dtype=torch.bool, device=head.device)
-    for row, text in enumerate(texts):
-        seen[row, text] = True
-    return seen
 
 
 def continuations(

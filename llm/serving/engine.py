@@ -243,12 +243,8 @@ def _chosen(jobs: dict[int, Job], logits: dict[int, Tensor]) -> dict[int, Token]
     for (sampling, banned), rows in groups.items():
         given = torch.stack([logits[row] for row in rows]).float()
         allowed = given.index_fill(1, torch.tensor(banned, device=given.device), -torch.inf) if banned else given
-        seen = None
-        if sampling.repetition_penalty != 1.0:
-            seen = torch.zeros(given.shape, dtype=torch.bool, device=given.device)
-            for index, row in enumerate(rows):
-                seen[index, list(jobs[row].occurred)] = True
-        ids = choose(allowed, seen, sampling, [jobs[row].generator for row in rows]).tolist()
+        by_row, generators = [jobs[row].occurred for row in rows], [jobs[row].generator for row in rows]
+        ids = choose(allowed, by_row, sampling, generators).tolist()
         for row, id, line in zip(rows, ids, given, strict=True):
             wanted = jobs[row].likeliest
             found[row] = Token(id) if wanted is None else _token(id, line.log_softmax(-1), wanted)

@@ -134,9 +134,8 @@ def test_the_narrowest_filters_are_greedy(sampling: Sampling) -> None:
 
 def drawn(logits: Tensor, sampling: Sampling, times: int = 2000, seen: list[int] | None = None) -> Tensor:
     """How often each token is chosen: (V,)."""
-    marked = torch.zeros(times, len(logits), dtype=torch.bool)
-    marked[:, seen or []] = True
-    chosen = choose(logits.expand(times, -1), marked, sampling, torch.Generator().manual_seed(1))
+    occurred = [set(seen or [])] * times
+    chosen = choose(logits.expand(times, -1), occurred, sampling, torch.Generator().manual_seed(1))
     return chosen.bincount(minlength=len(logits))
 
 
