@@ -50,11 +50,12 @@ def choose(
 
 def _punished(logits: Tensor, occurred: Sequence[AbstractSet[int]], penalty: float) -> Tensor:
     """`logits` (B, V) with those of the tokens that occurred divided by the penalty, or multiplied if negative."""
-    places = [(row, id) for row, ids in enumerate(occurred) for id in ids]
-    at = torch.tensor(places, dtype=torch.int64, device=logits.device).view(-1, 2).unbind(1)
-    old, logits = logits[at], logits.clone()
-    logits[at] = torch.where(old > 0, old / penalty, old * penalty)
-    return logits
+    size = logits.shape[1]
+    places = [row * size + id for row, ids in enumerate(occurred) for id in ids]
+    at = torch.tensor(places, dtype=torch.int64, device=logits.device)
+    flat = logits.flatten()
+    old = flat.index_select(0, at)
+    return flat.index_copy(0, at, torch.where(old > 0, old / penalty, old * penalty)).view(logits.shape)
 
 
 def _least(shares: Tensor, top_p: float) -> Tensor:
