@@ -264,7 +264,8 @@ def test_an_answer_ends_at_its_time_and_a_full_queue_says_when(tiny_run: LoadedR
         assert ask(client).choices[0].text
 
 
-def test_what_the_page_asks_for(tiny_server: Served, tiny_run: LoadedRun) -> None:
+def test_what_the_page_asks_for(client: openai.OpenAI, tiny_server: Served, tiny_run: LoadedRun) -> None:
+    assert ask(client).choices[0].text
     about = httpx.get(f"{tiny_server.url}/run").json()
     assert about["run"] == "tiny" and about["state"] == "finished" and about["context"] == 64 and not about["chat"]
     assert about["curve"]["loss"][-1][0] == 30 and about["settings"]["min_p"]["default"] == 0.05
