@@ -185,10 +185,10 @@ class Tokenizer:
     def prefixes(self) -> list[int]:
         """For each piece the longest other piece that begins it, as ids; -1 where there is none.
 
-        Both are whole characters, and each has one that is no white space: "Americ" is the prefix of "Americans".
+        Both are whole characters, and each has one that is not white space: "Americ" is the prefix of "Americans".
         """
         texts = [self._bytes[id].decode(errors="replace") for id in range(self.vocab_size)]
-        # A character may have two pieces, of which that of its byte is never used: bytes come first and are replaced.
+        # A character may have a piece beside that of its byte, which is then never used: so bytes come first.
         bytes_first = sorted(range(self.vocab_size), key=lambda id: not self._processor.is_byte(id))
         ids = {texts[id]: id for id in bytes_first if id not in self.banned and "\ufffd" not in texts[id]}
         found = [-1] * self.vocab_size

@@ -108,11 +108,11 @@ def generate(
         logits = _advance(slots, texts, rows, said)
         if banned:
             logits = logits.index_fill(1, never, -torch.inf)
-        by_row = [occurred[row] for row in rows]
-        chosen = choose(logits, by_row, sampling, [generators[row] for row in rows]).tolist()
-        for tokens_of_row, token in zip(by_row, chosen, strict=True):
-            tokens_of_row.add(token)
-        said = {row: token for row, token in zip(rows, chosen, strict=True) if token not in ends}
+        texts_of_rows, generators_of_rows = [occurred[row] for row in rows], [generators[row] for row in rows]
+        chosen = dict(zip(rows, choose(logits, texts_of_rows, sampling, generators_of_rows).tolist(), strict=True))
+        for row, token in chosen.items():
+            occurred[row].add(token)
+        said = {row: token for row, token in chosen.items() if token not in ends}
         yield [said.get(row) for row in range(len(texts))]
         rows = list(said)
         if not rows:

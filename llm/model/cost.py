@@ -141,9 +141,9 @@ def _update(shape: Model, matrices: Shapes, ends: Shapes, held: Memory, *, muon:
             orthogonalising = count * (3 * rows * columns + 4 * least * least) * number
             left -= count * rows * columns * 4
             peak = max(peak, left + max(orthogonalising, 3 * 4 * count * rows * columns))
-    # Of the shared update: gradients of the prefixes, their sums, a kernel's partial sums. A CPU's norm is more.
+    # The shared update's gradients of prefixes, their sums, and a CUDA kernel's partial sums. A CPU's norm takes more.
     shared = muon and shape.tied and not shape.from_ and device == "cuda"
-    return max(peak, left + (31 * 4 * math.prod(ends[0]) // 10 if shared else 0))
+    return max(peak, left + (int(3.1 * 4 * math.prod(ends[0])) if shared else 0))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 def operation(function: Callable[..., Any]) -> Any:
     """`torch.ops.llm.NAME`, which runs `function` on a CPU. Its annotations are the schema; it changes no argument.
 
-    Like `torch.library.custom_op`, but that imports the compiler when it first runs: 2 s of CPU time in every process.
+    Like `torch.library.custom_op`, but that imports the compiler when it first runs: over a second in every process.
     """
     name = f"llm::{function.__name__}"
     torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))

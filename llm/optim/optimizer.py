@@ -195,7 +195,7 @@ class Optimizer:
     def _shared_adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
     ) -> None:
-        """AdamW on each embedding's own vector; what that moves by, the pieces that it begins move by too, in part."""
+        """AdamW on each embedding's own vector, then the same move, times the share, for the pieces that it begins."""
         assert self.prefixes is not None
         (p,), prefixes = named.values(), self.prefixes.clamp(min=0)
         weight, shares = local_shard(p), (self.prefixes >= 0)[:, None] * (1 - step / PREFIX_STEPS)  # (V, 1)
@@ -206,8 +206,8 @@ class Optimizer:
         del theirs
         before = weight.local * (1 - finite.float() * (rate * decay))  # decayed, as each row decays by itself alone
         self._adamw(named, step, rate, decay, scale, finite)
-        fell = self.sharding.gather_whole(weight.like(before.sub_(weight.local)))  # (V, dim): 0 where masked
-        weight.local.sub_(without_bias_(fell[prefixes[rows]].mul_(shares[rows])))  # subtracting 0 keeps -0.0 too
+        decrease = self.sharding.gather_whole(weight.like(before.sub_(weight.local)))  # (V, dim): 0 where masked
+        weight.local.sub_(without_bias_(decrease[prefixes[rows]].mul_(shares[rows])))  # subtracting 0 keeps -0.0 too
 
     def _adamw(
         self, named: dict[str, nn.Parameter], step: int, rate: float, decay: float, scale: Tensor, finite: Tensor
