@@ -46,7 +46,7 @@ def done(each: Ended) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "shard"), [(1, "none"), pytest.param(2, "none", marks=pytest.mark.slow), (2, "full")]
+    ("world", "shard"), [(1, "none"), *(pytest.param(2, shard, marks=pytest.mark.slow) for shard in ("none", "full"))]
 )
 def test_stopped_in_the_middle_it_ends_in_the_same_bits(here: Path, tmp_path: Path, world: int, shard: str) -> None:
     for name in ("whole", "parts"):

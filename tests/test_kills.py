@@ -159,7 +159,7 @@ def one_kill(folder: Path, text: Path, whole: Path, number: int, world: int) -> 
     print(f"kill {number} on {world}: {moment}, {'inside a save' if inside else 'between'}; redone {redone} steps")
 
 
-@pytest.mark.parametrize(("number", "world"), [(n, 1) for n in range(6)] + [(n, 2) for n in range(6, 10)])
+@pytest.mark.parametrize(("number", "world"), [(n, 1) for n in range(3)] + [(n, 2) for n in range(6, 8)])
 def test_killed_at_a_random_moment_it_ends_in_the_same_bits(
     tmp_path: Path, text: Path, whole: Path, number: int, world: int
 ) -> None:
@@ -197,7 +197,7 @@ def kill_beside(folder: Path, text: Path, whole: Path, number: int) -> None:
     raise AssertionError("no kill was within a save")
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", [0, 4])
 def test_killed_while_a_checkpoint_is_written_beside_the_training_nothing_is_lost(
     tmp_path: Path, text: Path, whole: Path, number: int
 ) -> None:
@@ -330,7 +330,7 @@ def every_fault(folder: Path, text: Path, whole: Path, moments: tuple[str, ...],
 
 
 def test_a_fault_at_any_operation_of_a_save_loses_no_valid_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
-    every_fault(tmp_path, text, whole, ("before",), restart_each=15)
+    every_fault(tmp_path, text, whole, ("before",), restart_each=30)
 
 
 @pytest.mark.slow

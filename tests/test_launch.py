@@ -379,7 +379,7 @@ def test_help_is_there_before_anything_slow(tmp_path: Path, verb: str) -> None:
     assert ended.status == 0 and "usage: python -m llm." in ended.out
 
 
-@pytest.mark.parametrize("recompute", ["false", "true"])
+@pytest.mark.parametrize("recompute", ["false", pytest.param("true", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("compiler", [pytest.param("there", marks=pytest.mark.slow), "missing"])
 def test_compiled_blocks_are_said_with_their_cost_or_done_without(
     tmp_path: Path, text: Path, compiler: str, recompute: str

@@ -49,7 +49,7 @@ LINES = {
 
 
 @pytest.mark.parametrize(
-    "name", ["torchrun", "accelerate", *(pytest.param(each, marks=pytest.mark.slow) for each in ("configured", "fsdp"))]
+    "name", ["accelerate", *(pytest.param(each, marks=pytest.mark.slow) for each in ("torchrun", "configured", "fsdp"))]
 )
 def test_a_launcher_starts_two_processes(tmp_path: Path, name: str) -> None:
     ended = launch(tmp_path, *LINES[name])

@@ -42,7 +42,7 @@ def trace(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("world", "shard"), [(1, "none"), pytest.param(2, "none", marks=pytest.mark.slow), (2, "full")]
+    ("world", "shard"), [*(pytest.param(world, "none", marks=pytest.mark.slow) for world in (1, 2)), (2, "full")]
 )
 @pytest.mark.parametrize("exact", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_stopped_in_the_middle_it_ends_in_the_same_bits(
@@ -80,6 +80,7 @@ def test_on_1_2_and_4_processes_the_data_and_with_exact_the_bits_are_the_same(he
     assert digest(tmp_path / "moved") == digest(tmp_path / "1")
 
 
+@pytest.mark.slow
 def test_one_curve_on_1_2_and_4_processes_without_exact(here: Path, tmp_path: Path) -> None:
     """The loss of a step is that of its targets, of which the processes have different numbers."""
     changes = {"train.optimizer": "adamw", "train.learning_rate": 0.003, "train.tokens_per_step": 512}

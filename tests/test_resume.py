@@ -18,7 +18,7 @@ def done(ended: Ended) -> None:
     assert ended.status == 0, ended.err
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_stopped_after_any_step_it_ends_in_the_same_bits(tmp_path: Path, text: Path, optimizer: str) -> None:
     """Dropout on, two micro-batches a step, over an epoch's end and evaluations; every step but the last is stopped at."""
     (tmp_path / "whole").mkdir()

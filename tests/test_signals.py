@@ -142,7 +142,7 @@ def test_the_launcher_that_is_stopped_leaves_no_orphan_and_a_saved_run(tmp_path:
     assert int(digest(tmp_path).partition(":")[0]) > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_the_main_process_that_dies_or_hangs_is_named_too(tmp_path: Path, text: Path, number: int) -> None:
     """It holds the board on which processes leave their notes, and the record: the other one speaks."""
     recipe = write_recipe(tmp_path, text)
@@ -159,7 +159,7 @@ def test_the_main_process_that_dies_or_hangs_is_named_too(tmp_path: Path, text: 
     assert digest(tmp_path) == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSTOP])
 @pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_process_that_dies_or_hangs_is_named_and_the_same_command_goes_on(
     tmp_path: Path, text: Path, number: int, shard: str

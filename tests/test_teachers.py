@@ -40,7 +40,7 @@ def copied(here: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("world", "shard", "pieces"),
-    [(1, "none", 60), pytest.param(2, "none", 0, marks=pytest.mark.slow), (2, "full", 0)],
+    [(1, "none", 60), *(pytest.param(2, shard, 0, marks=pytest.mark.slow) for shard in ("none", "full"))],
 )
 def test_stopped_it_ends_in_the_same_bits(here: Path, tmp_path: Path, world: int, shard: str, pieces: int) -> None:
     changes = {**TAUGHT, "train.steps": 6, "machine.shard": shard, "train.sampled_softmax": pieces}

@@ -98,7 +98,7 @@ def test_a_run_of_one_step_is_verified_and_a_trial_that_fails_ends_the_others(
     assert [process.returncode for process in started] == [1, -signal.SIGKILL]
 
 
-FAST = [plants.lost_moments, plants.order_by_worker, plants.mask_by_row]
+FAST = [plants.lost_moments, plants.mask_by_row]
 
 
 @pytest.mark.parametrize("fault", [

@@ -201,7 +201,7 @@ def test_what_fails_in_an_evaluation_or_a_sample_is_an_event(
         assert digest(tmp_path) == digest(whole)
 
 
-@pytest.mark.parametrize("shard", ["full", "hybrid"])
+@pytest.mark.parametrize("shard", ["full", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_a_dealt_model_in_bf16_speaks(tmp_path: Path, text: Path, shard: str) -> None:
     recipe = recipe_of(tmp_path, text, **{
         "machine.precision": "bf16", "machine.shard": shard, "train.steps": 2, "train.warmup": 1, "evaluate.every": 1})  # fmt: skip

@@ -70,7 +70,7 @@ def one_curve(folder: Path, text: Path, optimizer: str, tied: bool, steps: int, 
         assert curve == pytest.approx(losses(folder / "1-none"), rel=TOLERANCES[optimizer])
 
 
-@pytest.mark.parametrize(("optimizer", "tied"), [("muon", True), ("adamw", False)])
+@pytest.mark.parametrize(("optimizer", "tied"), [("muon", True), pytest.param("adamw", False, marks=pytest.mark.slow)])
 def test_the_curve_is_the_same_on_1_and_2_processes(tmp_path: Path, text: Path, optimizer: str, tied: bool) -> None:
     one_curve(tmp_path, text, optimizer, tied, 30, FAST)
 
@@ -114,7 +114,7 @@ def same_bits(folder: Path, text: Path, optimizer: str, world: int, shard: str, 
     assert digest(folder / "parts") == digest(folder / "whole")
 
 
-@pytest.mark.parametrize(("world", "shard"), [(2, "none"), (2, "full")])
+@pytest.mark.parametrize(("world", "shard"), [pytest.param(2, "none", marks=pytest.mark.slow), (2, "full")])
 def test_two_processes_that_are_stopped_end_in_the_same_bits(
     tmp_path: Path, text: Path, world: int, shard: str
 ) -> None:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -351,8 +352,9 @@ def save_settings(settings: RuntimeSettings, micro_batch: int, run: Path) -> Non
     atomic_io.write_checksummed(run / RECORD, found)
 
 
+@cache
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 256, seconds: float = 0.1) -> float:
-    """Operations a second of this machine's own product of two square matrices in `dtype`: the best of several."""
+    """Operations a second of this machine's product of two square matrices in `dtype`: the best of several, kept."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
     while best == float("inf") or time.perf_counter() - began < seconds:

@@ -87,7 +87,7 @@ def test_a_process_with_another_version_is_named(tmp_path: Path, text: Path) -> 
     odd_one_named(run_group(on(1, older, train(recipe)), tmp_path, 2), "process 1 has torch = 2.1, process 0 has")
 
 
-@pytest.mark.parametrize("node", [2, 1])
+@pytest.mark.parametrize("node", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_preparation_slower_than_the_time_out_does_not_end_the_group(tmp_path: Path, text: Path, node: int) -> None:
     """One machine of two processes, where the second waits; and two machines, where the main process waits and says so."""
     recipe = write_recipe(tmp_path, text)

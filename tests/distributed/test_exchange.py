@@ -51,7 +51,7 @@ sum_ = exchange.sum_chunk
 @pytest.mark.parametrize(
     ("changes", "alone"),
     [
-        ({"machine.micro_batch": 1, "model.tied": "false"}, False),
+        pytest.param({"machine.micro_batch": 1, "model.tied": "false"}, False, marks=pytest.mark.slow),
         ({"machine.micro_batch": "auto", "machine.exact": "true"}, True),
     ],
 )

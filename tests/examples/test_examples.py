@@ -60,7 +60,7 @@ def test_a_part_of_ones_own_is_recorded_and_resumes_in_the_same_bits(tmp_path: P
     assert digest(tmp_path / "whole") == digest(tmp_path / "halves")
 
 
-@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_they_train_on_two_processes(tmp_path: Path, recipe: Path, shard: str) -> None:
     def act() -> None:
         assert torch.distributed.is_available()

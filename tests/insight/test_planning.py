@@ -30,9 +30,9 @@ from tests.test_memory import peaks
 CPU = cards.Device("a CPU", 16e9, 0.0, 1e11, 1e11, cuda=False)
 RECIPES = {  # width, depth, vocabulary, context, micro-batch and recomputation, and what else changes memory
     "quickstart": "machine.micro_batch=8",
-    "wide": "model.dim=384 model.heads=6 machine.micro_batch=2",
-    "deep": "model.layers=12 tokenizer.vocabulary=1024 machine.micro_batch=2",
-    "many pieces": "tokenizer.vocabulary=32768 machine.micro_batch=1",
+    "wide": "model.dim=384 model.heads=6 machine.micro_batch=2 train.tokens_per_step=1024",
+    "deep": "model.layers=12 tokenizer.vocabulary=1024 machine.micro_batch=2 train.tokens_per_step=1024",
+    "many pieces": "tokenizer.vocabulary=32768 machine.micro_batch=1 train.tokens_per_step=512",
     "long context": "model.context=1024 machine.micro_batch=2",
     "many micro-batches, few keys": "model.kv_heads=1 machine.micro_batch=1",
     "recomputed": "machine.recompute=true model.layers=8 model.ffn_dim=1024 tokenizer.vocabulary=1024 machine.micro_batch=4",

@@ -118,6 +118,7 @@ def test_a_budget_with_a_kill_and_a_stop_lands_and_its_plan_replays_to_the_bit(t
     assert replayed(tmp_path, recipe) == digest(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_plan_and_go_on_from_another_run(tmp_path: Path, text: Path) -> None:
     """Half of the decay is over this run's own steps: what came before it is not counted."""
     recipe = recipe_of(tmp_path, text, 2.0)

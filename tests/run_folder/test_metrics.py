@@ -176,6 +176,7 @@ def test_without_a_network_it_is_kept_offline_and_the_key_is_in_no_file(
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_wandbs_own_variables_hold_and_its_name_of_a_run_is_found_again(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +239,9 @@ class OddError(Exception):
     """What no list of errors would foresee."""
 
 
-@pytest.mark.parametrize("method", ["start", "log", "log_table", "finish"])
+@pytest.mark.parametrize(
+    "method", ["start", *(pytest.param(each, marks=pytest.mark.slow) for each in ("log", "log_table", "finish"))]
+)
 def test_a_tracker_that_raises_is_named_once_and_left_behind(tmp_path: Path, text: Path, method: str) -> None:
     from accelerate.tracking import WandBTracker
 

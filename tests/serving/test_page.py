@@ -62,7 +62,7 @@ def visible_token(page: Any, place: int = 0) -> Any:
     return page.locator("#turns [data-p]").filter(has_text=re.compile(r"\w")).nth(place)
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [pytest.param(1280, "light", marks=pytest.mark.slow), (390, "dark")])
 def test_a_text_is_continued_explained_and_repeated_by_its_link(tiny_server: Served, width: int, scheme: Any) -> None:
     with opened(tiny_server.url, width, scheme) as page:
         page.wait_for_selector("#run:not([hidden])")
