@@ -159,7 +159,14 @@ def one_kill(folder: Path, text: Path, whole: Path, number: int, world: int) -> 
     print(f"kill {number} on {world}: {moment}, {'inside a save' if inside else 'between'}; redone {redone} steps")
 
 
-@pytest.mark.parametrize(("number", "world"), [(n, 1) for n in range(3)] + [(n, 2) for n in range(6, 8)])
+@pytest.mark.parametrize(
+    ("number", "world"),
+    [(0, 1), (1, 1), (2, 1), (6, 2), (7, 2)]
+    + [
+        pytest.param(number, world, marks=pytest.mark.slow)
+        for number, world in ((3, 1), (4, 1), (5, 1), (8, 2), (9, 2))
+    ],
+)
 def test_killed_at_a_random_moment_it_ends_in_the_same_bits(
     tmp_path: Path, text: Path, whole: Path, number: int, world: int
 ) -> None:
@@ -197,7 +204,7 @@ def kill_beside(folder: Path, text: Path, whole: Path, number: int) -> None:
     raise AssertionError("no kill was within a save")
 
 
-@pytest.mark.parametrize("number", [0, 4])
+@pytest.mark.parametrize("number", [0, 4, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2, 3))])
 def test_killed_while_a_checkpoint_is_written_beside_the_training_nothing_is_lost(
     tmp_path: Path, text: Path, whole: Path, number: int
 ) -> None:
@@ -330,7 +337,7 @@ def every_fault(folder: Path, text: Path, whole: Path, moments: tuple[str, ...],
 
 
 def test_a_fault_at_any_operation_of_a_save_loses_no_valid_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
-    every_fault(tmp_path, text, whole, ("before",), restart_each=30)
+    every_fault(tmp_path, text, whole, ("before",), restart_each=15)
 
 
 @pytest.mark.slow

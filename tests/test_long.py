@@ -20,7 +20,6 @@ def looks(folder: Path, steps: int) -> list[dict[str, float]]:
     """At each BLOCK steps of a run: bytes resident, files open, CPU seconds of the process."""
     changes = {
         "train.steps": steps,
-        "train.tokens_per_step": 32,
         "tracking.every": 50,
         "evaluate.every": steps // 10,
         "checkpoint.every": steps // 20,

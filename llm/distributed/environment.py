@@ -354,7 +354,7 @@ def save_settings(settings: RuntimeSettings, micro_batch: int, run: Path) -> Non
 
 @cache
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 256, seconds: float = 0.1) -> float:
-    """Operations a second of this machine's product of two square matrices in `dtype`: the best of several, kept."""
+    """Operations a second of this machine's product of two square matrices in `dtype`: the best of several; cached."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
     while best == float("inf") or time.perf_counter() - began < seconds:

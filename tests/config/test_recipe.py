@@ -15,7 +15,7 @@ from llm.config.reading import dump, load, with_checksum
 from llm.config.resolving import MANY_EPOCHS_DROPOUT, MAX_DECAY, with_steps
 from llm.config.schema import Evaluate, Recipe, Text, Train, flat, science
 
-MUTATED = 150  # recipes in the fast suite
+MUTATED = 300  # recipes in the fast suite
 MUTATED_SLOWLY = 1_000
 SECONDS = (
     10.0  # of CPU time, the most that any reading may take: one that grows with the square of its text takes minutes

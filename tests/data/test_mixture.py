@@ -66,7 +66,7 @@ def test_a_weight_that_is_tiny_still_has_its_windows() -> None:
     assert np.bincount(pattern([0.25, 0.75])).tolist() == [PERIOD // 4, 3 * PERIOD // 4]
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=25)
 @given(
     weights=st.lists(st.floats(0.05, 1), min_size=1, max_size=5),
     sizes=st.lists(st.integers(1, 60), min_size=5, max_size=5),
