@@ -15,13 +15,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas  # noqa: F401 - `datasets` and groups import these two: seconds in each child
+import pandas  # noqa: F401 - a run imports these and, below, `datasets`: seconds in each child
 import torch
 import torch._dynamo
 
 import llm.data.pipeline
 import llm.training.trainer
+from llm.data.sources import lean_datasets
 from llm.run_folder import checkpoint
+
+lean_datasets()
 
 ROOT = Path(__file__).parent.parent
 SENTENCES = ("The river rises in the north and flows to the sea.", "It was founded in 1897 by a society of engineers.",

@@ -16,7 +16,7 @@ from tests.forks import ended, start, train, write_recipe, write_text
 BLOCK = 100  # steps between two looks
 
 
-def looks(folder: Path, steps: int) -> list[dict[str, float]]:
+def looks(folder: Path, steps: int, micro_batch: int) -> list[dict[str, float]]:
     """At each BLOCK steps of a run: bytes resident, files open, CPU seconds of the process."""
     changes = {
         "train.steps": steps,
@@ -25,6 +25,7 @@ def looks(folder: Path, steps: int) -> list[dict[str, float]]:
         "checkpoint.every": steps // 20,
         "checkpoint.keep": 2,
         "evaluate.prompts": "[My self Har]",
+        "machine.micro_batch": micro_batch,
     }
     recipe = write_recipe(folder, write_text(folder / "text.txt"), **changes)
     seen = folder / "looks.jsonl"
@@ -53,8 +54,8 @@ def looks(folder: Path, steps: int) -> list[dict[str, float]]:
     return [json.loads(line) for line in seen.read_text().splitlines()]
 
 
-def flat(folder: Path, steps: int, cpu: bool) -> None:
-    found = looks(folder, steps)
+def flat(folder: Path, steps: int, micro_batch: int, cpu: bool) -> None:
+    found = looks(folder, steps, micro_batch)
     warm = [look for look in found if steps * 0.15 <= look["step"] <= steps * 0.35]
     end = [look for look in found if look["step"] >= steps * 0.8]
     memory = [statistics.median(look["resident"] for look in part) for part in (warm, end)]
@@ -75,10 +76,10 @@ def flat(folder: Path, steps: int, cpu: bool) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
 def test_1000_steps_grow_neither_memory_nor_open_files(tmp_path: Path) -> None:
-    flat(tmp_path, 1000, cpu=False)
+    flat(tmp_path, 1000, 4, cpu=False)  # one micro-batch a step
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
 def test_20000_steps_are_flat_in_memory_open_files_and_cpu_time(tmp_path: Path) -> None:
-    flat(tmp_path, 20_000, cpu=True)
+    flat(tmp_path, 20_000, 2, cpu=True)

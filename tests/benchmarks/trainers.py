@@ -217,6 +217,8 @@ def main() -> None:
                     line += [f"run={shape}-{len(results)}-{who.replace(', ', '-')}", *WHO.get(who, [])]
                     done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
                     results.append(json.loads(done.stdout.splitlines()[-1]))
+                    # At once: the rows below come when all of this shape is done, and a later run may fail.
+                    print(f"{shape}, {who}: {results[-1]['tokens_per_second']:,.0f}", file=sys.stderr, flush=True)
             for who, results in found.items():
                 speeds = [each["tokens_per_second"] for each in results]
                 others = {k: v for k, v in results[-1].items() if k != "tokens_per_second"}
