@@ -7,7 +7,7 @@ The public API is imported when it is first used, so that `import llm` and every
     run = llm.train(recipe)
     run.generate("My self Har", tokens=50)
 
-llm/README.md draws the rooms of the package.
+llm/README.md draws the layers of the package.
 """
 
 from typing import TYPE_CHECKING, Any

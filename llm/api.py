@@ -63,9 +63,9 @@ def train(
     - `on_log(line)` gets each line of metrics.jsonl as a dict, on rank 0. If it raises, it is not called again and
       training goes on; `signal.raise_signal(signal.SIGINT)` in it stops the run as Ctrl-C does.
 
-    Each checkpoint names the parts that were given. A run resumes only with a model and an optimizer of its own if it
-    began with them. Its checkpoints with a model of its own are not Hugging Face folders, and are not exported. The
-    memory, traffic and utilisation that a run reports are those of our own model and optimizer.
+    Each checkpoint names the parts that were given. A run that began with a caller's model or optimizer resumes only
+    with one, and any other run only without. Checkpoints of a caller's model are not Hugging Face folders and cannot be
+    exported. The memory, traffic and utilisation that a run reports are those of our own model and optimizer.
     """
     from llm.interop.pretrained import ready
     from llm.training.context import Parts, qualified_name

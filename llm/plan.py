@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", metavar="FILE", help="propose recipes for this text: a file, or a packaged text")
     parser.add_number("--hours", kind=float, least=1e-3, most=1e4, help="of training that --text may plan with")
     parser.add_argument(
-        "--ladder", action="store_true", help="train three tiny models on the text first, to expect more"
+        "--ladder", action="store_true", help="train three tiny models on the text first, for narrower expectations"
     )
     given = parser.parse_args(arguments)
     if given.text and given.recipe and "=" in str(given.recipe):

@@ -1,1 +1,1 @@
-"""Errors, durable files, hashing and constants: what every room stands on."""
+"""Errors, durable files, hashing and constants: the lowest layer, on which all others build."""

@@ -1,4 +1,4 @@
-"""Values that several rooms share."""
+"""Values that several packages share."""
 
 IGNORED = -100  # target value of positions without a loss
 

@@ -158,7 +158,7 @@ class Place:
         self._begin = offset
 
     def watched(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """The same chunks, kept for `digest` until then; where they begin within a text, without the byte before."""
+        """The same chunks, of which `digest` gets a copy; the byte before `offset`, if there is one, is not copied."""
         self._held, self._begin = [], self.offset
 
         def kept(before: int) -> Iterator[bytes]:
@@ -182,7 +182,7 @@ def cut_documents(
 ) -> Iterator[bytes]:
     """The documents of a text that comes in `chunks`; they do not depend on where the chunks end.
 
-    `place` says where the chunks begin, and is moved behind each document.
+    `place` says where the chunks begin, and is moved past each document.
     """
     source, place = iter(chunks), place or Place()
     text, begin, more = b"\n", 1, True  # the byte before `begin` is kept: it tells whether a line begins there
@@ -312,7 +312,7 @@ class Corpus:
     ) -> Iterator[bytes]:
         """Every document in order, its bytes exactly as in the text; `notes` counts cuts and omissions.
 
-        They begin at `place`, which is moved behind each document, and has a digest of the text with `watch`.
+        They begin at `place`, which is moved past each document; with `watch` it can digest the text that was read.
         """
         counted: Counter[str] = Counter() if notes is None else notes
         here = place or Place()

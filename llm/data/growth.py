@@ -1,4 +1,4 @@
-"""Texts that grow: appended to, edited, of more files or of fewer.
+"""Texts that change: appended to, edited, with files added or removed.
 
 The cache remembers how each text was last prepared. When the same names hold another text of which at least half is as
 it was, its tokenizer, its rules and the fraction held out stay, so that each document that stays remains on its side;

@@ -1,13 +1,13 @@
 """Prepare a text: survey it, train its tokenizer and write its token shards, each once and cached by content.
 
-The road of the data, and the module of each stage:
+The stages that the data passes through, and the module of each:
 
 1. file -> chunks of text      sources.py, text_files.py   read, decompressed, checked to be UTF-8
 2. chunks -> documents         documents.py                cut by a rule; their bytes are not altered
-3. survey and split            pipeline.py                 digest and sizes; a hash of each document picks its side
+3. survey and split            survey.py                   digest and sizes; a hash of each document picks its side
 4. tokenizer                   tokenizer.py                trained on the training side; hf_tokenizer.py for others'
 5. documents -> blocks of ids  encoding.py                 in threads or processes; sharing.py: on several machines
-6. blocks -> shards            shards.py                   Arrow files, mapped and read as one row of tokens
+6. blocks -> shards            shard_writer.py             Arrow files; shards.py maps them, one row of tokens
 7. shards -> windows           shuffle.py, packing.py      the window at each position, a function of the seed
 8. windows -> batches          batches.py                  the windows of a step and rank
 

@@ -46,16 +46,15 @@ def write(
 ) -> Iterator[int]:
     """Encode `documents` into shards in `folder`; yields the bytes of text done so far, step by step.
 
-    They are conversations if `chat`.
-    Files that an earlier, killed call finished are kept if they match its journal. `about` goes into the manifest. The
-    caller holds the folder's lock and passes the same documents as in the earlier call. With 0 `processes`, this
-    process encodes; the files are the same bytes for any number.
+    With `chat` they are conversations. Files that an earlier, killed call finished are kept if they match its journal.
+    `about` goes into the manifest. The caller holds the folder's lock and passes the same documents as in the earlier
+    call. With 0 `processes`, this process encodes; the files are the same bytes for any number.
 
-    Documents may begin behind the first `before` (train, validation) ones if all these are in `files`, which
-    `finished` gave, or are the first of `known`; the tokens of others that are `known` are copied too.
+    `documents` may leave out the first `before` (train, validation) ones if all of these are in `files`, which
+    `finished` returned, or are the first of `known`; the tokens of other `known` documents are copied too.
 
-    Where the blocks are `shared` with other machines, all encode the documents behind the first `begin`, although this
-    one may have more of them in files, or writes none.
+    Where the blocks are `shared` with other machines, all encode the documents after the first `begin`, even if this
+    one has more of them in files, or writes none.
     """
     files = {side: [] for side in SIDES} if not writes else finished(folder) if files is None else files
     begin = counts(files) if begin is None else begin

@@ -163,8 +163,8 @@ def _size(read: tuple[bytes, float, int]) -> int:
 class Reading:
     """Reads a text, in segments that need not be read again when it grows or a preparation is killed.
 
-    A segment ends where reading can begin, behind SEGMENT bytes. The digest of a text is that of its documents, or, of
-    a text of several segments, that of their digests.
+    A segment ends at the first place after SEGMENT bytes where reading can begin. The digest of a text is that of its
+    documents, or, of a text of several segments, that of their digests.
     """
 
     def __init__(self, corpus: Corpus, val_fraction: float, known: Sequence[dict[str, Any]] = ()) -> None:

@@ -56,9 +56,9 @@ class Coordinator:
         return int(box)
 
     def blamed(self, error: RuntimeError, among: Sequence[int] = ()) -> Exception:
-        """`error`, or if a peer is gone a GroupError that names it: a rank whose recorded progress is not ours.
+        """A GroupError that names the lost peer if `error` came from the group, otherwise `error` itself.
 
-        It is sought `among` these ranks, or all.
+        The lost peer is a rank, `among` these or all, whose last recorded progress differs from this rank's.
         """
         if self.group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return error

@@ -282,9 +282,9 @@ def as_it_was() -> Iterator[None]:
 
 
 def _leave_to_recipe(on_cpu: bool) -> None:
-    """Let Accelerate hear from its environment no more than the place of this process: the recipe decides the rest.
+    """Hide from Accelerate all but this process's rank and world size, since the recipe decides the rest.
 
-    Says which of a configuration's wishes are not taken.
+    Prints which settings of an accelerate configuration are ignored.
     """
     for name, (nothing, key) in DECIDED.items():
         if (value := os.environ.get(f"ACCELERATE_{name}", nothing).lower()) != nothing:

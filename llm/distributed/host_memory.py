@@ -11,7 +11,7 @@ KIB = 1024
 
 
 def has_room(size: int, processes: int = 1) -> bool:
-    """Whether each of `processes` like this one can take `size` bytes more and still reach its peak so far again."""
+    """Whether `processes` like this one can each allocate `size` more bytes and still grow to their previous peak."""
     own = _fields(Path("/proc/self/status"))
     growth = KIB * (own.get("VmHWM", 0) - own.get("VmRSS", 0))
     return processes * (size + size // 20 + growth) <= available()

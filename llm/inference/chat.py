@@ -73,7 +73,7 @@ class Conversation:
             said = said[2:]
 
     def answer(self, text: str, tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:
-        """The answer to `text`, piece by piece. What was yielded is kept in `messages`, even if the caller stops."""
+        """Yield the answer to `text`, piece by piece. `messages` keeps the part yielded, even if the caller stops."""
         ids = self.prompt(text, tokens)
         stream, spoken = TextStream(self.run.tokenizer), ""
         tokens = min(tokens, self.run.model.shape.context - len(ids) + 1)

@@ -1,1 +1,1 @@
-"""Baselines for a text and hints on a run."""
+"""Surveys of a text, baselines, plans, expectations, hints and reports."""

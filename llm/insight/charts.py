@@ -64,9 +64,9 @@ def chart(
 ) -> Chart | None:
     """A chart of the series with a horizontal line at each of `levels`; None where there is nothing to draw.
 
-    `log`: a logarithmic scale where values span more than a factor of 20. What is drawn thinly is averaged to POINTS,
-    and the first twentieth of a long line may leave the top: it would leave no room for the rest. So may what is above
-    `most`, unless all of it is.
+    `log`: a logarithmic scale where values span more than a factor of 20. Lines with more than POINTS
+    points are averaged; those not `marked` may run off the top in their first twentieth, which would squash the rest.
+    So may values above `most`, unless all are.
     """
     series = [Series(each.name, thinned(each.points), each.colour, each.marked) for each in series if each.points]
     if not series:

@@ -227,7 +227,7 @@ def conversations(tokenizer: Tokenizer, count: int = CONVERSATIONS, seed: int = 
 
 
 def _spells(text: str, tokenizer: Tokenizer) -> bool:
-    """True if the text spells a special piece out, which a road that renders to text first takes for that piece."""
+    """True if the text spells out a special piece, which a program that renders to text first takes for that piece."""
     ids = tokenizer.controls if tokenizer.is_exact_bpe else tokenizer.ends
     return any(tokenizer.piece(id) in text for id in (*ids, tokenizer.bos)) or "<unk>" in text
 

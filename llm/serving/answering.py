@@ -22,7 +22,7 @@ class Limits:
     body: int = 1 << 20  # bytes
     body_seconds: float = 20.0
     tokens: int = 4096  # new ones of an answer
-    seconds: float = 600.0  # of an answer, which ends there as at its length
+    seconds: float = 600.0  # of an answer; then it ends as if it had reached its length
 
 
 async def body_of(limits: Limits, request: Request) -> bytes:
@@ -68,7 +68,7 @@ async def _within(seconds: float) -> AsyncIterator[None]:
 async def reply(
     engine: Engine, limits: Limits, request: Request, asked: Common, jobs: list[Job], echoes: list[str] | None
 ) -> Response:
-    """Run the jobs and answer whole or as a stream. Whoever hangs up frees their places."""
+    """Run the jobs and answer whole or as a stream. A client that disconnects frees its slots."""
     run, is_chat = jobs[0].checkpoint.run, isinstance(asked, Chat)
     writer = Writer(run.folder.name, run.name, run.tokenizer, is_chat, asked.likeliest is not None)  # type: ignore[attr-defined]
     choices = [Choice(index, job, asked.stops) for index, job in enumerate(jobs)]

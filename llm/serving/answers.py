@@ -81,7 +81,7 @@ class Choice:
 
 @dataclass
 class Writer:
-    """The shapes of one request's answer. `model` is the run; `fingerprint` the checkpoint that says all of it."""
+    """Formats one request's answer. `model` names the run, `fingerprint` the checkpoint that generates all of it."""
 
     model: str
     fingerprint: str

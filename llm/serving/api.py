@@ -105,7 +105,7 @@ def _ended(server: Server, task: "asyncio.Task[Any]") -> None:
 
 
 class Gate:
-    """Before every request: who may ask, and whether the server still answers."""
+    """Middleware: refuses requests by size, host, origin and key, and with 503 while the server shuts down."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server

@@ -1,4 +1,7 @@
-"""machine.compile: auto. Shape, length and compiler decide before the first step, for all ranks; no timing does."""
+"""Resolves machine.compile = auto before the first step, alike on all ranks.
+
+The model's shape, the run's length and a trial of the compiler decide. Nothing is timed, so the choice is repeatable.
+"""
 
 from dataclasses import replace
 

@@ -29,7 +29,7 @@ HeldOut: TypeAlias = tuple[float, int, int, float]  # loss (a sum in nats), targ
 
 
 class Evaluator:
-    """`metrics` are those of the evaluation at this very step, empty before it; `best` and `curve` of the run."""
+    """Evaluates a run. `metrics`: results at this step, empty before; `best`, `curve`: of the run so far."""
 
     def __init__(self, context: RunContext, state: TrainState, monitor: Monitor) -> None:
         self.context, self.state, self.monitor = context, state, monitor
@@ -61,7 +61,7 @@ class Evaluator:
 
     @torch.no_grad()
     def before(self, micro_batch: int) -> None:
-        """Record the losses of the initial weights on both texts, and change nothing else."""
+        """Record the losses of the initial weights, evaluate.also included; leave `best` and `curve` as they are."""
         best, curve = self.best, self.curve
         self._measure(micro_batch)
         self.metrics, self.best, self.curve = {}, best, curve

@@ -1,4 +1,4 @@
-"""Out of memory: recognised here, and nowhere else."""
+"""Memory: recognise that it ran out (only here), free what an exception holds, measure the peak."""
 
 import re
 import sys

@@ -58,7 +58,7 @@ class MicroBatches:
         if process.world() > 1 or not settings.micro_batch_is_auto or settings.exact:
             other = "use another run=NAME" if settings.exact else "run the same command again"
             raise GroupError(f"{short}: {other} with machine.micro_batch={size}")
-        if self.compiled:  # as a process would that starts with this size
+        if self.compiled:  # compile anew, as a process that starts with this size would
             torch._dynamo.reset()
         self.size, self.compiled = size, False
         with still_there(self.context.folder):
@@ -122,7 +122,7 @@ class MicroBatches:
         for block in blocks:
             block.compile()
         on_cpu, precision = self.context.device.type == "cpu", self.context.settings.precision
-        compile_loss(not (on_cpu and precision == "fp32"))  # there the products are all but all of it
+        compile_loss(not (on_cpu and precision == "fp32"))  # there products take nearly all of the time
         try:
             self._forward_backward(self.size)
         except TorchDynamoException as error:

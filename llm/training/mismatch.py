@@ -6,11 +6,11 @@ from llm.config.schema import Recipe, science
 from llm.run_folder.checkpoint import Checkpoint
 from llm.training.context import Parts
 
-# Which tensors there are of weights and moments.
+# Keys that decide which weight and moment tensors exist, and their shapes.
 SHAPE = (
     "model.layers", "model.dim", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn_dim", "model.tied",
     "train.optimizer")  # fmt: skip
-# Keys that follow from others where their length is one in tokens or epochs, or they are `auto`.
+# Keys that are computed from others where the length is in tokens or epochs, or where they are `auto`.
 FOLLOWS = {
     "train.steps": {"train.tokens_per_step"},
     "model.dropout": {"train.steps", "train.tokens_per_step"},
@@ -38,9 +38,9 @@ def refuse_shape(source: Checkpoint, recipe: Recipe) -> None:
 
 
 def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: str) -> None:
-    """RefusedError that names what the run was trained with, where this recipe's science half or text is another.
+    """RefusedError if this recipe's science half or text differs from that of the run; it names what the run had.
 
-    That is the text, as much else follows from it, or the first key that differs and follows from no other.
+    It names the text first, since many keys follow from it, else the first differing key that follows from no other.
     """
     other = "take another run=NAME"
     ways = f"{other}, or start a new run from it with run=NAME from={recipe.run}/{found.folder.name}"

@@ -9,14 +9,14 @@ from llm.training.context import RunContext
 
 COUNTED = 1 << 22  # tokens of the training side that tell how frequent each piece is, the first ones
 POWER = 0.75  # a piece is drawn in proportion to its frequency to this power
-SURE = 1 << 32  # the chance of a piece that is always drawn
+SURE = 1 << 32  # stands for the inclusion probability 1, of a piece that is always drawn
 
 
 class SampledSoftmax:
-    """Draws pieces for each step, frequent ones more often or always. One drawn with chance p stands for 1 / p pieces.
+    """Draws pieces for each step, frequent ones more often or always. One drawn with probability p counts 1 / p.
 
-    Systematic sampling (Madow, 1949): the pieces lie in a row, each as long as its chance, and are met by a comb of
-    distance SURE whose offset follows from (seed, step) alone. So the draw is the same on every rank.
+    Systematic sampling (Madow, 1949): the pieces lie in a row, each as long as its inclusion probability, and a comb
+    with teeth SURE apart picks those it hits. Its offset follows from (seed, step) alone, so all ranks draw alike.
     """
 
     def __init__(self, context: RunContext) -> None:

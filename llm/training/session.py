@@ -45,7 +45,7 @@ class Start:
     begun: bool = False
 
     def is_refused_by(self, error: BaseException) -> bool:
-        """Whether the recipe, the text or what is in the folder ends this start, and not a fault on the way."""
+        """Whether `error` refuses this start for its recipe, text or folder, before any training has begun."""
         refused = isinstance(error, LLMError) and error.status in (RecipeError.status, RefusedError.status)
         return refused and not self.begun
 
@@ -165,7 +165,7 @@ def _status(run: Path, start: Start) -> Iterator[None]:
 
 @contextmanager
 def _undone_if_refused(run: Path, start: Start, coordinator: Coordinator) -> Iterator[None]:
-    """Remove the folder again that a refused start has made, of a run that has not trained yet."""
+    """Remove the run folder if a start that was refused created it and nothing was trained in it."""
     try:
         yield
     except LLMError as error:

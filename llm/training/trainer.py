@@ -35,7 +35,7 @@ from llm.training.stopping import ON_PANEL, StopRequest
 
 
 class Trainer:
-    """One run, in this process: parts around one context and one state."""
+    """Trains one run in this process; its parts share one RunContext and one TrainState."""
 
     def __init__(self, context: RunContext, stop_at: int = -1) -> None:
         self.context, self.recipe = context, context.recipe
@@ -105,9 +105,9 @@ class Trainer:
         return self.gradient_step.apply(sums, self.length.lr_factor(step))
 
     def depth(self, step: int) -> int:
-        """Blocks that update `step` trains: all where they may not be the identity.
+        """Blocks that update `step` trains: the first half during a shallow start, otherwise all.
 
-        That is in a run that goes on from another's checkpoint, and in a caller's own model.
+        All, too, where the second half may not be the identity: after `from`, and in a caller's own model.
         """
         layers, fresh = self.recipe.model.layers, self.recipe.from_ is None and self.context.parts.model is None
         return -(-layers // 2) if fresh and step < cost.shallow_steps(self.recipe.train) else layers
@@ -187,7 +187,7 @@ class Trainer:
 
 
 class StepClock:
-    """Seconds a step, without what happens between steps."""
+    """Measures seconds per step, leaving out logging, evaluating and saving between steps."""
 
     def __init__(self, step: int) -> None:
         self.seconds, self.since = 0.0, step
