@@ -1,5 +1,6 @@
 """The public API: load a recipe, train it in this process, open a run, let it generate and score it."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,10 +21,10 @@ PACKAGED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "
 def recipes(name: str) -> Path:
     """The file of a packaged recipe, such as "quickstart". RecipeError names those that there are."""
     folder = next(folder for folder in PACKAGED if folder.is_dir())
-    if not (path := folder / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
-        raise RecipeError(f"there is no packaged recipe {name!r}: there are {known}")
-    return path
+    known = sorted(each.stem for each in folder.glob("*.yaml"))
+    if name not in known:
+        raise RecipeError(f"there is no packaged recipe {name!r}: there are {', '.join(known)}")
+    return folder / f"{name}.yaml"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -32,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     RecipeError for anything that is wrong in it.
     """
     path = Path(path)
-    named = not path.suffix and path.name == str(path) and not path.exists()
+    named = not path.suffix and path.name == str(path) and not os.path.exists(path)  # noqa: PTH110 (pathlib's raises where a name is too long)
     return load(recipes(str(path)) if named else path, tuple(overrides))
 
 

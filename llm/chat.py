@@ -115,8 +115,10 @@ def save(conversation: "Conversation", name: str) -> None:
         raise RecipeError("write /save FILE.jsonl, after a first answer")
     said = checked("the conversation", {"messages": [*conversation.system, *conversation.exchanges]})
     try:
-        with Path(name).expanduser().open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": said}, ensure_ascii=False) + "\n")
+        path = Path(name).expanduser()
+        gap = "\n" if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n") else ""
+        with path.open("a", encoding="utf-8") as file:
+            file.write(gap + json.dumps({"messages": said}, ensure_ascii=False) + "\n")
     except (OSError, RuntimeError, ValueError) as error:
         raise RecipeError(f"{name[:200]} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     tell(f"(added to {name})")

@@ -70,7 +70,8 @@ def server(folders: Sequence[Path], port: int) -> ThreadingHTTPServer:
 
     def version() -> str:
         paths = [folder / name for folder in folders for name in ("metrics.jsonl", "status.json")]
-        return " ".join(f"{s.st_mtime_ns}-{s.st_size}" for s in (path.stat() for path in paths if path.exists()))
+        found = [path.stat() for path in paths if path.exists()]
+        return " ".join(f"{each.st_mtime_ns}-{each.st_size}" for each in found) or "none"
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -83,7 +84,7 @@ def server(folders: Sequence[Path], port: int) -> ThreadingHTTPServer:
             try:
                 with making:
                     if (now := version()) not in made:
-                        data = page(folders, now or "none", secrets.token_hex(8)).encode()
+                        data = page(folders, now, secrets.token_hex(8)).encode()
                         made.clear()
                         made[now] = data
                     data = made[now]

@@ -60,5 +60,8 @@ def test_packaged_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert llm.load_recipe("quickstart", ["run=try"]).run == "try"
     with pytest.raises(RecipeError, match=r"no packaged recipe 'slowstart'.*quickstart"):
         llm.load_recipe("slowstart")
+    for name in ("a" * 300, "a\0b", "\ud800"):
+        with pytest.raises(RecipeError):
+            llm.load_recipe(name)
     with pytest.raises(AttributeError):
         llm.nothing  # noqa: B018

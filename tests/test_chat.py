@@ -110,6 +110,7 @@ def at_terminal(here: Path, *arguments: str, act: Callable[[], None] | None = No
 
 def test_a_conversation_at_a_terminal(talk: Path) -> None:
     """Typed, pasted, taken back, instructed, saved, begun anew; each message sees those before it."""
+    (talk / "said.jsonl").write_text('{"messages": []}')  # without a line end
     with at_terminal(talk, "--tokens", "8") as terminal:
         terminal.type("The river\n")
         terminal.until("> $")
@@ -126,7 +127,7 @@ def test_a_conversation_at_a_terminal(talk: Path) -> None:
             terminal.until("> $")
         terminal.type("\x04")
         assert terminal.status() == 0
-    (row,) = [json.loads(line)["messages"] for line in (talk / "said.jsonl").read_text().splitlines()]
+    (_, row) = [json.loads(line)["messages"] for line in (talk / "said.jsonl").read_text().splitlines()]
     assert [each["role"] for each in row] == ["system", "user", "assistant"]
     assert row[0]["content"] == "Be kind." and row[1]["content"] == "The river" and row[2]["content"]
 

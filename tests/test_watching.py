@@ -141,6 +141,19 @@ def test_a_validation_shard_damaged_in_mid_run_is_named_and_the_training_goes_on
     assert "nothing to do" in run(train(recipe), tmp_path).out
 
 
+def test_a_run_measured_at_its_start_alone_ends_as_any_other(tmp_path: Path, text: Path) -> None:
+    other = write_text(tmp_path / "other.txt", documents=40)
+    keys = {"text.cache": tmp_path / "cache", "evaluate.also": f"[{other}]"}
+
+    def act() -> None:
+        for shard in (tmp_path / "cache").glob("shards/*/validation-00000.arrow"):
+            garbage(shard)
+
+    done = run(during(recipe_of(tmp_path, text, **keys), 4, act), tmp_path)
+    assert done.status == 0 and "Saved in" in done.out, done.err
+    assert [line["step"] for line in evaluations(tmp_path) if "bits_per_byte" in line] == [0]
+
+
 def spoiling_evaluation(recipe: Path, value: float, rank: int = 0) -> Callable[[], None]:
     def act() -> None:
         forward = llm.training.trainer.Transformer.forward
@@ -390,7 +403,7 @@ def test_a_stopped_training_is_saved_though_its_terminal_is_gone(tmp_path: Path,
 
 def closed(act: Callable[[], None]) -> Callable[[], None]:
     def without() -> None:
-        sys.stdout = sys.stderr = None  # type: ignore[assignment]  # as Python has it after `>&- 2>&-`
+        sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]  # as after `<&- >&- 2>&-`
         act()
 
     return without
@@ -399,6 +412,8 @@ def closed(act: Callable[[], None]) -> Callable[[], None]:
 def test_a_training_needs_no_console_at_all(tmp_path: Path, text: Path, whole: Path) -> None:
     assert run(closed(train(recipe_of(tmp_path, text))), tmp_path).status == 0
     assert digest(tmp_path) == digest(whole)
+    for command in (("sample", "tiny", "--prompt", "The river"), ("sample", "tiny"), ("evaluate", "tiny")):
+        assert run(closed(script(f"module:llm.{command[0]}", *command[1:])), tmp_path).status == 0, command
 
 
 def in_ascii(act: Callable[[], None]) -> Callable[[], None]:

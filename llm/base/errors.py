@@ -65,6 +65,7 @@ def as_disk_error(error: OSError) -> LLMError | None:
         **dict.fromkeys((errno.EIO, errno.EROFS), "repair it or choose another place, and run the same command again"),
         **dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.ESTALE), "choose a place on another disk"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or run in a folder of your own"),
+        errno.ENAMETOOLONG: "choose a shorter name",
     }
     if error.errno not in remedies:
         return None
@@ -160,7 +161,9 @@ def _has_no_reader(output: TextIO) -> bool:
 
 
 def _open_console() -> None:
-    """Make stdout and stderr escape characters they cannot encode, and open a null device in place of a closed one."""
+    """Open a null device in place of a closed stream; stdout and stderr escape characters that they cannot encode."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
     for name in ("stdout", "stderr"):
         output = getattr(sys, name)
         if output is None:

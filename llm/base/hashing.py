@@ -1,4 +1,4 @@
-"""Integer hashing, the source of all randomness: data order, initial weights and dropout."""
+"""Integer hashing, from which the order of the data, initial weights and sampled pieces follow."""
 
 MASK = (1 << 64) - 1
 

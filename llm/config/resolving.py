@@ -173,7 +173,7 @@ def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
 
 def cpu_micro_batch(windows: int, context: int) -> int:
     """machine.micro_batch = auto on a CPU, for a process that reads this many windows a step."""
-    return max((n for n in range(1, windows + 1) if windows % n == 0 and n <= CPU_TOKENS // context), default=1)
+    return max((n for n in range(1, min(windows, CPU_TOKENS // context) + 1) if windows % n == 0), default=1)
 
 
 def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:

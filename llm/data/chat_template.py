@@ -18,7 +18,6 @@ from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import CONTROLS, Tokenizer
 
 CONTEXT, ANSWER, TURN = 0, 1, 2  # parts of ids: only read; to be learnt; the first of a user's turn, only read
-MARKERS = dict(zip(ROLES, CONTROLS, strict=False))
 END = CONTROLS[-1]
 GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 STAND_IN = re.compile("\ue000\\d+\ue001")
@@ -244,14 +243,12 @@ def _overlapping(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarra
 
 
 def _compiled(source: str) -> Any:
-    """The template in transformers' settings of jinja2. RecipeError without jinja2, RefusedError for a faulty one."""
-    try:
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise RecipeError("a chat template is rendered with the package jinja2: pip install -e '.[export]'") from None
+    """The template in transformers' settings of jinja2. RefusedError for a faulty one."""
     import json
     from datetime import datetime
+
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}`: what it holds is written as it is, and its place noted."""

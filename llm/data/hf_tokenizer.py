@@ -123,11 +123,11 @@ def load(folder: Path) -> Tokenizer:
     if not (folder / FILE).is_file():
         return Tokenizer.load(folder / "tokenizer.model")
     manifest = atomic_io.read_checksummed(folder / MANIFEST)
-    files = {name: folder / name for name in manifest["files"] if name in (FILE, *EXTRA_FILES)}
-    for name, path in files.items():
-        if not path.is_file() or atomic_io.digest_of(path.read_text(errors="replace")) != manifest["files"][name]:
-            raise RefusedError(f"{path} is missing or damaged: its digest is not the recorded one")
-    data = {name: path.read_bytes() for name, path in files.items()}
+    digests = {name: digest for name, digest in manifest["files"].items() if name in (FILE, *EXTRA_FILES)}
+    data = {name: (folder / name).read_bytes() for name in digests if (folder / name).is_file()}
+    for name, digest in digests.items():
+        if name not in data or atomic_io.digest_of(data[name].decode(errors="replace")) != digest:
+            raise RefusedError(f"{folder / name} is missing or damaged: its digest is not the recorded one")
     bos, ends, vocab_size = (manifest[name] for name in ("bos", "ends", "vocabulary"))
     return HFTokenizer(data, bos=bos, ends=ends, vocab_size=vocab_size, name=str(folder))
 
@@ -136,6 +136,11 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a model folder with this config.json. RefusedError if it cannot be used."""
     vocab_size = config["vocab_size"]
     files = {name: (folder / name).read_bytes() for name in (FILE, *EXTRA_FILES) if (folder / name).is_file()}
+    for name, data in files.items():
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            raise RefusedError(f"{folder / name} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
     about = _settings(files, EXTRA_FILES[1]) | _settings(files, EXTRA_FILES[0])
     if "auto_map" in about:
         raise RefusedError(f"{folder / EXTRA_FILES[0]} asks for code of its own (auto_map), which is not run here")

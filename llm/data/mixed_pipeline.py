@@ -116,9 +116,9 @@ def find_shards(recipe: Recipe) -> AnyShards | None:
     tokenizer = Tokenizer.load(atomic_io.expanded(path)) if path else _made_before(recipe)
     if tokenizer is None or any(name.startswith("hub:") for name in recipe.text.names):
         return None
-    found = {}
+    found: dict[str, Shards] = {}
     for source in recipe.text.sources:
-        shards = pipeline.last_shards(cache, alone(recipe, source), None if path else tokenizer)
+        shards = pipeline.last_shards(cache, alone(recipe, source), None if path and not found else tokenizer)
         if shards is None:
             return None
         found[source.name] = shards

@@ -110,7 +110,7 @@ def from_byte(chunks: Iterable[bytes], offset: int) -> Iterator[bytes]:
     """The chunks without the first `offset` bytes."""
     for chunk in chunks:
         if offset < len(chunk):
-            yield chunk[offset:] if offset else chunk
+            yield chunk[offset:]
         offset = max(0, offset - len(chunk))
 
 

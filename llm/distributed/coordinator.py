@@ -45,12 +45,9 @@ class Coordinator:
             return number
         if after:
             self.kv_store.set(str(rank()), after)
-        return self._all_reduce(number, dist.ReduceOp.MAX, self.patient if patient else self.group)
-
-    def _all_reduce(self, number: int, op: Any, group: Any) -> int:
         box = torch.tensor([number], dtype=torch.int64)
         try:
-            dist.all_reduce(box, op=op, group=group)
+            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.patient if patient else self.group)
         except RuntimeError as error:
             raise self.blamed(error) from error
         return int(box)

@@ -178,8 +178,7 @@ def _micro_batch(recipe: Recipe, known: dict[str, Any], coordinator: Coordinator
         return recorded
     windows, per_rank = recipe.windows_per_step, recipe.windows_per_step // process.world()
     if recipe.machine.exact:  # part of what decides the bits, so it must not depend on the world
-        sizes = [n for n in range(1, windows + 1) if windows % n == 0 and windows // n in EXACT_MICRO_BATCHES]
-        return sizes[0] if sizes else 1
+        return next((windows // n for n in EXACT_MICRO_BATCHES if windows % n == 0), 1)
     return cpu_micro_batch(per_rank, recipe.model.context)
 
 

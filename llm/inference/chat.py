@@ -1,5 +1,6 @@
 """A conversation with a model: its history, cut to the context a whole exchange at a time, and answers as they come."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -59,18 +60,21 @@ class Conversation:
         """The ids before the answer to `text`. RecipeError if the context cannot hold it alone."""
         context, system = self.run.model.shape.context, self.system
         room = context - min(tokens, context // ROOM)
-        said = whole = self.exchanges
-        while True:
-            ids = self.template.prompt([*system, *said, {"role": "user", "content": text}])
-            if len(ids) <= room:
-                self.dropped = len(whole) - len(said)
-                return ids
-            if not said:
-                raise RecipeError(
-                    f"a message of {len(ids):,} tokens, its markers and the system message included, is longer than "
-                    f"the {room:,} of the context of {context:,} that an answer leaves: shorten it"
-                )
-            said = said[2:]
+        whole = self.exchanges
+
+        def ids(dropped: int) -> list[int]:
+            return self.template.prompt([*system, *whole[2 * dropped :], {"role": "user", "content": text}])
+
+        # By halves: a request may bring thousands of exchanges.
+        fewest = bisect_left(range(len(whole) // 2), True, key=lambda dropped: len(ids(dropped)) <= room)
+        found = ids(fewest)
+        if len(found) > room:
+            raise RecipeError(
+                f"a message of {len(found):,} tokens, its markers and the system message included, is longer than "
+                f"the {room:,} of the context of {context:,} that an answer leaves: shorten it"
+            )
+        self.dropped = 2 * fewest
+        return found
 
     def answer(self, text: str, tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:
         """Yield the answer to `text`, piece by piece. `messages` keeps the part yielded, even if the caller stops."""

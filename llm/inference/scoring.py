@@ -211,7 +211,8 @@ def _loss(run: LoadedRun, tokens: Tensor, targets: Tensor, segments: Tensor | No
     """The sum of the losses of windows (B, T), in nats; with the arithmetic of decoding where that is in int8."""
     decoder = PREPARED.get(run.model)
     if decoder is None or not decoder.int8:
-        return float(run.model(tokens, targets, segments=segments).item())
+        given = {} if segments is None else {"segments": segments}  # which a caller's own model may not take
+        return float(run.model(tokens, targets, **given).item())
     nats = 0.0
     for row in range(len(tokens)):
         ends = [] if segments is None else (segments[row].diff().nonzero()[:, 0] + 1).tolist()

@@ -125,7 +125,7 @@ def _joined(placed: list[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def thinned(points: Points) -> Points:
-    """At most POINTS points: means of neighbours, the last point as it is."""
+    """At most POINTS + 1 points: means of neighbours, the last point as it is."""
     size = math.ceil(len(points) / POINTS)
     if size <= 1:
         return points

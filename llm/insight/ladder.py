@@ -22,7 +22,7 @@ from llm.base.durations import readable
 from llm.base.errors import RecipeError, TextError
 from llm.config.reading import load
 from llm.config.resolving import MANY_EPOCHS, resolve
-from llm.config.schema import Checkpoint, Evaluate, Model, Recipe, Text, Tokenizer, Tracking, Train
+from llm.config.schema import Checkpoint, Evaluate, Model, Recipe, Text, Tokenizer, Train
 from llm.data.sources import WIKI, Source, sources_of, wiki_documents
 from llm.insight import planning
 from llm.insight.cards import Device
@@ -129,6 +129,8 @@ def law_of(text: str) -> Law:
     Gzip says little about what a model will reach, so the interval is wide; TextError for a text that is not there.
     """
     pieces = [each for each in _pieces(text) if each]
+    if not pieces:
+        raise TextError(f"{text[:80]}: there is nothing in it: put your text there")
     ratio = sum(8 * len(zlib.compress(each, 6)) for each in pieces) / sum(map(len, pieces)) / ENGLISH_GZIP
     within = WITHIN if text == "wiki-leads" else UNKNOWN_TEXT + abs(math.log(ratio)) / 2
     return Law(math.sqrt(ratio) if text != "wiki-leads" else 1.0, within, MEASURED[1])
@@ -335,8 +337,7 @@ def _candidate(text: str, device: Device, hours: float, law: Law, shape: Model, 
 
 def _tokens_per_step(tokens: float, context: int) -> int:
     """1,024 for half a million tokens, growing with their number to the power 0.4: a power of two of windows."""
-    wanted = 1024 * (tokens / 5e5) ** 0.4
-    return context * 2 ** max(2, round(math.log2(max(1.0, wanted / context)))) if wanted >= 4 * context else 4 * context
+    return context * 2 ** max(2, round(math.log2(max(1.0, 1024 * (tokens / 5e5) ** 0.4 / context))))
 
 
 def _recipe(run: str, text: str, shape: Model, vocab_size: int, per_step: int) -> Recipe:
@@ -349,7 +350,6 @@ def _recipe(run: str, text: str, shape: Model, vocab_size: int, per_step: int) -
             model=shape,
             train=Train(tokens=per_step, tokens_per_step=per_step, decay=0.6),
             evaluate=Evaluate(prompts=("auto",)),
-            tracking=Tracking(),
         )
     )
 

@@ -24,7 +24,6 @@ _FACTORS = _RANDOM.integers(1, 1 << 31, HASHES, dtype=np.uint32) * np.uint32(2) 
 _BETWEEN = np.array([byte < 128 and not chr(byte).isalnum() for byte in range(256)])  # words
 _LEADS = np.arange(256) >= 0xE0  # of characters of three or four bytes, as in Chinese: each is a word
 _BASE = 0x9E3779B97F4A7C15
-_ONE = np.uint64(1)
 
 
 class _Powers:

@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from llm.base.durations import readable
@@ -22,7 +23,7 @@ from llm.data import hf_tokenizer
 from llm.data.shards import of_run
 from llm.data.tokenizer import TextStream, Tokenizer
 from llm.insight import baselines
-from llm.insight.charts import Chart, Points, Series, chart, compact
+from llm.insight.charts import Chart, Series, chart, compact
 from llm.insight.copying import Copying, copying, repetition
 from llm.model.cost import size
 from llm.run_folder.record import Record
@@ -113,8 +114,10 @@ def _charts(records: Sequence[Record], views: Sequence[RunView]) -> list[Chart]:
     def tokens(record: Record, step: float) -> float:
         return step * (record.tokens_per_step or 1)
 
+    clocks = {id(each): np.array([(0.0, 0.0), *_points(each, "seconds")]).T.copy() for each in records}
+
     def clock(record: Record, step: float) -> float:
-        return _interpolated(step, [(0.0, 0.0), *_points(record, "seconds")]) / seconds
+        return float(np.interp(step, *clocks[id(record)])) / seconds
 
     def curves(across: Callable[[Record, float], float]) -> list[Series]:
         found = []
@@ -150,19 +153,6 @@ def _charts(records: Sequence[Record], views: Sequence[RunView]) -> list[Chart]:
 
 def _points(record: Record, name: str) -> list[tuple[float, float]]:
     return [(line["step"], line[name]) for line in record.steps if name in line]
-
-
-def _interpolated(step: float, points: Points) -> float:
-    """The value at `step`, linear between the points, which are sorted."""
-    before, after = points[0], points[-1]
-    for point in points:
-        if point[0] <= step:
-            before = point
-        else:
-            after = point
-            break
-    width = after[0] - before[0]
-    return before[1] + (after[1] - before[1]) * (min(step, after[0]) - before[0]) / width if width > 0 else before[1]
 
 
 def _view(record: Record, colour: int, say: Callable[[str], None]) -> RunView:

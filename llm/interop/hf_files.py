@@ -14,6 +14,7 @@ from llm.data.chat_template import JINJA, template_of
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.inference.sampling import Sampling
+from llm.model.hf_config import FAMILIES
 from llm.model.transformer import Family
 
 
@@ -24,7 +25,7 @@ def model_files(shape: Model, tokenizer: Tokenizer, family: Family, *, chat: boo
     end = tokenizer.bos if template.ends == (tokenizer.bos,) else list(template.ends)
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": end}
     config = {
-        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family.name]],
+        "architectures": [FAMILIES[family.name]],
         "model_type": family.name,
         "vocab_size": tokenizer.vocab_size, "hidden_size": shape.dim, "intermediate_size": shape.ffn_dim,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,

@@ -254,7 +254,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Loss of a batch, or logits. `shape` is resolved (recipe.resolve); the initial weights depend on `seed` alone.
+    """Loss of a batch, or logits. `shape` is resolved (resolving.resolve); the initial weights depend on `seed` alone.
 
     `shard_module` may shard each block as soon as it is made, so that no process ever holds all blocks whole.
     """

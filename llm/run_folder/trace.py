@@ -48,7 +48,7 @@ class Trace(atomic_io.Lines):
 
     def __init__(self, run: Path, step: int) -> None:
         super().__init__(run / FILE, keep=lambda line: line.get("step", 0) <= step)
-        last = list(read(run))[-1:]
+        last = read(run)[-1:]
         self.chain = str(last[0]["chain"]) if last else ""
         self.step = int(last[0]["step"]) if last else step
 

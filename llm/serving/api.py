@@ -131,7 +131,8 @@ class Gate:
             server.active -= 1
 
     def _refusal(self, request: Request) -> ApiError | None:
-        server, path, headers = self.server, request.url.path, request.headers
+        # Not request.url: an older starlette takes that from the Host header, and x/health? as a host needs no key.
+        server, path, headers = self.server, request.scope["path"], request.headers
         size = len(request.scope["raw_path"]) + len(request.scope["query_string"])
         if size + sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEAD:
             too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
@@ -168,7 +169,8 @@ async def _told(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         return _error(error)
     if isinstance(error, HTTPException):
-        told = _error(ApiError(HTTPStatus(error.status_code), f"{request.method} {request.url.path}: {error.detail}"))
+        said = f"{request.method} {request.scope['path']}: {error.detail}"
+        told = _error(ApiError(HTTPStatus(error.status_code), said))
         told.headers.update(error.headers or {})  # such as Allow
         return told
     if isinstance(error, ClientDisconnect):

@@ -131,7 +131,7 @@ class Engine:
         job.cancelled = True
         if job in self.waiting:
             self.waiting.remove(job)
-            self._left_queue(job)
+            job.checkpoint.waiting -= 1
         self._wake.set()
 
     def can_swap(self) -> bool:
@@ -182,11 +182,8 @@ class Engine:
             if len(jobs) < SLOTS:
                 most -= 1
                 self.waiting.remove(job)
-                self._left_queue(job)
+                job.checkpoint.waiting -= 1
                 jobs[next(row for row in range(SLOTS) if row not in jobs)] = job
-
-    def _left_queue(self, job: Job) -> None:
-        job.checkpoint.waiting -= 1
 
     def _deliver(self, checkpoint: Checkpoint, found: dict[int, Token]) -> None:
         for row, token in found.items():

@@ -26,7 +26,7 @@ def home() -> tuple[str, str]:
     digests: dict[str, list[str]] = {"script": [], "style": []}
     for kind, block in BLOCK.findall(text):
         digests[kind].append(f"'sha256-{base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()}'")
-    own = "; ".join(f"{kind}-src {' '.join(found) or chr(39) + 'none' + chr(39)}" for kind, found in digests.items())
+    own = "; ".join(f"{kind}-src {' '.join(found)}" for kind, found in digests.items())
     rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return text, f"default-src 'none'; {own}; {rest}"
 

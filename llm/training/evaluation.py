@@ -156,10 +156,8 @@ class Evaluator:
         for batch in batches:
             batch = batch.to(device)
             with context.accelerator.autocast():
-                if batch.segments is None:
-                    total += self.state.model(batch.tokens, batch.targets)
-                else:
-                    total += self.state.model(batch.tokens, batch.targets, segments=batch.segments)
+                given = {} if batch.segments is None else {"segments": batch.segments}
+                total += self.state.model(batch.tokens, batch.targets, **given)
         return total
 
     def _keep(self, nats: float, targets: float, text_bytes: float, also: dict[str, Any]) -> None:

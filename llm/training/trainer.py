@@ -51,7 +51,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self, step_seconds: float = 0.0) -> TrainState:
+    def fit(self, step_seconds: float = 0.0) -> None:
         """Train to the last step, or to the first request to stop (StoppedError); save a checkpoint either way.
 
         `step_seconds`: of a step, as rehearsed; the record keeps the plan that follows from it.
@@ -92,7 +92,6 @@ class Trainer:
             self.length.save()
             where = f"after step {state.step} of {self.steps}"
             raise StoppedError(f"stopped ({self.stop}) {where}; everything is saved, the same command resumes")
-        return state
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step`, counted from 0; mean loss (nats a token) and norm of the gradient, of the whole group."""
@@ -142,7 +141,7 @@ class Trainer:
     def evaluate(self) -> None:
         self.evaluator.evaluate(self.micro_batches.size)
         tracker = self.monitor.tracker
-        if tracker is not None and tracker.evaluations and self.state.step == self.steps:
+        if tracker is not None and any(each["step"] for each in tracker.evaluations) and self.state.step == self.steps:
             vocab_size = self.context.tokenizer.vocab_size
             tracker.say(hints.of_run(self.recipe, tracker.evaluations, vocab_size))
         self.checkpoints.complete()

@@ -1,5 +1,6 @@
 """Mixtures: every source has its share of any row of windows, its own epochs, and its own shards, whatever the weights."""
 
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from llm.base.errors import RecipeError, TextError
 from llm.config.reading import dump, load
-from llm.config.schema import Recipe, TextSource, science
+from llm.config.schema import Recipe, TextSource, Tokenizer, science
 from llm.data.batches import BatchLoader, Tokens
 from llm.data.mixed_pipeline import alone, find_shards, prepare
 from llm.data.mixture import PERIOD, MixedShuffle, lines, order_of, pattern, shares
@@ -185,6 +186,13 @@ def sources_of(folder: Path, **weights: float) -> Recipe:
     return load(recipe, [*overrides, "text.sources.other.documents=lines"])
 
 
+def with_path(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with a tokenizer that is there, from a place of its own."""
+    own = recipe.text.sources[0].text.cache or "data"
+    copied = shutil.copy(path, Path(own).parent / "own.model")
+    return replace(recipe, tokenizer=Tokenizer(path=str(copied)))
+
+
 def test_other_weights_encode_nothing_anew(tmp_path: Path) -> None:
     first = prepare(sources_of(tmp_path), say=lambda line: None, progress=False)
     there = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
@@ -195,6 +203,11 @@ def test_other_weights_encode_nothing_anew(tmp_path: Path) -> None:
     assert sum("made before" in line for line in said) == 3 and not any("training a tokenizer" in line for line in said)
     found = find_shards(sources_of(tmp_path))
     assert found is not None and found.fingerprint == first.shards.fingerprint
+    given = with_path(sources_of(tmp_path), next((tmp_path / "cache").rglob("tokenizer.model")))
+    assert find_shards(given) is None
+    made = prepare(given, say=lambda line: None, progress=False).shards
+    found = find_shards(given)
+    assert found is not None and found.fingerprint == made.fingerprint
 
 
 def test_each_source_s_shards_are_those_it_has_alone(tmp_path: Path) -> None:

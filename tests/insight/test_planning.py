@@ -1,6 +1,7 @@
 """A plan says before a run what the run then takes: parameters exactly, memory by what is alive, and no torch."""
 
 import gc
+import gzip
 import json
 import subprocess
 import sys
@@ -396,10 +397,13 @@ def test_rows_are_judged_by_as_much_text_as_a_file(tmp_path: Path) -> None:
     assert rows == pytest.approx(whole, rel=0.15)
 
 
-def test_names_and_sizes() -> None:
+def test_names_and_sizes(tmp_path: Path) -> None:
     assert cards.card("NVIDIA GeForce RTX 4060 Ti") is cards.CARDS["4060ti"]
     assert cards.bytes_of("12GB") == cards.bytes_of("12 GiB") == 12 * 2**30
     with pytest.raises(RecipeError):
         cards.bytes_of("0GB")
     with pytest.raises(TextError):
         ladder.law_of("none.txt")
+    (tmp_path / "nothing.txt.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(TextError, match="nothing in it"):
+        ladder.law_of(str(tmp_path / "nothing.txt.gz"))

@@ -388,6 +388,10 @@ def test_watch_serves_this_machine_alone_and_follows_the_run(trained: Path, tmp_
         assert get(port, "/", host="evil.example")[0] == 403
         with pytest.raises(RecipeError, match="cannot be served"):
             llm.report.server([folder], port)
+    (bare := tmp_path / "bare").mkdir()
+    shutil.copy(folder / "recipe.yaml", bare)
+    with served(bare) as port:  # the page asks for the version and reloads where that differs from its own
+        assert f'"{get(port, "/version")[1]}"' in get(port, "/")[1]
     assert find(str(folder)) == folder
 
 

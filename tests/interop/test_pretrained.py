@@ -139,6 +139,17 @@ def test_a_run_on_others_weights_resumes_to_the_bit_and_on_two_processes(tmp_pat
     assert "starting from `source`" in card and str(tmp_path) not in card
 
 
+def test_side_files_with_windows_line_ends_are_kept_and_others_than_utf8_refused(tmp_path: Path) -> None:
+    source = made(tmp_path / "source")
+    (source / "chat_template.jinja").write_bytes(b"{{ messages }}\r\n{# caf\xc3\xa9 #}\r\n")
+    recipe = recipe_of(tmp_path, source)
+    assert run(train(recipe, stop_after=3), tmp_path).status == 75
+    assert run(train(recipe), tmp_path).status == 0
+    (source / "added_tokens.json").write_bytes(b'{"caf\xe9": 3}')
+    done = run(train(recipe, "run=other"), tmp_path)
+    assert done.status == 4 and done.err.count("\n") == 1 and "added_tokens.json is not UTF-8 at byte 5" in done.err
+
+
 def test_their_ids_and_bytes_are_kept(tmp_path: Path) -> None:
     source = made(tmp_path / "source")
     ours, theirs = tokenizer_of(source), transformers.AutoTokenizer.from_pretrained(source)

@@ -246,6 +246,9 @@ def test_a_wrong_key_is_refused(tiny_run: LoadedRun, capfd: pytest.CaptureFixtur
             for path in ("/v1/models", "/run", "/metrics", "/v1/completions"):
                 answer = httpx.get(f"{kept.url}{path}", headers=headers)
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        for host in ("x/health?", "x/?", "model.example/health#"):  # some of starlette's versions read a path from it
+            answer = sent(kept.port, post(b'{"prompt": "a"}').replace(b"Host: localhost", f"Host: {host}".encode()))
+            assert answer.split()[1] in (b"400", b"401"), answer
         right = {"Authorization": "Bearer s3cret-key"}
         assert httpx.get(f"{kept.url}/v1/models", headers={**right, "Host": "model.example"}).status_code == 200
         assert httpx.get(f"{kept.url}/health").status_code == httpx.get(f"{kept.url}/").status_code == 200

@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 
-from llm.data.chat_template import template_of
+from llm.data.chat_template import OwnTemplate, template_of
 from llm.inference.generation import continuations
 from llm.inference.sampling import Sampling
 from llm.run_folder.loaded_run import LoadedRun
@@ -182,6 +182,12 @@ def test_the_oldest_exchanges_are_left_out_where_that_is_asked_for(talker: opena
     assert found.usage and found.usage.prompt_tokens == len(template_of(talk_run.tokenizer).prompt([*system, *new]))
     alone = talker.chat.completions.create(messages=[*system, *new], **settings)
     assert found.choices[0].message.content == alone.choices[0].message.content
+    asked = []
+    prompt = OwnTemplate.prompt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OwnTemplate, "prompt", lambda *given: asked.append(1) or prompt(*given))
+        many = talker.chat.completions.create(messages=[*system, *old * 500, *new], extra_body=auto, **settings)
+    assert many.choices[0].message.content == alone.choices[0].message.content and len(asked) < 20
     with pytest.raises(openai.BadRequestError, match="shorten it") as refused:
         long: Any = [{"role": "user", "content": "The river? " * 90}]
         talker.chat.completions.create(messages=long, extra_body=auto, **settings)
