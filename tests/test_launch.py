@@ -488,3 +488,25 @@ def test_a_damaged_record_of_the_machine_says_what_to_remove(trained: Path, tmp_
     refused(run(train(tmp_path / "recipe.yaml"), tmp_path), 4, "runs/tiny/machine.json", "remove it")
     record.unlink()
     assert run(train(tmp_path / "recipe.yaml"), tmp_path).status == 0
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("runs", "--runs", LONG), ("prepare", "--wiki", LONG), ("prepare", LONG), ("plan", LONG), ("inspect", LONG), ("verify", LONG),
+        ("plan", "--text", LONG, "--gpu", "3080ti", "--hours", "1"), ("sample", LONG, "--prompt", "a"), ("evaluate", LONG),
+        ("show", LONG), ("report", LONG), ("chat", LONG), ("serve", LONG), ("export", LONG), ("export", "tiny", "--to", LONG),
+        ("report", "tiny", "--out", LONG), ("evaluate", "tiny", "--text", LONG), ("sample", "tiny", "--file", LONG),
+    ],
+    ids=lambda words: " ".join(words).replace(LONG, "long"),
+)  # fmt: skip
+def test_a_name_that_is_too_long_is_refused_in_one_line(trained: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    there = sorted(tmp_path.rglob("*"))
+    refused(run(script(f"module:llm.{words[0]}", *words[1:]), tmp_path), 2)
+    assert [each for each in sorted(tmp_path.rglob("*")) if each.name not in ("out.txt", "err.txt")] == [
+        each for each in there if each.name not in ("out.txt", "err.txt")
+    ]

@@ -65,7 +65,6 @@ def as_disk_error(error: OSError) -> LLMError | None:
         **dict.fromkeys((errno.EIO, errno.EROFS), "repair it or choose another place, and run the same command again"),
         **dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.ESTALE), "choose a place on another disk"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or run in a folder of your own"),
-        errno.ENAMETOOLONG: "choose a shorter name",
     }
     if error.errno not in remedies:
         return None
@@ -77,9 +76,11 @@ def as_disk_error(error: OSError) -> LLMError | None:
 
 
 def as_llm_error(error: BaseException) -> LLMError | None:
-    """`error` if it is an LLMError, a failure of the disk as a DiskError, otherwise None."""
+    """`error` as an LLMError: a RecipeError for a name too long, a DiskError where the disk failed; None for others."""
     if isinstance(error, LLMError):
         return error
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return RecipeError(f"{str(error.filename)[:80]}: {os.strerror(error.errno)}: choose a shorter one")
     return as_disk_error(error) if isinstance(error, OSError) else None
 
 
