@@ -3,13 +3,19 @@
 import json
 import os
 import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import llm
 from llm.base.errors import RecipeError, StoppedError
+from llm.distributed.sharding import LocalShard
+from llm.model.transformer import Transformer
 from llm.training.trainer import Trainer
+from tests.examples.lion import Lion
 from tests.forks import digest, run, train, write_recipe, write_text
 
 
@@ -65,3 +71,78 @@ def test_packaged_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
             llm.load_recipe(name)
     with pytest.raises(AttributeError):
         llm.nothing  # noqa: B018
+
+
+class Tempered(Transformer):
+    """With a scalar that is learnt."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.temperature = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens: Any, targets: Any = None, *given: Any, **named: Any) -> Any:
+        return super().forward(tokens, targets, *given, **named) * self.temperature
+
+
+class Counting(Lion):
+    """With state of other types than weights have."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.moments |= {"steps": LocalShard(torch.zeros(1, dtype=torch.int64), (1,), 0), "sum": LocalShard(torch.zeros(()), (), 0)}  # fmt: skip
+
+    def step(self, *given: Any) -> None:
+        super().step(*given)
+        for name in ("steps", "sum"):
+            self.moments[name].local.add_(given[-1])  # whether the gradient is finite
+
+
+@pytest.mark.parametrize(
+    "parts", [{"model": Tempered}, {"optimizer": Counting}, {"model": Tempered, "optimizer": Counting}]
+)
+def test_parts_with_scalars_and_counters_stop_and_resume_to_the_same_bits(
+    tmp_path: Path, parts: dict[str, Any]
+) -> None:
+    path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    def act() -> None:
+        llm.train(llm.load_recipe(path, ["run=whole"]), **parts)
+        with pytest.raises(StoppedError):
+            llm.train(llm.load_recipe(path), on_log=stop, **parts)
+        assert llm.train(llm.load_recipe(path), **parts).step == 12
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
+    assert digest(tmp_path) == digest(tmp_path, "whole")
+
+
+def test_a_frozen_weight_is_named(tmp_path: Path) -> None:
+    class Frozen(Transformer):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.norms = self.model.norm.weight.requires_grad_(False)
+
+    recipe = llm.load_recipe(write_recipe(tmp_path, write_text(tmp_path / "text.txt")))
+
+    def act() -> None:
+        with pytest.raises(RecipeError, match="make it a buffer"):
+            llm.train(recipe, model=Frozen)
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
+
+
+def test_a_run_is_trained_in_a_thread(tmp_path: Path) -> None:
+    recipe = llm.load_recipe(write_recipe(tmp_path, write_text(tmp_path / "text.txt")))
+
+    def act() -> None:
+        thread = threading.Thread(target=llm.train, args=(recipe,))
+        thread.start()
+        thread.join()
+
+    done = run(act, tmp_path)
+    assert done.status == 0 and digest(tmp_path).startswith("12:"), done.err

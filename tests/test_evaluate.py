@@ -113,6 +113,10 @@ def test_what_is_no_pair_is_named(tmp_path: Path, content: str, said: str) -> No
     (tmp_path / "pairs.jsonl").write_text('{"good": "a", "bad": null}')  # which is no sentence "None"
     with pytest.raises(TextError, match="line 1"):
         read_pairs(tmp_path / "pairs.jsonl")
+    for line in ('{"good": "a", "bad": ""}', '{"good": "\\ud800a", "bad": "b"}'):
+        (tmp_path / "pairs.jsonl").write_text(line)
+        with pytest.raises(TextError, match="line 1"):
+            read_pairs(tmp_path / "pairs.jsonl")
     (tmp_path / "pairs.jsonl").write_text('{"good": "a"}')
     with pytest.raises(TextError, match="line 1"):
         read_pairs(tmp_path / "pairs.jsonl")
@@ -158,3 +162,10 @@ def test_a_task_that_is_not_there_is_one_line(here: Path) -> None:
     pytest.importorskip("lm_eval", reason="install the extra `eval`")
     ended = evaluate(here, "--tasks", "no_such_task")
     assert ended.status == 2 and "lm-eval knows no no_such_task" in ended.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", [(), ("--alone",)])
+def test_a_blank_text_is_refused(here: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "blank.txt").write_text("\n\n  \n")
+    done = run(script("module:llm.evaluate", "tiny", "--text", tmp_path / "blank.txt", *words), here)
+    assert done.status == 2 and done.err.count("\n") == 1 and "nothing to predict" in done.err, done.err

@@ -149,3 +149,14 @@ def test_only_a_text_that_must_be_encoded_is_read(tmp_path: Path) -> None:
     (tmp_path / "also.txt").unlink()
     again = run(train(tmp_path / "recipe.yaml", "evaluate.also=[also.txt]"), tmp_path)
     assert again.status == 0, again.err
+
+
+def test_a_run_that_began_from_another_s_best_resumes_when_that_has_trained_on(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+    student = ("run=student", "model.from=runs/tiny/best", "train.steps=8")
+    assert run(train(recipe, stop_after=5), tmp_path).status == 75
+    assert run(train(recipe, *student, stop_after=3), tmp_path).status == 75
+    assert run(train(recipe, "run=whole", *student[1:]), tmp_path).status == 0
+    assert run(train(recipe), tmp_path).status == 0
+    done = run(train(recipe, *student), tmp_path)
+    assert done.status == 0 and digest(tmp_path, "student") == digest(tmp_path, "whole"), done.err

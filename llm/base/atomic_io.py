@@ -146,7 +146,10 @@ def make_folder(folder: Path) -> None:
     """Create `folder` and its missing parents durably."""
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RecipeError(f"{folder} is no folder, and a folder is needed there: name another place") from None
         flush_folder(folder.parent)
 
 
@@ -206,7 +209,10 @@ def read_checksummed(path: Path, most_bytes: int = 64 << 20) -> dict[str, Any]:
         raise RefusedError(f"{path} is missing")
     data = _read_bytes(path, most_bytes)
     value = _parsed(path, data)
-    whole = isinstance(value, dict) and as_json(value) == data  # JSON has several ways to write one number
+    try:
+        whole = isinstance(value, dict) and as_json(value) == data  # JSON has several ways to write one number
+    except ValueError:  # an infinite number, half of a surrogate pair
+        whole = False
     if not whole or value.pop("digest", None) != digest_of(value):
         raise RefusedError(f"{path} is damaged: it does not match its own digest")
     return dict(value)

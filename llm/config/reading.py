@@ -235,6 +235,8 @@ def _value(node: yaml.Node, name: str) -> Any:
         items = [_value(item, name) if isinstance(item, yaml.ScalarNode) else item for item in node.value]
         if not all(isinstance(item, str) for item in items):
             raise RecipeError(f"{name}: each item of this list must be a single value, not empty and not a list")
+        if sum(map(len, items)) > MAX_BYTES:  # of a small file, by YAML's aliases
+            raise RecipeError(f"{name} has more than {MAX_BYTES:,} characters: shorten it")
         return items
     if not isinstance(node, yaml.ScalarNode):
         raise RecipeError(f"{name} takes one value, but has keys under it")

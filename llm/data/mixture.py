@@ -188,12 +188,14 @@ def lines(recipe: Recipe, order: Order, steps: int) -> list[str]:
     if not isinstance(order, MixedShuffle):
         return []
     each, said = [], []
+    weights = sum(source.weight or 0 for source in recipe.text.sources)
+    rest = 1 - sum(order.shares[source.name] for source in recipe.text.sources if not source.weight)
     read = order.read_before(steps * recipe.windows_per_step)
     for source, count in zip(recipe.text.sources, read.tolist(), strict=True):
         epochs = count / order.sources[source.name][0].windows
         each.append(f"{source.name} {order.shares[source.name]:.1%} of the windows, {epochs:.2f} epochs")
-        asked = (source.weight or 0) / sum(other.weight or 0 for other in recipe.text.sources) if source.weight else 0
-        if source.weight and source.epochs and order.shares[source.name] < asked:
+        asked = rest * (source.weight or 0) / (weights or 1)
+        if source.weight and source.epochs and order.shares[source.name] < asked * (1 - 1e-9):
             said.append(
                 f"{source.name} would be read more than text.sources.{source.name}.epochs = {source.epochs:g} times: "
                 f"its share is {order.shares[source.name]:.1%} instead of {asked:.1%}"

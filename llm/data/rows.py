@@ -86,7 +86,10 @@ def _array(path: Path, chunks: Iterable[bytes]) -> Rows:
                 if end < len(text.text) or not text.more():  # else a number may go on
                     break
             except (ValueError, RecursionError) as error:
-                if isinstance(error, RecursionError) or not text.more():
+                # A row that is not whole yet fails near its end, or where its last string begins.
+                at, said = getattr(error, "pos", 0), str(error)
+                damaged = at < len(text.text) - 16 and not said.startswith("Unterminated string")
+                if damaged or isinstance(error, RecursionError) or not text.more():
                     raise TextError(f"{path} row {number} is not JSON ({error}): save the file again") from error
         yield f"{path} row {number}", row
         text.at = end

@@ -102,6 +102,8 @@ def refuse_missing(text: Text) -> None:
 
 def _files(name: str, field: str, left_out: list[tuple[str, str]]) -> Iterator[Source]:
     """The files that one entry of `text.files` names; those of a folder that are no text go to `left_out`."""
+    if not name.strip():
+        raise TextError("an empty name names no text: name a file or a folder, such as my.txt")
     folder = atomic_io.expanded(name)
     if not os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
         yield from (_file(path, field) for path in _paths(name))

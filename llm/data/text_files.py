@@ -54,6 +54,8 @@ def packed_as(path: Path) -> str | None:
             head = file.read(8)
     except PermissionError as error:
         raise TextError(f"{path} may not be read: give yourself the right to") from error
+    except FileNotFoundError as error:
+        raise TextError(f"{path} was removed while it was read: put it back and run the same command again") from error
     if (suffix := path.suffix.lower()) in PACKED:
         return suffix
     return next((kind for kind, magic in PACKED.items() if head.startswith(magic)), None)

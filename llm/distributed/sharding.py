@@ -110,7 +110,7 @@ class LocalShard:
     @property
     def flat(self) -> Tensor:
         """`local` as a matrix, (rows, numbers per row); there may be no rows."""
-        return self.local.reshape(len(self.local), math.prod(self.shape[1:]))
+        return self.local.reshape(len(self.local) if self.shape else 1, math.prod(self.shape[1:]))
 
     def like(self, local: Tensor) -> "LocalShard":
         """`local` as the same rows of another tensor of this shape."""

@@ -112,6 +112,8 @@ def encode_files(run: LoadedRun, files: list[str]) -> EncodedText:
     documents = list(corpus.documents())
     if corpus.is_chat:
         raise TextError(f"{', '.join(files)} holds conversations: only those that a run holds out are scored")
+    if not documents:
+        raise TextError(f"{', '.join(files)}: nothing to predict: name a longer text")
     encoded = [_encode(run, document.decode()) for document in documents]
     starts = np.cumsum([0, *map(len, encoded[:-1])]).tolist()
     tokens = Tokens(np.concatenate([np.empty(0, np.uint32), *encoded]))
@@ -155,8 +157,10 @@ def _pair(path: Path, number: int, line: str) -> tuple[str, str]:
         else:
             value = dict(zip(PAIR_KEYS[0], line.rstrip("\r").split("\t"), strict=True))
         pair = next((value[good], value[bad]) for good, bad in PAIR_KEYS if good in value)
-        if not all(isinstance(sentence, str) for sentence in pair):  # null is not the sentence "None"
+        if not all(isinstance(sentence, str) and sentence for sentence in pair):  # null is not the sentence "None"
             raise TypeError
+        for sentence in pair:
+            sentence.encode()  # else it holds half of a surrogate pair
         return pair
     except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
         raise TextError(f"{path}, line {number}: expected GOOD, a tab and BAD, or .jsonl with good and bad") from None

@@ -16,8 +16,14 @@ class Stop:
         if found:
             shown, self.held, self.over = self.held[: min(found)], "", True
             return shown
-        longest = len(self.held)
-        ends = (text[:size] for text in self.texts for size in range(1, min(len(text) - 1, longest) + 1))
-        kept = max((len(end) for end in ends if self.held.endswith(end)), default=0)
+        kept = max((_begun(self.held, text) for text in self.texts), default=0)
         shown, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
         return shown
+
+
+def _begun(held: str, text: str) -> int:
+    """Characters of the longest end of `held` with which `text` begins."""
+    at = held.find(text[0], max(0, len(held) - len(text) + 1))
+    while at >= 0 and not text.startswith(held[at:]):
+        at = held.find(text[0], at + 1)
+    return len(held) - at if at >= 0 else 0

@@ -77,7 +77,7 @@ def card(name: str) -> Device:
 def bytes_of(text: str) -> float:
     """12GB, 11.5 GiB or 800MB in bytes; GB means GiB, as on a card's box. RecipeError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([mgt])i?b?\s*", text.lower())
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) < 1e9:
         raise RecipeError(f"--memory {text[:40]}: expected a size such as 12GB")
     return float(match[1]) * {"m": 1 << 20, "g": GIB, "t": 1 << 40}[match[2]]
 

@@ -147,7 +147,7 @@ def _pieces(text: str) -> Iterator[bytes]:
             yield _beginning(source)
             continue
         with source.path.open("rb") as file:
-            for at in range(0, source.size, -(-source.size // SAMPLES)):
+            for at in range(0, source.size, max(1, -(-source.size // SAMPLES))):
                 file.seek(at)
                 yield file.read(SAMPLE)
 
@@ -357,6 +357,7 @@ def _recipe(run: str, text: str, shape: Model, vocab_size: int, per_step: int) -
 def free_paths(text: str) -> dict[str, Path]:
     """The files of the recipes by name, whether proposed or not. RecipeError if one of them is there already."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(text).name.split(".")[0])[:80].strip("-") or "text"
+    stem = f"my-{stem}" if f"{stem}-".startswith("step-") else stem  # RUN/step-N is a checkpoint
     paths = {name: Path(f"{stem}-{name}.yaml") for name in ABOUT}
     if there := [str(path) for path in paths.values() if path.exists()]:
         raise RecipeError(f"there already: {', '.join(there)}: move them away, nothing was written")
@@ -405,6 +406,8 @@ def described(each: Proposal, hours: float) -> str:
     sampled = f"  sampled_softmax: {train.sampled_softmax}  # pieces\n" if train.sampled_softmax else ""
     begin = f"from: {recipe.run.removesuffix('branch')}{recipe.from_}\n" if recipe.from_ else ""
     tokens = train.steps * train.tokens_per_step
+    name = json.dumps(recipe.text.files[0], ensure_ascii=False)  # but for what YAML does not take as it is
+    name = re.sub("[\x7f-\x9f\u2028\u2029\ufeff]", lambda odd: f"\\u{ord(odd[0]):04x}", name)
     return f"""\
 # {ABOUT[each.name]}; proposed for {hours:g} h on {plan.device.name}
 # expected: {each.expectation} of held-out text
@@ -413,7 +416,7 @@ run: {recipe.run}
 seed: {recipe.seed}
 {begin}
 text:
-  files: [{json.dumps(recipe.text.files[0], ensure_ascii=False)}]
+  files: [{name}]
 
 tokenizer:
   vocabulary: {recipe.tokenizer.vocabulary}  # pieces: {plan.parameters["embeddings"] / _size(each):.0%} of the weights

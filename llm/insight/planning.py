@@ -230,7 +230,8 @@ def micro_batch_that_fits(recipe: Recipe, device: Device) -> tuple[int, bool]:
     elif not device.cuda:
         sizes = [cpu_micro_batch(windows, recipe.model.context)]
     else:
-        sizes = [n for n in range(1, windows + 1) if windows % n == 0]
+        low = [n for n in range(1, math.isqrt(windows) + 1) if windows % n == 0]
+        sizes = sorted({*low, *(windows // n for n in low)})
     fitting = [n for n in sizes if step_memory(recipe, device, n).peak <= room(device)]
     return (max(fitting), True) if fitting else (sizes[0], False)
 

@@ -25,6 +25,7 @@ EPS = 1e-8
 # AdamW's learning rates as a fraction of Muon's, for a model of this width. Those of matrices fall with its square
 # root, as a logit sums over more features.
 ADAMW_LR_FACTORS = {"embed_tokens": 1.0, "lm_head": 0.25, "norm": 0.5}
+OTHERS = 0.5  # of tensors that only a caller's own model has, such as a bias
 WIDTH = 192
 PREFIX_STEPS = 272  # updates in which the share of a prefix in the embeddings of its pieces falls from 1 to 0
 # (a, b, c) of a x + b x^3 + c x^5: applied in turn, the three map 0.0127 .. 1 to within 20 % of 1. Each minimises the
@@ -146,8 +147,8 @@ class Optimizer:
         rate = self.train.learning_rate * lr_factor
         if self.stacks:
             self._muon(rate, scale, finite)
-            for part, factor in ADAMW_LR_FACTORS.items():
-                named = {name: p for name, p in self.adamw_params.items() if part in name}
+            for part, factor in (*ADAMW_LR_FACTORS.items(), ("", OTHERS)):
+                named = {name: p for name, p in self.adamw_params.items() if _part(name) == part}
                 dim = next((p.shape[1] for p in named.values() if p.ndim == 2), None)
                 factor *= math.sqrt(WIDTH / (dim or WIDTH))
                 decay = self.decay / factor if dim else 0.0  # the same decay per step for all matrices, none for norms
@@ -298,6 +299,10 @@ def exchanged(
 
 def _by_shape(item: tuple[str, nn.Parameter]) -> tuple[int, ...]:
     return tuple(item[1].shape)
+
+
+def _part(name: str) -> str:
+    return next((part for part in ADAMW_LR_FACTORS if part in name), "")
 
 
 def _gradient(p: nn.Parameter) -> Tensor:

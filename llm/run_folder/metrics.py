@@ -16,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ class Tracker:
             self.panel.take(line)
             self._on_panel(lambda shown: shown.draw(self.steps))
         if self.on_log is not None:
-            self._guard("on_log", partial(self.on_log, dict(line)))
+            self._guard("on_log", partial(self.on_log, deepcopy(line)))
 
     def _tell(self, name: str, line: dict[str, Any]) -> None:
         below = {f"{name}/{key}": its[key] for name, its in line.get("sources", {}).items() for key in its}

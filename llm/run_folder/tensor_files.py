@@ -17,7 +17,8 @@ from llm.base import atomic_io
 from llm.base.errors import RefusedError
 from llm.distributed.sharding import LocalShard
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 
 
 def header(tensors: dict[str, LocalShard]) -> tuple[bytes, dict[str, int], int]:
@@ -84,4 +85,5 @@ def load_tensors(path: Path, into: dict[str, LocalShard], *, allow_extra: bool =
             if tuple(stored.get_shape()) != shard.shape:
                 raise RefusedError(f"{path}: {name} is {stored.get_shape()}, the model's is {list(shard.shape)}")
             if shard.local.numel():
-                shard.local.copy_(stored[shard.low : shard.low + len(shard.local)])
+                rows = stored[shard.low : shard.low + len(shard.local)] if shard.shape else file.get_tensor(name)
+                shard.local.copy_(rows)

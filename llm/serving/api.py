@@ -145,7 +145,7 @@ class Gate:
         if origin not in known and "*" not in server.origins:
             return ApiError(HTTPStatus.FORBIDDEN, "pages of other origins may not ask: see --cors")
         if server.key is not None and path not in OPEN:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
+            given = re.sub("(?i)^bearer +", "", headers.get("authorization", ""))
             if not hmac.compare_digest(given.encode(), server.key.encode()):
                 return ApiError(HTTPStatus.UNAUTHORIZED, "the API key is missing or wrong", "invalid_api_key")
         if server.draining and path not in ("/metrics", "/run"):

@@ -193,7 +193,7 @@ class Engine:
                 self.counts["first_token_seconds"] += time.perf_counter() - job.began  # type: ignore[assignment]
                 self.counts["first_tokens"] += 1
                 self.counts["prompt_tokens"] += len(job.prompt)
-            if token.id in job.ends:
+            if job.tokens and token.id in job.ends:
                 job.finish = "stop"
             elif job.tokens:
                 job.text.append(token.id)

@@ -43,7 +43,11 @@ def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, AnyShards] | Non
         if other.fingerprint != tokenizer.fingerprint:
             return None
     if recipe.model.from_:
-        folder = pretrained.folder_of(recipe.model.from_)
+        # Of runs/NAME/best: the checkpoint that it was when this run began.
+        named, kept = atomic_io.expanded(recipe.model.from_), Path(recorded.model.from_ or "")
+        source = named.parent if named.name in ("best", "newest") else named
+        is_there = source == kept.parent.parent and kept.is_dir()
+        folder = kept if is_there else pretrained.folder_of(recipe.model.from_)
         recipe = pretrained.shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
     if recipe.evaluate.also != recorded.evaluate.also or bool(recipe.evaluate.also) != bool(shards.also):
         shards.also = prepare_also(recipe, tokenizer, say) if recipe.evaluate.also else None

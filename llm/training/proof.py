@@ -53,8 +53,7 @@ class Trials:
 
     def train(self, name: str, *changes: str, world: int = 1, stops: Sequence[int] = ()) -> Path:
         """The folder of a finished run with `changes`, stopped after each of `stops` and resumed."""
-        folder = Path("runs") / f"{self.recipe.run[:80]}-verify-{name}"
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = Path("runs") / f"{self.recipe.run[:70]}-verify-{os.getpid()}-{name}"
         self.folders.append(folder)
         print(f"training: {name}", flush=True)
         for stop in (*stops, -1):
@@ -98,7 +97,11 @@ def verify_recipe(path: Path, overrides: list[str], steps: int, start: Start = s
     common = [
         *others, f"train.steps={steps}", f"train.warmup={warmup}", "tracking.every=1", "tracking.wandb=off",
         "tracking.tensorboard=false", "evaluate.prompts=[]", f"evaluate.every={max(1, steps // 2 - 1)}",
-        f"checkpoint.every={steps}", "from="]  # fmt: skip
+        f"checkpoint.every={steps}", "from=", "machine.stop_after=0"]  # fmt: skip
+    for source in recipe.text.sources:
+        if source.epochs is not None:  # which a few steps cannot hold
+            key = f"text.sources.{source.name}"
+            common += [f"{key}.epochs=", f"{key}.weight={source.weight or 1:.12g}"]
     minutes = _expected_seconds(recipe, steps) // 60 + 1
     print(f"expected: about {minutes} min for {steps} steps, up to five times", flush=True)
     trials = Trials(path, recipe, common, start)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,9 @@ class StopRequest:
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """Handle SIGNALS inside the block, and put back the handlers that were there."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+            yield
+            return
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         # nohup ignores SIGHUP, and the run keeps to that.
         hung_up = getattr(signal, "SIGHUP", None)

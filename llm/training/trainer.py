@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.base.errors import StoppedError
+from llm.base.errors import RecipeError, StoppedError
 from llm.distributed import process
 from llm.distributed.environment import DTYPES, measured_flops
 from llm.insight import hints
@@ -212,6 +212,8 @@ def new_state(context: RunContext) -> TrainState:
         model = (context.parts.model or Transformer)(
             recipe.model, context.tokenizer.vocab_size, recipe.seed, sharding_.shard_module, hf_config.family_of(recipe)
         )
+    if frozen := next((name for name, p in model.named_parameters() if not p.requires_grad), None):
+        raise RecipeError(f"model=: {frozen} does not require a gradient: make it a buffer")
     prefixes = torch.tensor(context.tokenizer.prefixes(), device=device) if context.shares_with_prefixes else None
     if prefixes is not None:
         model.start_with_prefixes(prefixes)

@@ -621,3 +621,10 @@ def test_pieces_of_any_length_lie_where_they_belong(
             patch.setattr(os, "write", written)
         atomic_io.write_at(path, chunks)
     assert path.read_bytes() == expected
+
+
+@pytest.mark.parametrize("data", [b'{"x": 1e999}', b'{"x": "\\ud800"}', b'{"x": 1}', b"[]"])
+def test_what_is_json_and_not_as_we_write_it_is_damaged(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "file.json").write_bytes(data)
+    with pytest.raises(RefusedError, match="damaged"):
+        atomic_io.read_checksummed(tmp_path / "file.json")

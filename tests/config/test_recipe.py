@@ -738,3 +738,8 @@ def test_skip_counts_steps_from_1_but_in_what_runs_kept_before(tmp_path: Path) -
     edited = with_checksum(with_skip).replace("steps: 100", "steps: 101")
     with pytest.raises(RefusedError, match=r"delete that line and write `format: 1` there"):
         read(tmp_path, edited)
+
+
+def test_a_list_that_aliases_make_huge_is_refused_in_no_time(tmp_path: Path) -> None:
+    items = ", ".join(["&a " + "x" * 30_000, *["*a"] * 6_000])
+    assert "shorten" in refused(tmp_path, f"text: {{files: [{items}]}}\ntrain: {{steps: 20}}\n")

@@ -19,11 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.base.errors import TextError
+from llm.base.errors import RecipeError, TextError
 from llm.config.schema import Text
 from llm.data import rows, text_files
 from llm.data.documents import Corpus
-from llm.prepare import list_text, main
+from llm.prepare import list_text, main, write_wiki
+from tests.data.test_documents import needs_wiki
 from tests.forks import write_recipe, write_text
 from tests.test_hostile import PIECES
 
@@ -375,3 +376,33 @@ def test_a_row_must_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / f"a{kind}").write_bytes(ROWS[kind](["a" * (4 << 20)]))
         with pytest.raises(TextError, match=r"of more than 1 MiB|field larger than field limit"):
             read(tmp_path / f"a{kind}")
+
+
+def test_a_damaged_row_of_a_large_array_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "LONGEST_ROW", 1 << 20)
+    whole = [{"text": "a" * 1000}] * 4000
+    (tmp_path / "large.json").write_text('[{"text": "a\nb"},' + json.dumps(whole)[1:])
+    with pytest.raises(TextError, match="row 1 is not JSON"):
+        list(Corpus(Text(files=(str(tmp_path / "large.json"),))).documents())
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_text(name: str) -> None:
+    with pytest.raises(TextError, match="an empty name"):
+        Corpus(Text(files=(name,)))
+
+
+def test_a_text_that_is_removed_while_it_is_read_is_named(tmp_path: Path) -> None:
+    corpus = Corpus(Text(files=(str(write_text(tmp_path / "text.txt")),)))
+    (tmp_path / "text.txt").unlink()
+    with pytest.raises(TextError, match="was removed while it was read"):
+        list(corpus.documents())
+
+
+@needs_wiki
+@pytest.mark.parametrize("name", ["folder", "text.txt/wiki.txt"])
+def test_the_packaged_text_is_written_to_a_file_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    write_text(tmp_path / "text.txt")
+    with pytest.raises(RecipeError, match=r"is a folder: name a file|is no folder"):
+        write_wiki(tmp_path / name, "en-us", force=True)

@@ -136,17 +136,29 @@ def recipe_of(folder: Path, *overrides: str) -> Recipe:
     return load(recipe, ["text.sources.a.files=a.txt", "text.sources.b.files=b.txt", *overrides])
 
 
-@pytest.mark.parametrize(
-    ("overrides", "found"),
-    [
-        (["a.weight=3", "b.weight=1"], {"a": 0.75, "b": 0.25}),
-        (["a.weight=90%", "b.weight=10%"], {"a": 0.9, "b": 0.1}),
-        (["a.weight=1", "b.epochs=2"], {"a": 0.6, "b": 0.4}),  # b has 20 windows
-        (["a.weight=1", "b.weight=1", "b.epochs=1"], {"a": 0.8, "b": 0.2}),  # at its cap
-        (["a.weight=9", "b.weight=1", "b.epochs=1"], {"a": 0.9, "b": 0.1}),  # below its cap
-        (["a.epochs=1", "b.epochs=4"], {"a": 0.5, "b": 0.5}),  # a has 80: the run is shorter than both
-    ],
-)
+MIXTURES: list[tuple[list[str], dict[str, float]]] = [
+    (["a.weight=3", "b.weight=1"], {"a": 0.75, "b": 0.25}),
+    (["a.weight=90%", "b.weight=10%"], {"a": 0.9, "b": 0.1}),
+    (["a.weight=1", "b.epochs=2"], {"a": 0.6, "b": 0.4}),  # b has 20 windows
+    (["a.weight=1", "b.weight=1", "b.epochs=1"], {"a": 0.8, "b": 0.2}),  # at its cap
+    (["a.weight=9", "b.weight=1", "b.epochs=1"], {"a": 0.9, "b": 0.1}),  # below its cap
+    (["a.epochs=1", "b.epochs=4"], {"a": 0.5, "b": 0.5}),  # a has 80: the run is shorter than both
+    (["a.weight=1", "a.epochs=100", "b.epochs=2"], {"a": 0.6, "b": 0.4}),  # a cap that does not bind
+]
+
+
+@pytest.mark.parametrize(("overrides", "found"), MIXTURES)
+def test_a_cap_is_said_where_it_binds(tmp_path: Path, overrides: list[str], found: dict[str, float]) -> None:
+    """Not where a source without a weight takes a part of the windows."""
+    recipe = recipe_of(tmp_path, *(f"text.sources.{each}" for each in overrides))
+    order = mixed([1.0, 1.0], [80, 20])
+    assert isinstance(order, MixedShuffle)
+    order = replace(order, shares=found, sources=dict(zip(found, order.sources.values(), strict=True)))
+    capped = found["b"] == 0.2 and "b.epochs=1" in overrides
+    assert any("would be read more" in line for line in lines(recipe, order, 25)) == capped
+
+
+@pytest.mark.parametrize(("overrides", "found"), MIXTURES)
 def test_weights_and_epochs_come_to_shares(tmp_path: Path, overrides: list[str], found: dict[str, float]) -> None:
     recipe = recipe_of(tmp_path, *(f"text.sources.{each}" for each in overrides))
     assert shares(recipe, {"a": 80, "b": 20}) == pytest.approx(found)

@@ -244,6 +244,7 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
         (("recipe.yaml", "model.dim=31"), "model.dim = 31"),
         (("recipe.yaml", "--gpu", "voodoo2"), "--gpu voodoo2: not in the table"),
         (("recipe.yaml", "--memory", "much"), "--memory much: expected a size such as 12GB"),
+        (("recipe.yaml", "--memory", "9" * 400 + "GB"), "expected a size such as 12GB"),
         (("recipe.yaml", "model.from=exports/x"), "model.from"),
         (("recipe.yaml", "--hours", "3"), "--hours"),
         (("--text", "none.txt", "--hours", "1", "--gpu", "4090"), "none.txt is not there"),
@@ -407,3 +408,26 @@ def test_names_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "nothing.txt.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(TextError, match="nothing in it"):
         ladder.law_of(str(tmp_path / "nothing.txt.gz"))
+    write_text(tmp_path / "a.txt")
+    (tmp_path / "b.txt").touch()
+    assert ladder.law_of(f"{tmp_path}/*.txt") == ladder.law_of(str(tmp_path / "a.txt"))
+
+
+def test_a_step_of_billions_of_windows_is_planned_at_once() -> None:
+    made = planning.plan(
+        quickstart("train.tokens_per_step=4000000000 model.context=2 train.steps=9 train.warmup=0"),
+        cards.card("3080ti"),
+    )
+    assert 2_000_000_000 % made.micro_batch == 0
+
+
+@pytest.mark.parametrize("name", ["step-by-step.txt", "a\x85b.txt", "a\x7fb.txt", 'é "b".txt'])
+def test_a_proposed_recipe_of_a_text_of_any_name_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Path(name).open("w") as file:
+        file.writelines(f"The {number}th river flows past {number * 7} towns to the sea.\n" for number in range(40_000))
+    ladder.write_proposals(name, CPU, 1)
+    found = [load(path, []) for path in tmp_path.glob("*.yaml")]
+    assert found and all(recipe.text.files == (name,) for recipe in found)

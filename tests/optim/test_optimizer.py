@@ -340,3 +340,15 @@ def test_weights_moments_and_step_are_all_that_there_is(train: Train) -> None:
             give_gradients(again, step)
             resumed.step(step, 1.0, ONE, TRUE)
     assert all(torch.equal(a, b) for a, b in zip(weights(ours), weights(again), strict=True))
+
+
+@both
+def test_what_only_a_callers_model_has_is_trained_too(train: Train) -> None:
+    ours = tiny.transformer()
+    ours.model.layers[0].mlp.bias = torch.nn.Parameter(torch.ones(3))  # type: ignore[union-attr]
+    ours.temperature, ours.experts = torch.nn.Parameter(torch.ones(())), torch.nn.Parameter(torch.ones(2, 3, 4))
+    optimizer, before = Optimizer(ours, train), {name: p.detach().clone() for name, p in ours.named_parameters()}
+    for p in ours.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0, 1.0, torch.ones(()), torch.tensor(True))
+    assert [name for name, p in ours.named_parameters() if torch.equal(p, before[name])] == []

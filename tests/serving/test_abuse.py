@@ -251,6 +251,8 @@ def test_a_wrong_key_is_refused(tiny_run: LoadedRun, capfd: pytest.CaptureFixtur
             assert answer.split()[1] in (b"400", b"401"), answer
         right = {"Authorization": "Bearer s3cret-key"}
         assert httpx.get(f"{kept.url}/v1/models", headers={**right, "Host": "model.example"}).status_code == 200
+        for given in ("bearer s3cret-key", "BEARER  s3cret-key"):
+            assert httpx.get(f"{kept.url}/v1/models", headers={"Authorization": given}).status_code == 200
         assert httpx.get(f"{kept.url}/health").status_code == httpx.get(f"{kept.url}/").status_code == 200
         allowed = httpx.get(f"{kept.url}/v1/models", headers={**right, "Origin": "https://editor.example"})
         assert allowed.headers["access-control-allow-origin"] == "https://editor.example"

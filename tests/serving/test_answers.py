@@ -56,6 +56,8 @@ def test_a_text_ends_before_the_first_stop_however_tokens_split_it(
 def test_long_stops_are_looked_for_no_further_than_the_text_reaches() -> None:
     stop = Stop(["x" * 999 + "y", "ab" * 400])
     assert [stop.feed(piece) for piece in ("a", "x", "xx", "z", "abab", "!")] == ["", "a", "", "xxxz", "", "abab!"]
+    stop = Stop(["a" * 999 + chr(65 + number) for number in range(16)])
+    assert "".join(stop.feed("a") for _ in range(1500)) == "a" * 501 and stop.held == "a" * 999
 
 
 def test_an_emoji_of_several_tokens_is_shown_whole_or_not_at_all(tokenizer: Tokenizer) -> None:

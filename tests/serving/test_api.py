@@ -310,3 +310,10 @@ def test_a_swapped_checkpoint_names_itself(tiny_run: LoadedRun, here: Path) -> N
     assert json.loads((here / "runs/tiny/status.json").read_text())["status"] == 0
     with served(tiny_run) as server, client_of(server) as client:
         assert ask(client).system_fingerprint == tiny_run.name == client.models.list().data[0].checkpoint  # type: ignore[attr-defined]
+
+
+def test_a_prompt_that_is_only_scored_ends_by_its_length(tiny_server: Served) -> None:
+    asked = {"prompt": "thclas\n", "max_tokens": 0, "echo": True, "temperature": 1.0, "min_p": 0}
+    for seed in range(30):
+        found = httpx.post(f"{tiny_server.url}/v1/completions", json={**asked, "seed": seed}, timeout=30).json()
+        assert found["choices"][0]["finish_reason"] == "length"
