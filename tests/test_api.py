@@ -146,3 +146,23 @@ def test_a_run_is_trained_in_a_thread(tmp_path: Path) -> None:
 
     done = run(act, tmp_path)
     assert done.status == 0 and digest(tmp_path).startswith("12:"), done.err
+
+
+def test_a_watcher_changes_nothing_that_is_recorded(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+    write_text(tmp_path / "other.txt", documents=40)
+    sources = [f"text.sources.{name}.{key}" for name in ("text", "other") for key in (f"files={name}.txt", "weight=1")]
+
+    def spoil(line: dict[str, Any]) -> None:
+        for each in line.get("sources", {}).values():
+            each.clear()
+        line.clear()
+
+    def act() -> None:
+        llm.train(llm.load_recipe(path, sources), on_log=spoil)
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    measured = [line["sources"] for line in lines if "sources" in line]
+    assert measured and all("bits_per_byte" in each for found in measured for each in found.values())

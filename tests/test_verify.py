@@ -58,6 +58,22 @@ def test_a_sound_recipe_keeps_all_promises(
     assert not list(Path("runs").iterdir())  # nothing of it is left
 
 
+def test_a_mixture_whose_epochs_no_trial_can_hold_is_verified_and_no_other_run_is_touched(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (mine := tmp_path / "runs/tiny-verify-whole/mine").mkdir(parents=True)
+    (other := tmp_path / "other.txt").write_text(text.read_text().replace("river", "lake"))
+    sources = [
+        f"text.sources.a.files={text}",
+        "text.sources.a.epochs=20",
+        f"text.sources.b.files={other}",
+        "text.sources.b.weight=1",
+    ]
+    found = verdicts(tmp_path, text, None, *sources, "train.steps=2000")
+    assert found and not any(found.values()) and list(Path("runs").iterdir()) == [mine.parent.relative_to(tmp_path)]
+
+
 def test_where_bits_are_compared_all_trials_have_one_number_of_threads(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

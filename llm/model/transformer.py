@@ -286,8 +286,9 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> None:
         """Initialise each tensor from its own generator, so that no tensor's values depend on another tensor."""
         for index, (name, weight) in enumerate(self.named_parameters()):
-            if weight.ndim == 1:
-                weight.fill_(QK_NORM_INIT if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
+            if weight.ndim < 2:  # norms, or what a caller's own block has
+                of_qk = name.endswith(("q_norm.weight", "k_norm.weight"))
+                weight.fill_(QK_NORM_INIT if of_qk else 0.0 if name.endswith("bias") else 1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.zero_()
             else:

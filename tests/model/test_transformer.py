@@ -15,7 +15,7 @@ from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Model, Train
 from llm.model import cost
-from llm.model.transformer import BIAS_INIT, NORM_EPS, QK_NORM_INIT, ROPE_THETA, Transformer
+from llm.model.transformer import BIAS_INIT, NORM_EPS, QK_NORM_INIT, ROPE_THETA, Block, Transformer
 from llm.optim.optimizer import Optimizer
 from tests import tiny
 from tests.forks import run, train, write_recipe, write_text
@@ -251,3 +251,13 @@ def test_sixteen_windows_at_once_are_four_times_four() -> None:
         parts = gradients(model, micro_batch, tokens, targets)
         assert len(parts) == len(whole)
         assert max(off(part, true) for part, true in zip(parts, whole, strict=True)) < 1e-6
+
+
+def test_a_callers_biases_start_at_zero_and_scalars_at_one() -> None:
+    def changed(block: Block) -> Block:
+        block.bias, block.scale = torch.nn.Parameter(torch.full((3,), 9.0)), torch.nn.Parameter(torch.tensor(9.0))
+        return block
+
+    ours = Transformer(tiny.shape(), tiny.VOCABULARY, 1, changed)
+    found = {name: p.unique().tolist() for name, p in ours.named_parameters() if name.endswith(("bias", "scale"))}
+    assert found and all(value == ([0] if name.endswith("bias") else [1]) for name, value in found.items())
