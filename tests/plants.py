@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm.data import batches
 from llm.data.shards import Split
-from llm.distributed import sharding
+from llm.distributed import exchange, sharding
 from llm.distributed.sharding import LocalShard
 from llm.model import transformer
 from llm.optim import optimizer
@@ -114,6 +114,7 @@ def gradients_never_cleared() -> None:
 
 def gradients_not_exchanged() -> None:
     sharding.all_reduce = lambda flat, group=None: flat
+    exchange.gather_chunks = lambda flat, chunk, group=None: flat
 
 
 def stale_shard() -> None:
