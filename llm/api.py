@@ -33,7 +33,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     RecipeError for anything that is wrong in it.
     """
     path = Path(path)
-    named = not path.suffix and path.name == str(path) and not os.path.exists(path)  # noqa: PTH110 (pathlib's raises where a name is too long)
+    # pathlib's exists raises where a name is too long.
+    named = not path.suffix and path.name == str(path) and not os.path.exists(path)  # noqa: PTH110
     return load(recipes(str(path)) if named else path, tuple(overrides))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -115,10 +116,10 @@ def save(conversation: "Conversation", name: str) -> None:
         raise RecipeError("write /save FILE.jsonl, after a first answer")
     said = checked("the conversation", {"messages": [*conversation.system, *conversation.exchanges]})
     try:
-        path = Path(name).expanduser()
-        gap = "\n" if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n") else ""
-        with path.open("a", encoding="utf-8") as file:
-            file.write(gap + json.dumps({"messages": said}, ensure_ascii=False) + "\n")
+        with Path(name).expanduser().open("a+b") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
+                file.write(b"\n")  # the last line had no end
+            file.write(json.dumps({"messages": said}, ensure_ascii=False).encode() + b"\n")
     except (OSError, RuntimeError, ValueError) as error:
         raise RecipeError(f"{name[:200]} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     tell(f"(added to {name})")

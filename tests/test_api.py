@@ -124,7 +124,7 @@ def test_a_frozen_weight_is_named(tmp_path: Path) -> None:
     class Frozen(Transformer):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
-            self.norms = self.model.norm.weight.requires_grad_(False)
+            self.model.norm.weight.requires_grad_(False)
 
     recipe = llm.load_recipe(write_recipe(tmp_path, write_text(tmp_path / "text.txt")))
 

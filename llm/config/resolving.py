@@ -92,7 +92,7 @@ def _resolve_model(model: Model) -> Model:
         raise RecipeError(f"model.head_dim = {head_dim}: rotary positions need {even}")
     kv_heads = model.kv_heads or model.heads
     if model.heads % kv_heads:
-        fit = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        fit = divisors(model.heads)
         raise RecipeError(f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: use one of {fit}")
     ffn_dim = model.ffn_dim or -(-model.dim * 8 // 3 // 64) * 64
     return replace(model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=ffn_dim)
@@ -106,9 +106,8 @@ def _check_sizes(recipe: Recipe) -> None:
         raise RecipeError(f"{fault}: try {max(1, round(tokens / context)) * context}")
     windows = recipe.windows_per_step
     if isinstance(micro_batch, int) and windows % micro_batch:
-        divisors = {d for n in range(1, math.isqrt(windows) + 1) if windows % n == 0 for d in (n, windows // n)}
         fault = f"machine.micro_batch = {micro_batch} does not divide the {windows} windows of a step"
-        nearest = max(d for d in divisors if d <= micro_batch)
+        nearest = max(n for n in divisors(windows) if n <= micro_batch)
         raise RecipeError(f"{fault} (train.tokens_per_step / model.context): try {nearest}")
     vocab_size, terms = recipe.tokenizer.vocabulary, len(recipe.tokenizer.terms)
     if vocab_size < (least := MIN_VOCAB_SIZE + terms):
@@ -173,7 +172,7 @@ def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
 
 def cpu_micro_batch(windows: int, context: int) -> int:
     """machine.micro_batch = auto on a CPU, for a process that reads this many windows a step."""
-    return max((n for n in range(1, min(windows, CPU_TOKENS // context) + 1) if windows % n == 0), default=1)
+    return max((n for n in divisors(windows) if n <= CPU_TOKENS // context), default=1)
 
 
 def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
@@ -201,3 +200,9 @@ def counted_from_1(ranges: str | list[str]) -> list[str]:
         "-".join(str(int(step) + 1) for step in match.groups() if step) if (match := _RANGE.fullmatch(text)) else text
         for text in ranges
     ]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in ascending order, in time that grows with the root of `number`."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})

@@ -20,6 +20,7 @@ from llm.data import text_files
 from llm.data.conversations import FORMS
 
 LONGEST_ROW = 64 << 20  # bytes of a row, which is read whole
+LONGEST_LITERAL = 16  # characters that any escape or literal of JSON fits in, such as \ud83c\udf89 or -Infinity
 BATCH = 64  # rows of a Parquet file that are decoded at once
 DELIMITERS = ",;\t"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -86,9 +87,9 @@ def _array(path: Path, chunks: Iterable[bytes]) -> Rows:
                 if end < len(text.text) or not text.more():  # else a number may go on
                     break
             except (ValueError, RecursionError) as error:
-                # A row that is not whole yet fails near its end, or where its last string begins.
+                # An incomplete row fails near its end, in an escape or a literal, or where its last string begins.
                 at, said = getattr(error, "pos", 0), str(error)
-                damaged = at < len(text.text) - 16 and not said.startswith("Unterminated string")
+                damaged = at < len(text.text) - LONGEST_LITERAL and not said.startswith("Unterminated string")
                 if damaged or isinstance(error, RecursionError) or not text.more():
                     raise TextError(f"{path} row {number} is not JSON ({error}): save the file again") from error
         yield f"{path} row {number}", row

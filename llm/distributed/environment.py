@@ -27,7 +27,7 @@ from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from llm import __version__
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RecipeError, RefusedError
-from llm.config.resolving import cpu_micro_batch
+from llm.config.resolving import cpu_micro_batch, divisors
 from llm.config.schema import Recipe, flat
 from llm.distributed import coordinator as coordination
 from llm.distributed import process, threads
@@ -327,7 +327,7 @@ def _refuse_uneven(recipe: Recipe, settings: RuntimeSettings) -> None:
             rule = "both must be powers of two; choose train.tokens_per_step and machine.micro_batch so"
             raise RecipeError(f"machine.exact {sums}: {rule}")
     if micro_batch and per_rank % micro_batch:
-        nearest = max(size for size in range(1, min(micro_batch, per_rank) + 1) if per_rank % size == 0)
+        nearest = max(size for size in divisors(per_rank) if size <= micro_batch)
         split = f"micro-batches of machine.micro_batch = {micro_batch} on {world} processes"
         raise RecipeError(f"{step} cannot be split into {split}: try {nearest}")
 

@@ -22,7 +22,7 @@ class Place:
 
 
 def place() -> Place:
-    """Read this process's place from the launcher's variables GroupError if they contradict."""
+    """Read this process's place from the launcher's variables. GroupError if they contradict each other."""
     said = {name: value for name in (*COUNTS, *OTHERS) if (value := os.environ.get(name, "").strip())}
     mend = f"launch with torchrun or accelerate launch; for one process alone, unset {', '.join(COUNTS[:4])}"
     if "WORLD_SIZE" not in said:

@@ -65,9 +65,10 @@ class Conversation:
         def ids(dropped: int) -> list[int]:
             return self.template.prompt([*system, *whole[2 * dropped :], {"role": "user", "content": text}])
 
-        # By halves: a request may bring thousands of exchanges.
-        fewest = bisect_left(range(len(whole) // 2), True, key=lambda dropped: len(ids(dropped)) <= room)
-        found = ids(fewest)
+        fewest, found = 0, ids(0)
+        if len(found) > room:  # a binary search, as a request may bring thousands of exchanges
+            fewest = bisect_left(range(len(whole) // 2), True, key=lambda dropped: len(ids(dropped)) <= room)
+            found = ids(fewest)
         if len(found) > room:
             raise RecipeError(
                 f"a message of {len(found):,} tokens, its markers and the system message included, is longer than "

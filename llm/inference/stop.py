@@ -22,7 +22,7 @@ class Stop:
 
 
 def _begun(held: str, text: str) -> int:
-    """Characters of the longest end of `held` with which `text` begins."""
+    """Length of the longest suffix of `held` that is a prefix of `text`, but not all of it."""
     at = held.find(text[0], max(0, len(held) - len(text) + 1))
     while at >= 0 and not text.startswith(held[at:]):
         at = held.find(text[0], at + 1)

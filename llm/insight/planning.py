@@ -20,7 +20,7 @@ from llm.base import atomic_io
 from llm.base.constants import CHUNK_NUMBERS
 from llm.base.durations import readable
 from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
-from llm.config.resolving import cpu_micro_batch, with_steps
+from llm.config.resolving import cpu_micro_batch, divisors, with_steps
 from llm.config.schema import MIN_VOCAB_SIZE, STEP, Model, Recipe, Text
 from llm.data.sources import sources_of
 from llm.data.text_files import packed_as
@@ -230,8 +230,7 @@ def micro_batch_that_fits(recipe: Recipe, device: Device) -> tuple[int, bool]:
     elif not device.cuda:
         sizes = [cpu_micro_batch(windows, recipe.model.context)]
     else:
-        low = [n for n in range(1, math.isqrt(windows) + 1) if windows % n == 0]
-        sizes = sorted({*low, *(windows // n for n in low)})
+        sizes = divisors(windows)
     fitting = [n for n in sizes if step_memory(recipe, device, n).peak <= room(device)]
     return (max(fitting), True) if fitting else (sizes[0], False)
 

@@ -302,6 +302,7 @@ def _by_shape(item: tuple[str, nn.Parameter]) -> tuple[int, ...]:
 
 
 def _part(name: str) -> str:
+    """The key of ADAMW_LR_FACTORS in a tensor's name; empty for what only a caller's own model has."""
     return next((part for part in ADAMW_LR_FACTORS if part in name), "")
 
 

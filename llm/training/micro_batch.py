@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llm.base.errors import GroupError
+from llm.config.resolving import divisors
 from llm.data.batches import Batch
 from llm.distributed import environment, process
 from llm.model.loss import compile_loss
@@ -47,7 +48,7 @@ class MicroBatches:
     def halve(self, step: int) -> None:
         """Take the next smaller micro-batch. GroupError, with the setting that may do, if that is not possible."""
         was, settings = self.size, self.context.settings
-        size = max((n for n in range(1, was // 2 + 1) if self.windows % n == 0), default=0)
+        size = max((n for n in divisors(self.windows) if n <= was // 2), default=0)
         self.state.model.zero_grad(set_to_none=True)
         if self.context.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -85,7 +86,7 @@ class MicroBatches:
 
     def _largest_that_fits(self) -> int:
         fits = 1
-        for size in [n for n in range(1, self.windows + 1) if self.windows % n == 0]:
+        for size in divisors(self.windows):
             fitted = within_memory(partial(self._forward_backward, size))
             if self.context.coordinator.largest(fitted is None):
                 if self.context.sharding.sharded:  # FSDP2 stopped in the middle of a gather
