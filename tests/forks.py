@@ -44,7 +44,7 @@ def write_text(path: Path, documents: int = 60) -> Path:
     words = " ".join(SENTENCES).split()
     with path.open("w", encoding="utf-8") as file:
         for number in range(documents):
-            chosen = [words[(number * 7 + i * (number + 3)) % len(words)] for i in range(40)]
+            chosen = [words[(number * 7 + i * (number + 3)) % len(words)] for i in range(16)]
             file.write(f" = Article {number} = \n\n{SENTENCES[number % len(SENTENCES)]} {' '.join(chosen)}\n\n")
     return path
 

@@ -113,7 +113,9 @@ def test_a_run_that_was_removed_is_not_made_anew_by_a_smaller_micro_batch(tmp_pa
 @pytest.mark.parametrize(
     ("world", "changes", "mend"),
     [
-        (1, {"machine.exact": "true", "machine.micro_batch": 8}, "machine.micro_batch=4"),
+        pytest.param(
+            1, {"machine.exact": "true", "machine.micro_batch": 8}, "machine.micro_batch=4", marks=pytest.mark.slow
+        ),
         (1, {"machine.micro_batch": 8}, "machine.micro_batch=4"),
         (2, {"machine.micro_batch": 8}, "machine.micro_batch=4"),
         (

@@ -187,7 +187,7 @@ def test_a_prepared_cache_that_cannot_be_written_to_is_used(disk: Path, tmp_path
     assert other.status == 5 and len(other.err.splitlines()) == 1 and "Read-only file system" in other.err, other.err
 
 
-@pytest.mark.parametrize("home", [None, "/proc"])
+@pytest.mark.parametrize("home", [None, pytest.param("/proc", marks=pytest.mark.slow)])
 def test_without_a_home_all_is_done_and_nothing_left_behind(tmp_path: Path, text: Path, home: str | None) -> None:
     """As for a user whom the system has no name for; /proc is a place where nobody may write."""
     recipe = write_recipe(tmp_path, text, **{"text.cache": "data", "tracking.wandb": "online"})

@@ -64,7 +64,7 @@ def alive(recipe: Recipe, micro_batch: int) -> int:
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        for _ in range(recipe.windows_per_step // micro_batch):
+        for _ in range(min(2, recipe.windows_per_step // micro_batch)):  # the third takes what the second took
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = model(tokens[:, :-1], tokens[:, 1:], torch.arange(micro_batch))
             loss.backward()
