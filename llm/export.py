@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llm.run_folder.loaded_run import LoadedRun
 
 GGUF = ("f32", "f16", "bf16", "q8_0")
+HUB_NAME = r"(?a)(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?"  # as the hub has it
 SHARD = 4 << 30  # bytes of a file of weights
 
 
@@ -33,8 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--push", metavar="OWNER/NAME", help="then send it to the hub, with the token of `hf auth login`")
     add("--public", action="store_true", help="make a new repository of the hub public, not private")
     given = parser.parse_args(arguments)
-    if given.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", given.push):
-        raise RecipeError(f"--push = {given.push[:80]!r}: OWNER/NAME is expected")
+    if given.push and not re.fullmatch(HUB_NAME, given.push):
+        rule = "each up to 96 of A-Z a-z 0-9 _ - ., with no - or . at its ends, no -- or .. in it, no .git at the end"
+        raise RecipeError(f"--push = {given.push[:80]!r}: OWNER/NAME is expected, {rule}")
     import torch
 
     from llm.run_folder.loaded_run import find, open_mean
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     kind = given.gguf or given.dtype
     suffix = f"-gguf-{kind}" if given.gguf else "" if kind == "fp32" else f"-{kind}"
     target = given.to or Path("exports") / f"{find(given.run)[0].name}{suffix}"
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise RecipeError(f"{target} is there already: remove it, or name another folder by --to")
     opened = open_mean(given.run, given.mean, torch.device("cpu"))
     try:

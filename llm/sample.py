@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def text_in(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n")
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         cause = getattr(error, "strerror", None) or error
         raise RecipeError(f"--prompt-file = {path} cannot be read as text: {cause}") from None

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder, which = find(given.run)
         opened = open_run(str(folder.absolute() / ("newest" if given.follow else which)))
         prepare(opened.model, int8=given.int8)
-        limits = Limits(given.body, 20.0, given.tokens, given.seconds)
+        limits = Limits(given.body, tokens=given.tokens, seconds=given.seconds)
         server = Server(Engine(opened, given.queue, int8=given.int8), limits, key, given.cors)
         app = application(server, (lambda: follow(server)) if given.follow else None)
         shown = f"[{given.host}]" if ":" in given.host else given.host

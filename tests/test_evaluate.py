@@ -95,7 +95,8 @@ def test_of_pairs_the_likelier_one_is_counted(here: Path) -> None:
     pairs = list(zip(sentences[::2], sentences[1::2], strict=True))
     (here / "pairs.tsv").write_text("".join(f"{good}\t{bad}\n" for good, bad in pairs))
     (here / "pairs.jsonl").write_text(
-        "\n".join(json.dumps({"sentence_good": good, "sentence_bad": bad, "UID": 1}) for good, bad in pairs)
+        "\ufeff"  # as some editors begin a file
+        + "\n".join(json.dumps({"sentence_good": good, "sentence_bad": bad, "UID": 1}) for good, bad in pairs)
     )
     assert read_pairs(here / "pairs.tsv") == read_pairs(here / "pairs.jsonl") == pairs
     right = sum(good > bad for good, bad in zip(alone[::2], alone[1::2], strict=True))

@@ -68,7 +68,7 @@ def mended(path: Path) -> tuple[Recipe, Prepared | None]:
     for _ in range(8):
         recipe = load(path, overrides)
         try:
-            return recipe, prepare(recipe, lambda line: None, progress=False)
+            return recipe, prepare(recipe, lambda line: None)
         except LLMError as error:
             said = str(error)
             assert error.status == 2 and "\n" not in said and len(said) < 600, repr(error)
@@ -101,7 +101,7 @@ def one_text(data: bytes, name: str, rule: str) -> None:
             recipe, prepared = mended(folder / "recipe.yaml")
             if prepared is None:
                 return event("refused")
-            again = prepare(recipe, lambda line: None, progress=False, verify=True)
+            again = prepare(recipe, lambda line: None, verify=True)
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)

@@ -160,3 +160,7 @@ def test_a_run_that_began_from_another_s_best_resumes_when_that_has_trained_on(t
     assert run(train(recipe), tmp_path).status == 0
     done = run(train(recipe, *student), tmp_path)
     assert done.status == 0 and digest(tmp_path, "student") == digest(tmp_path, "whole"), done.err
+    (tmp_path / "runs/tiny").rename(tmp_path / "runs/elsewhere")
+    for name in ("student", "new"):
+        refused = run(train(recipe, *student, f"run={name}"), tmp_path)
+        assert refused.status == 2 and refused.err.startswith("error: model.from: there is no run"), refused.err

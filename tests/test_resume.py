@@ -40,6 +40,23 @@ def test_stopped_after_any_step_it_ends_in_the_same_bits(tmp_path: Path, text: P
     assert [step for step, _ in losses[0]] == list(range(1, 13))
 
 
+@pytest.mark.parametrize("start", ["model.from=runs/tiny/best", "from=tiny/step-000012"])
+def test_stopped_before_its_first_step_it_has_the_same_curve(tmp_path: Path, text: Path, start: str) -> None:
+    """The weights that it begins with are not its own: they are no best of it."""
+    recipe = write_recipe(tmp_path, text, **{"train.decay": 0, "evaluate.every": 6})
+    done(run(train(recipe), tmp_path))
+    later = [start, "train.steps=24", "train.learning_rate=0.5"]
+    done(run(train(recipe, *later, "run=whole"), tmp_path))
+    assert run(train(recipe, *later, "run=parts", "machine.stop_after=0.0001s"), tmp_path).status == 75
+    done(run(train(recipe, *later, "run=parts"), tmp_path))
+    results = []
+    for name in ("whole", "parts"):
+        checkpoints = tmp_path / "runs" / name / "checkpoints"
+        manifest = json.loads((checkpoints / "step-000024/checkpoint.json").read_text())
+        results.append({key: manifest[key] for key in ("best", "curve", "metrics")})
+    assert results[0] == results[1] and digest(tmp_path, "whole") == digest(tmp_path, "parts")
+
+
 def test_how_often_it_looks_at_itself_changes_no_bit(tmp_path: Path, text: Path) -> None:
     """Evaluation, samples, logging and checkpoints on another cadence, and another one again after a stop."""
     recipe = write_recipe(tmp_path, text)

@@ -217,7 +217,7 @@ def test_a_text_ends_before_what_it_shall_stop_at(here: Path) -> None:
         wanted = "The river" + rest[: rest.index(stop)]
         assert said("--prompt", "The river", "--stop", stop) == wanted
     assert said("--prompt", "The river", "--stop", "\u2603", "--stop", rest[-1] + "\u2603") == whole
-    (here / "prompt.txt").write_text("The river\n")
+    (here / "prompt.txt").write_text("\ufeffThe river\n")  # as some editors begin a file
     assert said("--prompt-file", "prompt.txt") == whole
     both = said("--prompt", "The river", "--prompt-file", "prompt.txt", "--stop", rest[10:13])
     assert both.count("-" * 40) == 2 and rest[10:13] not in both.replace("The river", "")

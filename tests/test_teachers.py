@@ -152,9 +152,10 @@ def test_an_exported_folder_of_other_pieces_is_refused(here: Path, tmp_path: Pat
     assert ended.status == 4 and "another tokenizer" in ended.err and len(ended.err.splitlines()) == 1, ended.err
 
 
-def test_a_finished_run_needs_its_teachers_no_more(here: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [{"train.steps": 4}, {"train.steps": None, "train.hours": "2s"}])
+def test_a_finished_run_needs_its_teachers_no_more(here: Path, tmp_path: Path, length: dict[str, object]) -> None:
     folder = copied(here, tmp_path / "run")
-    recipe = write_recipe(folder, folder / "text.txt", **TAUGHT, **{"train.steps": 4})
+    recipe = write_recipe(folder, folder / "text.txt", **TAUGHT | length)
     assert run(train(recipe), folder).status == 0
     shutil.rmtree(folder / "runs/wide")
     again = run(train(recipe), folder)

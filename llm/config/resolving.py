@@ -94,8 +94,13 @@ def _resolve_model(model: Model) -> Model:
     if model.heads % kv_heads:
         fit = divisors(model.heads)
         raise RecipeError(f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}: use one of {fit}")
-    ffn_dim = model.ffn_dim or -(-model.dim * 8 // 3 // 64) * 64
+    ffn_dim = model.ffn_dim or default_ffn_dim(model.dim)
     return replace(model, head_dim=head_dim, kv_heads=kv_heads, ffn_dim=ffn_dim)
+
+
+def default_ffn_dim(dim: int) -> int:
+    """model.ffn_dim = 0 for this model.dim."""
+    return -(-dim * 8 // 3 // 64) * 64
 
 
 def _check_sizes(recipe: Recipe) -> None:

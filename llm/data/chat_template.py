@@ -78,11 +78,11 @@ class OwnTemplate:
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         texts = [message["content"] for messages in conversations for message in messages]
-        contents, bos = iter(self._tokenizer.encode_batch(texts, threads=1)), self._tokenizer.bos
-        return [self._joined(messages, contents, bos) for messages in conversations]
+        contents = iter(self._tokenizer.encode_batch(texts, threads=1))
+        return [self._joined(messages, contents) for messages in conversations]
 
-    def _joined(self, messages: Sequence[Message], contents: Iterator[np.ndarray], bos: int) -> Encoded:
-        ids: list[Any] = [[bos]]
+    def _joined(self, messages: Sequence[Message], contents: Iterator[np.ndarray]) -> Encoded:
+        ids: list[Any] = [[self._tokenizer.bos]]
         parts: list[Any] = [[CONTEXT]]
         for message in messages:
             role, content = message["role"], next(contents)

@@ -209,13 +209,8 @@ def cut_documents(
             yield document
 
 
-def is_validation(document: bytes, val_fraction: float) -> bool:
-    """True if this document is held out. Its bytes alone decide, so equal documents are on one side."""
-    return fraction(document) < val_fraction
-
-
 def fraction(document: bytes) -> float:
-    """A number in [0, 1) from a hash of the document."""
+    """A number in [0, 1) from a hash of the document, which is held out if the number is below text.validation."""
     return key_of(document) / 2**64
 
 

@@ -37,7 +37,6 @@ class Prepared:
 def prepare(
     recipe: Recipe,
     say: Say = print,
-    progress: bool = True,
     verify: bool = False,
     tokenizer: Tokenizer | None = None,
     own: Source | None = None,
@@ -46,13 +45,13 @@ def prepare(
 ) -> Prepared:
     """As pipeline.prepare, of a text or of several sources."""
     if not recipe.text.sources:
-        text = pipeline.prepare(recipe, say, progress, verify, tokenizer, own, anew, team)
+        text = pipeline.prepare(recipe, say, verify, tokenizer, own, anew, team)
         return Prepared(text.tokenizer, text.shards)
     for name, named in texts(recipe).items():  # before any of them is read
         with _naming(name):
             refuse_missing(named)
     if tokenizer is None and recipe.tokenizer.path is None:
-        tokenizer = (None if anew else _made_before(recipe)) or _trained(recipe, say, progress, verify)
+        tokenizer = (None if anew else _made_before(recipe)) or _trained(recipe, say, verify)
     found: dict[str, Shards] = {}
     for source in recipe.text.sources:
 
@@ -61,7 +60,7 @@ def prepare(
 
         one = alone(recipe, source)
         with _naming(source.name):
-            prepared = pipeline.prepare(one, say_of, progress, verify, tokenizer, anew=anew, team=team)
+            prepared = pipeline.prepare(one, say_of, verify, tokenizer, anew=anew, team=team)
         tokenizer, found[source.name] = prepared.tokenizer, prepared.shards
     assert tokenizer is not None, "a recipe has a source"
     _tell_leaks(found, say)
@@ -70,7 +69,7 @@ def prepare(
         mend = "remove it, or name .jsonl rows of messages"
         raise RecipeError(f"train.on = assistant, but no source holds conversations: {mend}")
     if recipe.evaluate.also:
-        shards.also = pipeline.prepare_also(recipe, tokenizer, say, progress, verify, team)
+        shards.also = pipeline.prepare_also(recipe, tokenizer, say, verify, team)
     return Prepared(tokenizer, shards)
 
 
@@ -141,9 +140,9 @@ def _made_before(recipe: Recipe) -> Tokenizer | None:
     return pipeline.kept_tokenizer(folder) if folder.is_dir() else None
 
 
-def _trained(recipe: Recipe, say: Say, progress: bool, verify: bool) -> Tokenizer:
+def _trained(recipe: Recipe, say: Say, verify: bool) -> Tokenizer:
     """One tokenizer of all sources, trained or from the cache."""
-    cache, show = pipeline.cache_of(recipe.text.cache or "data"), Show(say, progress)
+    cache, show = pipeline.cache_of(recipe.text.cache or "data"), Show(say, True)
     found = []
     for name, text in texts(recipe).items():
         with _naming(name):

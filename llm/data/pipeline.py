@@ -54,7 +54,6 @@ class Prepared:
 def prepare(
     recipe: Recipe,
     say: Say = print,
-    progress: bool = True,
     verify: bool = False,
     tokenizer: Tokenizer | None = None,
     own: Source | None = None,
@@ -69,7 +68,7 @@ def prepare(
     this, and encode a large text together.
     """
     cache = cache_of(recipe.text.cache or "data")
-    show = Show(say, progress)
+    show = Show(say, True)
 
     past = None if own or anew else growth.find(cache, recipe, tokenizer)
     grown = past and growth.follow(past, recipe.text, cache, show, verify=verify)
@@ -95,7 +94,7 @@ def prepare(
         now = growth.Past(corpus.identity, corpus.most, asdict(survey), shards.folder.name, made or "")
         growth.record(cache, recipe, given, now)
     if recipe.evaluate.also:
-        shards.also = prepare_also(recipe, tokenizer, say, progress, verify, team)
+        shards.also = prepare_also(recipe, tokenizer, say, verify, team)
     train, validation = shards.train, shards.validation
     tokens, text_bytes = train.tokens + validation.tokens, train.text_bytes + validation.text_bytes
     if shards.is_chat:
@@ -136,16 +135,11 @@ def _say_text(corpus: Corpus, survey: Survey, recipe: Recipe, say: Say, own: Sou
 
 
 def prepare_also(
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    say: Say = print,
-    progress: bool = True,
-    verify: bool = False,
-    team: Team | None = None,
+    recipe: Recipe, tokenizer: Tokenizer, say: Say, verify: bool = False, team: Team | None = None
 ) -> Shards:
     """The texts of evaluate.also in the tokens of the run."""
     other = replace(recipe, text=also(recipe), evaluate=Evaluate(), train=replace(recipe.train, on="auto"))
-    return prepare(other, say, progress, verify, tokenizer, team=team).shards
+    return prepare(other, say, verify, tokenizer, team=team).shards
 
 
 def also(recipe: Recipe) -> Text:

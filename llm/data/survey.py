@@ -171,11 +171,13 @@ class Reading:
         """`known` are the segments that are as they were."""
         self.corpus, self.val_fraction, self.segments = corpus, val_fraction, list(known)
         self._place = Place(*known[-1]["end"]) if known else Place()
+        self._notes = Counter[str]()  # of the segment; the reading of documents counts in it
         self._begin()
 
     def _begin(self) -> None:
-        self._digest, self._notes = hashlib.sha256(), Counter[str]()
+        self._digest = hashlib.sha256()
         self._documents, self._bytes = [0, 0], [0, 0]
+        self._notes.clear()
 
     def __iter__(self) -> Iterator[tuple[bytes, float, int]]:
         """Each document with its fraction and its side."""
@@ -200,10 +202,7 @@ class Reading:
             text = text or self._place.digest()
             sizes = {"documents": self._documents, "text_bytes": self._bytes, "notes": dict(self._notes)}
             self.segments.append({"end": end, "text": text, "sha256": self._digest.hexdigest(), **sizes})
-            notes = self._notes
             self._begin()
-            notes.clear()
-            self._notes = notes  # which the reading of documents goes on to count in
 
     def survey(self) -> Survey:
         """The survey of what was read."""

@@ -134,7 +134,7 @@ def resolve_settings(recipe: Recipe, shard: Any, run: Path, coordinator: Coordin
     """Resolve every `auto`; what the run resolved before stays. The main rank decides for all."""
     known = _known(run / RECORD)
     threads.use_threads(threads_of(recipe, known))
-    names = ("fp32", "bf16", "fp16")
+    names = list(DTYPES)
     recorded = known.get("precision") if recipe.machine.precision == "auto" else None
     mine = names.index(recorded or precision_of(recipe)) if process.rank() == 0 else 0
     machine = recipe.machine
@@ -352,11 +352,11 @@ def save_settings(settings: RuntimeSettings, micro_batch: int, run: Path) -> Non
 
 
 @cache
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 256, seconds: float = 0.1) -> float:
-    """Operations a second of this machine's product of two square matrices in `dtype`: the best of several; cached."""
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 256) -> float:
+    """Operations a second of this machine's product of two square matrices in `dtype`: the best in 0.1 s; cached."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
-    while best == float("inf") or time.perf_counter() - began < seconds:
+    while best == float("inf") or time.perf_counter() - began < 0.1:
         start = time.perf_counter()
         product = a @ b
         product[0, 0].item()  # waits for the device

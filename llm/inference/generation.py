@@ -17,12 +17,9 @@ COLDEST = torch.finfo(torch.float32).tiny  # below it dividing by the temperatur
 
 
 def choose(
-    logits: Tensor,
-    occurred: Sequence[AbstractSet[int]],
-    sampling: Sampling,
-    generator: Generator | Sequence[Generator],
+    logits: Tensor, occurred: Sequence[AbstractSet[int]], sampling: Sampling, generators: Sequence[Generator]
 ) -> Tensor:
-    """Sample the next token of each row: (B,) from logits (B, V), with one generator or with one for each row.
+    """Sample the next token of each row: (B,) from logits (B, V), with a generator for each row.
 
     `occurred` are the tokens of each row's text, for the repetition penalty.
     """
@@ -41,7 +38,6 @@ def choose(
         shares = shares * (shares >= _least(shares, sampling.top_p))
     if sampling.min_p > 0:
         shares = shares * (shares >= sampling.min_p * shares.amax(-1, keepdim=True))
-    generators = [generator] * len(shares) if isinstance(generator, Generator) else generator
     drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=each) for each in generators])[:, None]
     sums = shares.cumsum(-1, dtype=torch.float64)
     places = torch.minimum(drawn * sums[:, -1:], sums[:, -1:].nextafter(torch.zeros((), dtype=torch.float64)))

@@ -65,7 +65,7 @@ class Score:
         return _exp(self.nats / self.words)
 
 
-def score(run: LoadedRun, text: EncodedText, rows: int = 8, *, alone: bool = False) -> Score:
+def score(run: LoadedRun, text: EncodedText, rows: int, *, alone: bool = False) -> Score:
     """The loss of `text`, `rows` windows at once; with `alone`, no document sees the one before it.
 
     BOS is a target only where documents are joined. TextError where there is nothing to predict.
@@ -83,7 +83,7 @@ def score(run: LoadedRun, text: EncodedText, rows: int = 8, *, alone: bool = Fal
     return Score(nats, targets, text.size, words)
 
 
-def score_held_out(run: LoadedRun, rows: int = 8) -> Iterator[tuple[str, Score]]:
+def score_held_out(run: LoadedRun, rows: int) -> Iterator[tuple[str, Score]]:
     """The name and the loss of all that the run held out: its text or answers, or those of each of text.sources."""
     for name, shards in of_run(run.folder).sources.items():
         about = f"{name}: " if name else ""
@@ -94,7 +94,7 @@ def score_held_out(run: LoadedRun, rows: int = 8) -> Iterator[tuple[str, Score]]
             yield f"{about}{text.name}: {len(text.documents):,} documents", score(run, text, rows)
 
 
-def score_answers(run: LoadedRun, shards: Shards, rows: int = 8) -> Score:
+def score_answers(run: LoadedRun, shards: Shards, rows: int) -> Score:
     """The loss on the answers (of all, under train.on = all) of the conversations that are held out."""
     table = table_of(run.recipe, shards.validation.verified())
     if not table.targets:
@@ -131,7 +131,7 @@ def validation_text(run: LoadedRun, shards: AnyShards | None = None) -> EncodedT
     return EncodedText("validation side", side, starts, side.text_bytes, documents)
 
 
-def count_preferred(run: LoadedRun, pairs: list[tuple[str, str]], rows: int = 8) -> tuple[int, int]:
+def count_preferred(run: LoadedRun, pairs: list[tuple[str, str]], rows: int) -> tuple[int, int]:
     """In how many pairs the good sentence is strictly likelier than the bad one, and how many pairs there are."""
     found = likelihoods(run, [sentence for pair in pairs for sentence in pair], rows)
     return sum(good > bad for good, bad in zip(found[::2], found[1::2], strict=True)), len(pairs)
@@ -140,7 +140,7 @@ def count_preferred(run: LoadedRun, pairs: list[tuple[str, str]], rows: int = 8)
 def read_pairs(path: Path) -> list[tuple[str, str]]:
     """The good and the bad sentence of each line. TextError names a line without a pair."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         cause = getattr(error, "strerror", None) or error
         raise TextError(f"--pairs = {path} cannot be read as text: {cause}") from None
@@ -167,7 +167,7 @@ def _pair(path: Path, number: int, line: str) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def likelihoods(run: LoadedRun, sentences: list[str], rows: int = 8) -> list[float]:
+def likelihoods(run: LoadedRun, sentences: list[str], rows: int) -> list[float]:
     """Log-probability (nats) of each sentence as a whole document."""
     context, device, found = run.recipe.model.context, run.model.lm_head.weight.device, []
     encoded = [torch.from_numpy(_encode(run, sentence).astype("int64")) for sentence in sentences]

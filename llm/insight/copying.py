@@ -31,8 +31,8 @@ def repetition(text: str) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def copying(samples: Sequence[str], train: Split, tokenizer: Tokenizer, most: int = MOST) -> list[Copying]:
-    """How much each sample copies from the first `most` tokens of the training side.
+def copying(samples: Sequence[str], train: Split, tokenizer: Tokenizer) -> list[Copying]:
+    """How much each sample copies from the first MOST tokens of the training side.
 
     Runs of tokens are compared by 64-bit hashes. Only places where n tokens match are looked at for n + 1.
     """
@@ -41,7 +41,7 @@ def copying(samples: Sequence[str], train: Split, tokenizer: Tokenizer, most: in
     seen = [[np.zeros(max(len(each) - n + 1, 0), bool) for n in range(1, longest + 1)] for each in ids]
     sought = [[_hashes(each, n) for n in range(1, longest + 1)] for each in ids]
     known = [np.unique(np.concatenate([each[n] for each in sought])) for n in range(longest)]
-    end = min(train.tokens, most)
+    end = min(train.tokens, MOST)
     for start in range(0, end, CHUNK):
         text = train.read(start, min(start + CHUNK + longest, end)).astype(np.uint64)
         at, codes = np.arange(len(text)), np.zeros(len(text), np.uint64)

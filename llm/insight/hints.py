@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm.config.resolving import FORGOTTEN_AFTER
+from llm.config.resolving import FORGOTTEN_AFTER, default_ffn_dim
 from llm.config.schema import Recipe
 from llm.insight import planning
 from llm.model import cost
@@ -166,13 +166,9 @@ def _wider(run: Facts, factor: float) -> tuple[str, ...]:
     if not heads:
         return ()
     grouped = [f"model.kv_heads={heads}"] if model.kv_heads != model.heads else []
-    own = [f"model.ffn_dim={math.ceil(model.ffn_dim * factor / 64) * 64}"] if _has_own_ffn(run) else []
+    has_own = model.ffn_dim != default_ffn_dim(model.dim)
+    own = [f"model.ffn_dim={math.ceil(model.ffn_dim * factor / 64) * 64}"] if has_own else []
     return (f"model.dim={heads * model.head_dim}", f"model.heads={heads}", *grouped, *own)
-
-
-def _has_own_ffn(run: Facts) -> bool:
-    model = run.recipe.model
-    return model.ffn_dim != -(-model.dim * 8 // 3 // 64) * 64
 
 
 def shorter(run: Facts) -> Hint | None:

@@ -5,6 +5,7 @@ can be read; what is missing is said on the page.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def _results(record: Record) -> list[str]:
         _number(best["bits_per_byte"] if best else None, ".4f"),
         _number(best["step"] if best else None),
         _number(last.get("loss"), ".4f"),
-        _number(sorted(rates)[len(rates) // 2] if rates else None, ",.0f"),
+        _number(statistics.median_high(rates) if rates else None, ",.0f"),
         size(last["memory"]) if "memory" in last else "-",
         f"{device}, {precision}" if device else "-",
     ]

@@ -4,12 +4,11 @@ Memory: 12 bytes a document, 72 more for up to 4 million documents in which near
 characters and lines in tables of fixed size, and samples of SAMPLE bytes to train vocabularies and yardsticks on.
 """
 
-import itertools
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +198,7 @@ def _merged(name: str, merges: dict[str, int], most: int) -> list[str]:
     """The symbols of `name` after all merges of lower rank than `most`, in the order of their ranks."""
     symbols = list(name)
     while len(symbols) > 1:
-        ranks = [merges.get(left + right, most) for left, right in itertools.pairwise(symbols)]
+        ranks = [merges.get(left + right, most) for left, right in pairwise(symbols)]
         if (least := min(ranks)) >= most:
             break
         at = ranks.index(least)

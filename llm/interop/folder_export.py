@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm.base import atomic_io
-from llm.run_folder import checkpoint, tensor_files
+from llm.run_folder import checkpoint, model_card, tensor_files
 from llm.run_folder.loaded_run import LoadedRun
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,11 +40,19 @@ def small_files(opened: LoadedRun, kind: str) -> dict[str, bytes]:
     """Card, configuration and tokenizer of the checkpoint, by name."""
     names = [name for name in opened.checkpoint.manifest["files"] if not name.endswith(".safetensors")]
     files = {name: (opened.checkpoint.folder / name).read_bytes() for name in names}
-    if opened.others:
-        told = f"The weights are {opened.name}. The table and the curve are of the first of them alone.\n\n| | |\n"
-        files["README.md"] = files["README.md"].replace(b"| | |\n", told.encode(), 1)
+    if model_card.FILE_NAME in files:  # checkpoints of an earlier version have none
+        files[model_card.FILE_NAME] = card(opened)
     dtype = str(DTYPES[kind]).removeprefix("torch.")
     return files | {"config.json": atomic_io.as_json(json.loads(files["config.json"]) | {"torch_dtype": dtype})}
+
+
+def card(opened: LoadedRun) -> bytes:
+    """The model card of the checkpoint; that of a mean says so."""
+    found = (opened.checkpoint.folder / model_card.FILE_NAME).read_bytes()
+    if not opened.others:
+        return found
+    told = f"The weights are {opened.name}. The table and the curve are of the first of them alone.\n\n| | |\n"
+    return found.replace(b"| | |\n", told.encode(), 1)
 
 
 def _parts(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:

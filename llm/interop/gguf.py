@@ -17,6 +17,7 @@ from llm.base.errors import RecipeError, RefusedError, optional
 from llm.data.chat_template import END, GO, PLAIN_JINJA, OwnTemplate
 from llm.data.tokenizer import CONTROLS, SPACE, Tokenizer
 from llm.inference.sampling import Sampling
+from llm.interop import folder_export
 from llm.interop.parity import check_llama_cpp, overlaps, symbols_of
 from llm.run_folder.loaded_run import LoadedRun
 from llm.run_folder.model_card import FILE_NAME
@@ -29,8 +30,8 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down"}  # fmt: skip
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # llama.cpp's types of pieces
-# The largest rounding error of each storage type, relative to the largest number.
-ROUNDING = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 220}
+# The largest rounding error of each storage type: relative to the largest number, and where f16 has no smaller ones.
+ROUNDING = {"F32": (0.0, 0.0), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 0.0), "Q8_0": (1 / 220, 2.0**-18)}
 NEEDED = "--gguf needs the package gguf: pip install -e '.[export]'"
 MODELFILE = """# ollama create {name} -f Modelfile
 FROM ./{file}
@@ -67,7 +68,7 @@ def write(folder: Path, opened: LoadedRun, kind: str) -> None:
     modelfile = MODELFILE.format(name=name, file=path.name, template=template, parameters="\n".join(lines))
     atomic_io.write_bytes(folder / "Modelfile", modelfile.encode())
     if FILE_NAME in opened.checkpoint.manifest.get("files", ()):  # checkpoints of an earlier version have none
-        atomic_io.write_bytes(folder / FILE_NAME, _small_file(opened, FILE_NAME))
+        atomic_io.write_bytes(folder / FILE_NAME, folder_export.card(opened))
 
 
 def check(folder: Path, opened: LoadedRun, kind: str) -> Iterator[str]:
@@ -79,7 +80,8 @@ def check(folder: Path, opened: LoadedRun, kind: str) -> Iterator[str]:
         raise RefusedError(f"the tensors of {path.name} and the run differ, first in {odd[0]}")
     for name, tensor in wanted.items():
         read = torch.from_numpy(library.quants.dequantize(found[name].data, found[name].tensor_type).copy())
-        most = tensor.abs().max() * ROUNDING[found[name].tensor_type.name]
+        relative, least = ROUNDING[found[name].tensor_type.name]
+        most = tensor.abs().max() * relative + least
         if read.shape != tensor.shape or (read - tensor).abs().max() > most:
             raise RefusedError(f"{name} of {path.name} is not the run's")
     stored = sorted({tensor.tensor_type.name.lower() for tensor in found.values()})

@@ -93,12 +93,12 @@ def tokenizer_files(tokenizer: Tokenizer, *, chat: bool = False) -> dict[str, by
 
 def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]:
     """Every pair of pieces that joins to a piece, in the order in which sentencepiece would join them."""
-    pieces = {piece for piece, id in vocabulary.items() if id >= tokenizer.first_piece}
+    pieces = {piece: id for piece, id in vocabulary.items() if id >= tokenizer.first_piece}  # by id, which is by rank
     merges = []
-    for piece in (piece for piece in vocabulary if piece in pieces):  # by id, which is by rank
+    for piece in pieces:
         halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         found = [(left, right) for left, right in halves if left in pieces and right in pieces]
-        merges += [list(pair) for pair in sorted(found, key=lambda pair: [vocabulary[half] for half in pair])]
+        merges += [list(pair) for pair in sorted(found, key=lambda pair: [pieces[half] for half in pair])]
     return merges
 
 

@@ -66,7 +66,8 @@ def tokenizer_of(folder: Path, config: dict[str, Any]) -> Tokenizer:
 def shaped(recipe: Recipe) -> Recipe:
     """The recipe with the shape of the folder model.from. RecipeError where the recipe asks for another."""
     assert recipe.model.from_ is not None
-    config = read_config(atomic_io.expanded(recipe.model.from_))
+    folder = atomic_io.expanded(recipe.model.from_)
+    config = read_config(folder)
     shape, plain = recipe.model, Model(context=recipe.model.context)
     theirs = {name: config[field] for name, field in FIELDS.items()}
     resolved = resolve(replace(recipe, model=plain)).model
@@ -75,7 +76,7 @@ def shaped(recipe: Recipe) -> Recipe:
         if said not in (value, getattr(plain, name), getattr(resolved, name)):
             raise RecipeError(f"model.{name} = {said}, but {shape.from_} has {value}: leave it out")
     recipe = resolve(replace(recipe, model=replace(shape, **theirs)))
-    refuse_unfit(recipe.model, atomic_io.expanded(str(shape.from_)), config)
+    refuse_unfit(recipe.model, folder, config)
     return recipe
 
 
@@ -90,6 +91,14 @@ def refuse_unfit(shape: Model, folder: Path, config: dict[str, Any]) -> None:
         raise RefusedError(f"{folder} lacks weights: {there:,} bytes of safetensors only for {numbers:,} numbers")
 
 
+def parent_of(recipe: Recipe) -> Path:
+    """The folder model.from. RecipeError or RefusedError, which names the key, where it is not there or unreadable."""
+    try:
+        return folder_of(str(recipe.model.from_))
+    except (RecipeError, RefusedError) as error:
+        raise type(error)(f"model.from: {error}") from None
+
+
 def prepare_for(
     recipe: Recipe,
     say: Say = print,
@@ -101,7 +110,7 @@ def prepare_for(
     """Prepare the recipe's text, or `own` documents; model.from, if given, provides the shape and the tokenizer."""
     tokenizer = None
     if recipe.model.from_:
-        folder = folder_of(recipe.model.from_)
+        folder = parent_of(recipe)
         recipe = shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
         tokenizer = tokenizer_of(folder, read_config(folder))
     return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own, anew=anew, team=team)

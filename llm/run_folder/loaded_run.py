@@ -65,7 +65,7 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
         if os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
             if not checkpoint.folders(folder):
                 raise RecipeError(f"{folder} has no checkpoint yet")
-            return folder, which
+            return (folder if folder.name not in ("", "..") else folder.resolve()), which  # a run has a name
     known = sorted(each.name for each in runs.glob("*") if checkpoint.folders(each))
     others = f"there are {', '.join(known[:10])}" if known else "there is none yet"
     raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")
@@ -97,21 +97,19 @@ def open_run(name: str | None, device: torch.device | None = None, runs: Path = 
 
 
 @torch.no_grad()
-def open_mean(
-    name: str | None, others: Sequence[str], device: torch.device | None = None, runs: Path = RUNS
-) -> LoadedRun:
+def open_mean(name: str | None, others: Sequence[str], device: torch.device | None = None) -> LoadedRun:
     """A run whose weights are the mean of its own and those of `others`; of its own alone if there are none.
 
     It is better than each of them if they went on from one checkpoint, with other seeds. RefusedError where a run has
     another shape or other pieces.
     """
-    first = open_run(name, device, runs)
+    first = open_run(name, device)
     if not others:
         return first
     sums = {key: p.cpu().double() for key, p in first.model.named_parameters()}  # Apple's GPUs have no fp64
     names, folders = [], {first.checkpoint.folder.resolve()}
     for each in others:
-        other = open_run(each, torch.device("cpu"), runs)
+        other = open_run(each, torch.device("cpu"))
         if (folder := other.checkpoint.folder.resolve()) in folders:
             raise RecipeError(f"--mean {each}: {other.name} is in the mean already: name another run")
         folders.add(folder)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llm.base import atomic_io
 from llm.base.durations import readable
@@ -35,7 +35,7 @@ RECENT = 0.1  # of the steps up to an evaluation: their losses are the training 
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
 
 
-def _is_finite(value: float | None) -> bool:
+def _is_finite(value: float | None) -> TypeGuard[float]:
     """Whether a number of the record is finite: others are null, or NaN where an earlier version wrote the line."""
     return value is not None and math.isfinite(value)
 
@@ -171,7 +171,7 @@ class Tracker:
         self._remember(step, loss)
 
     def _remember(self, step: int, loss: float | None) -> None:
-        if loss is not None and math.isfinite(loss):
+        if _is_finite(loss):
             self.losses.append((step, loss))
 
     def event(self, step: int, event: str, **details: Any) -> None:

@@ -10,6 +10,7 @@ from llm.data.prompts import example
 from llm.data.shards import AnyShards, Split
 from llm.data.sources import licence
 from llm.data.tokenizer import Tokenizer
+from llm.run_folder.record import short_name
 
 FILE_NAME = "README.md"
 BARS = 24  # characters of the longest bar
@@ -56,7 +57,7 @@ def model_card(
     `parts` names those that were a caller's own; `epochs` are given where they are not counted in tokens of the text.
     """
     shape, train, read = recipe.model, recipe.train, step * recipe.train.tokens_per_step
-    texts = "\n".join(f"| text | {_plain(_name(each))}: {licence(each)} |" for each in recipe.text.names)
+    texts = "\n".join(f"| text | {_plain(short_name(each))}: {licence(each)} |" for each in recipe.text.names)
     began = f", starting from `{_plain(Path(recipe.model.from_).name)}`," if recipe.model.from_ else ""
     family = "Qwen3's" if not recipe.model.from_ else "as it came"
     only = "" if recipe.model.from_ else " and on nothing else"
@@ -139,11 +140,6 @@ def _chart(curve: Curve) -> str:
 
 def _side(side: Split) -> str:
     return f"{side.documents:,} documents, {side.text_bytes:,} bytes, {side.tokens:,} tokens"
-
-
-def _name(text: str) -> str:
-    """The name of a text; of a path only the file's name, as folders describe the machine."""
-    return text if text.startswith("hub:") else Path(text).name
 
 
 def _plain(text: str) -> str:

@@ -107,8 +107,7 @@ class Record:
     @property
     def text(self) -> str:
         """The names of its texts, without their folders."""
-        files = self.recipe.text.names if self.recipe else ()
-        return ", ".join(each if each.startswith("hub:") else Path(each).name for each in files)
+        return ", ".join(map(short_name, self.recipe.text.names if self.recipe else ()))
 
     @property
     def state(self) -> str:
@@ -124,6 +123,11 @@ class Record:
         """When the record, or else the folder, last changed: seconds since the epoch."""
         paths = (self.folder / METRICS, self.folder)
         return next((path.stat().st_mtime for path in paths if path.exists()), 0.0)
+
+
+def short_name(text: str) -> str:
+    """The name of a text; of a path only the file's name, as folders describe the machine."""
+    return text if text.startswith("hub:") else Path(text).name
 
 
 def read(folder: Path) -> Record:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from llm.inference.fast_decode import SLOTS
 from llm.serving.answers import Choice, Writer
 from llm.serving.engine import BusyError, Engine, EngineError, Job
-from llm.serving.requests import ApiError, Chat, Common, bad
+from llm.serving.requests import ApiError, Asked, Chat, bad
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ async def _within(seconds: float) -> AsyncIterator[None]:
 
 
 async def reply(
-    engine: Engine, limits: Limits, request: Request, asked: Common, jobs: list[Job], echoes: list[str] | None
+    engine: Engine, limits: Limits, request: Request, asked: Asked, jobs: list[Job], echoes: list[str] | None
 ) -> Response:
     """Run the jobs and answer whole or as a stream. A client that disconnects frees its slots."""
     run, is_chat = jobs[0].checkpoint.run, isinstance(asked, Chat)
-    writer = Writer(run.folder.name, run.name, run.tokenizer, is_chat, asked.likeliest is not None)  # type: ignore[attr-defined]
+    writer = Writer(run.folder.name, run.name, run.tokenizer, is_chat, asked.likeliest is not None)
     choices = [Choice(index, job, asked.stops) for index, job in enumerate(jobs)]
     if len(jobs) > (most := SLOTS + engine.queue):
         raise bad(f"{len(jobs)} texts are more than the {most} that find room here: ask for fewer at once")

@@ -37,7 +37,8 @@ class Choice:
         self._stream, self._stop = TextStream(self._tokenizer), Stop(stops)
         self._pending: list[tuple[int, Token]] = []
         self._fed = self._shown = self.said = 0
-        self.text, self.tokens = "", []  # type: tuple[str, list[tuple[int, Token]]]
+        self.text = ""
+        self.tokens: list[tuple[int, Token]] = []
 
     def echo(self, prompt: str) -> Piece:
         """The prompt as the first part of the answer."""

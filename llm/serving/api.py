@@ -29,7 +29,7 @@ from llm.run_folder.loaded_run import LoadedRun
 from llm.serving import page
 from llm.serving.answering import Limits, body_of, reply
 from llm.serving.engine import Checkpoint, Engine, Job
-from llm.serving.requests import ApiError, Chat, Common, Completion, bad, parsed
+from llm.serving.requests import ApiError, Asked, Chat, Completion, bad, parsed
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 PORT = re.compile(r":\d+$")
@@ -69,11 +69,7 @@ def application(server: Server, also: Callable[[], Any] | None = None) -> ASGIAp
                 await task
 
     def route(path: str, act: Callable[..., Any], method: str = "GET") -> Route:
-        async def endpoint(request: Request) -> Response:
-            response: Response = await act(server, request)
-            return response
-
-        return Route(path, endpoint, methods=[method])
+        return Route(path, partial(act, server), methods=[method])
 
     routes = [
         route("/v1/models", models),
@@ -252,7 +248,7 @@ async def chat(server: Server, request: Request) -> Response:
 
 def _jobs(
     checkpoint: Checkpoint,
-    asked: Common,
+    asked: Asked,
     prompts: list[list[int]],
     tokens: int,
     ends: tuple[int, ...],
@@ -268,7 +264,7 @@ def _jobs(
     seed = torch.seed() if asked.seed is None else asked.seed
     out: asyncio.Queue[Any] = asyncio.Queue()
     return [
-        Job(checkpoint, ids, tokens, asked.sampling, seed % (1 << 63), out, row, ends, banned, asked.likeliest)  # type: ignore[attr-defined]
+        Job(checkpoint, ids, tokens, asked.sampling, seed % (1 << 63), out, row, ends, banned, asked.likeliest)
         for ids in prompts
         for row in range(asked.n or 1)
     ]

@@ -46,7 +46,7 @@ class Checkpoint:
     """A loaded checkpoint with its slots, which take memory once the first text joins."""
 
     def __init__(self, run: LoadedRun, int8: bool) -> None:
-        self.run, self.name, self.int8 = run, run.name, int8
+        self.run, self.int8 = run, int8
         self.jobs: dict[int, Job] = {}  # by slot
         self.waiting = 0
         self._slots: Slots | None = None

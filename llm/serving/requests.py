@@ -3,7 +3,7 @@
 import json
 from dataclasses import fields
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -167,6 +167,9 @@ class Chat(Common):
         if messages[-1]["role"] != "user":
             raise bad("the last message must be a user's: the answer follows it", param="messages")
         return messages
+
+
+Asked: TypeAlias = Completion | Chat
 
 
 def parsed(kind: type[Chosen], body: bytes) -> Chosen:

@@ -47,7 +47,7 @@ def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, AnyShards] | Non
         named, kept = atomic_io.expanded(recipe.model.from_), Path(recorded.model.from_ or "")
         source = named.parent if named.name in ("best", "newest") else named
         is_there = source == kept.parent.parent and kept.is_dir()
-        folder = kept if is_there else pretrained.folder_of(recipe.model.from_)
+        folder = kept if is_there else pretrained.parent_of(recipe)
         recipe = pretrained.shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
     if recipe.evaluate.also != recorded.evaluate.also or bool(recipe.evaluate.also) != bool(shards.also):
         shards.also = prepare_also(recipe, tokenizer, say) if recipe.evaluate.also else None

@@ -158,14 +158,15 @@ class Checkpoints:
         RefusedError if the checkpoint has another science half, text or tokenizer.
         """
         recipe, found = self.context.recipe, self._newest()
-        if found is not None and 0 < recipe.train.steps <= found.step:  # nothing is left to learn
-            self.teachers = found.manifest.get("teachers", [])
+        budget = (found.manifest.get("budget") if found else None) or {}
+        if found is not None and (budget.get("finished") or 0 < recipe.train.steps <= found.step):
+            self.teachers = found.manifest.get("teachers", [])  # nothing is left to learn
         else:
             self.taught_by, self.teachers = teachers.load(self.context)
         if self.taught_by:
             self.state.model.teachers = tuple(self.taught_by)
         self.identity = self._identify(found)
-        self.length.resume(found.manifest.get("budget") if found else None)
+        self.length.resume(budget or None)
         if found is not None:
             refuse_parts(found, self.context.parts)
             refuse_difference(found, recipe, self.context.tokenizer.fingerprint, self.context.shards.fingerprint)

@@ -51,7 +51,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self, step_seconds: float = 0.0) -> None:
+    def fit(self, step_seconds: float) -> None:
         """Train to the last step, or to the first request to stop (StoppedError); save a checkpoint either way.
 
         `step_seconds`: of a step, as rehearsed; the record keeps the plan that follows from it.
@@ -129,9 +129,9 @@ class Trainer:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether this step is one of those after which the run is evaluated."""
+        """Whether this step is one of those after which the run is evaluated; that at which it begins is none."""
         watched = self.context.shards.validation.tokens > 0 or bool(self.recipe.evaluate.prompts)
-        return watched and self.is_due("evaluate")
+        return watched and self.state.step > self.recipe.from_step and self.is_due("evaluate")
 
     @property
     def owes_evaluation(self) -> bool:

@@ -286,7 +286,7 @@ def said(folder: Path, seed: int = 1) -> Path:
 
 def prepared(folder: Path, tokenizer: Tokenizer | None = None, **changes: object) -> Prepared:
     recipe = load(write_recipe(folder, said(folder), **{"text.validation": 0.3, **changes}))
-    return prepare(recipe, lambda line: None, progress=False, tokenizer=tokenizer)
+    return prepare(recipe, lambda line: None, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["own", "foreign"])
@@ -395,4 +395,4 @@ def test_a_text_has_no_answers_to_learn(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n\n".join(SENTENCES * 30))
     recipe = load(write_recipe(tmp_path, tmp_path / "a.txt", **{"train.on": "assistant"}))
     with pytest.raises(LLMError, match=r"train.on = assistant, but .* holds no conversations"):
-        prepare(recipe, lambda line: None, progress=False)
+        prepare(recipe, lambda line: None)

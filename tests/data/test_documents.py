@@ -23,7 +23,7 @@ from llm.base.errors import LLMError, RecipeError, TextError
 from llm.config.schema import Text
 from llm.data import documents as documents_module
 from llm.data import rows, sources, text_files
-from llm.data.documents import Corpus, cut_documents, is_validation, rule_for
+from llm.data.documents import Corpus, cut_documents, fraction, rule_for
 from llm.data.sources import wiki_documents
 
 RULES = ["headings", "blank-lines", "blocks", "lines", "marker ###"]
@@ -342,12 +342,12 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path) -> None:
 
 def test_equal_documents_fall_on_the_same_side_and_the_share_is_kept() -> None:
     documents = [f"document {number}".encode() for number in range(20_000)]
-    held_out = [is_validation(document, 0.1) for document in documents]
-    assert held_out == [is_validation(document, 0.1) for document in documents]
+    held_out = [fraction(document) < 0.1 for document in documents]
+    assert held_out == [fraction(document) < 0.1 for document in documents]
     assert 1850 < sum(held_out) < 2150  # 3.5 standard deviations
-    assert not any(is_validation(document, 0.0) for document in documents)
+    assert not any(fraction(document) < 0.0 for document in documents)
     # A larger share holds out the same documents and more: sides of two runs never swap.
-    assert all(is_validation(document, 0.2) for document, out in zip(documents, held_out, strict=True) if out)
+    assert all(fraction(document) < 0.2 for document, out in zip(documents, held_out, strict=True) if out)
 
 
 @needs_wiki

@@ -206,10 +206,10 @@ def with_path(recipe: Recipe, path: Path) -> Recipe:
 
 
 def test_other_weights_encode_nothing_anew(tmp_path: Path) -> None:
-    first = prepare(sources_of(tmp_path), say=lambda line: None, progress=False)
+    first = prepare(sources_of(tmp_path), say=lambda line: None)
     there = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     said: list[str] = []
-    again = prepare(sources_of(tmp_path, text=0.1, chat=0.8), say=said.append, progress=False)
+    again = prepare(sources_of(tmp_path, text=0.1, chat=0.8), say=said.append)
     assert again.shards.fingerprint == first.shards.fingerprint
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == there
     assert sum("made before" in line for line in said) == 3 and not any("training a tokenizer" in line for line in said)
@@ -217,16 +217,16 @@ def test_other_weights_encode_nothing_anew(tmp_path: Path) -> None:
     assert found is not None and found.fingerprint == first.shards.fingerprint
     given = with_path(sources_of(tmp_path), next((tmp_path / "cache").rglob("tokenizer.model")))
     assert find_shards(given) is None
-    made = prepare(given, say=lambda line: None, progress=False).shards
+    made = prepare(given, say=lambda line: None).shards
     found = find_shards(given)
     assert found is not None and found.fingerprint == made.fingerprint
 
 
 def test_each_source_s_shards_are_those_it_has_alone(tmp_path: Path) -> None:
     recipe = sources_of(tmp_path)
-    prepared = prepare(recipe, say=lambda line: None, progress=False)
+    prepared = prepare(recipe, say=lambda line: None)
     for source in recipe.text.sources:
-        one = prepare(alone(recipe, source), lambda line: None, progress=False, tokenizer=prepared.tokenizer)
+        one = prepare(alone(recipe, source), lambda line: None, tokenizer=prepared.tokenizer)
         assert one.shards.fingerprint == prepared.shards.sources[source.name].fingerprint
     assert isinstance(prepared.shards, MixedShards)
     joined = prepared.shards.train
@@ -240,7 +240,7 @@ def test_each_source_s_shards_are_those_it_has_alone(tmp_path: Path) -> None:
 def test_conversations_stay_apart_and_documents_under_the_mask(tmp_path: Path, mask: bool) -> None:
     recipe = sources_of(tmp_path)
     recipe = replace(recipe, train=replace(recipe.train, document_mask=mask))
-    shards = prepare(recipe, say=lambda line: None, progress=False).shards
+    shards = prepare(recipe, say=lambda line: None).shards
     order = order_of(recipe, shards)
     assert isinstance(order, MixedShuffle)
     side: Split = shards.train
@@ -262,7 +262,7 @@ def test_conversations_stay_apart_and_documents_under_the_mask(tmp_path: Path, m
 
 def test_the_mixture_is_said_before_the_run(tmp_path: Path) -> None:
     recipe = sources_of(tmp_path)
-    shards = prepare(recipe, say=lambda line: None, progress=False).shards
+    shards = prepare(recipe, say=lambda line: None).shards
     assert lines(recipe, order_of(recipe, shards), 25)[0].startswith("mixture: chat 30.0% of the windows, ")
     capped = load(tmp_path / "recipe.yaml", [
         *(f"text.sources.{each.name}.files={each.text.files[0]}" for each in recipe.text.sources),
@@ -285,7 +285,7 @@ def test_what_one_source_holds_out_and_another_trains_on_is_said(tmp_path: Path)
             recipe, text=replace(recipe.text, sources=tuple(_in(tmp_path, each) for each in recipe.text.sources))
         )
         said: list[str] = []
-        prepare(recipe, said.append, progress=False)
+        prepare(recipe, said.append)
         assert any(words in line for line in said) and (words or not any("held-out" in line for line in said))
 
 
@@ -300,7 +300,7 @@ def test_an_error_names_the_key_of_its_source(tmp_path: Path) -> None:
     overrides = [f"text.sources.{name}.files={tmp_path / file}" for name, file in files.items()]
     overrides += [f"text.sources.{name}.weight=1" for name in files]
     with pytest.raises(TextError, match=r"use more text, or text\.sources\.small\.validation=0"):
-        prepare(load(tmp_path / "recipe.yaml", overrides), lambda line: None, progress=False)
+        prepare(load(tmp_path / "recipe.yaml", overrides), lambda line: None)
 
 
 def test_a_recipe_of_sources_is_written_and_read_again_and_overridden(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_plan_says_the_share_and_the_epochs_of_each_source(tmp_path: Path) -> 
         line.startswith("mixture: chat 30.0% of the windows, about ")
         for line in planning.lines(planning.plan(recipe, on))
     )
-    shards = prepare(recipe, say=lambda line: None, progress=False).shards
+    shards = prepare(recipe, say=lambda line: None).shards
     made = planning.plan(recipe, on)
     assert (made.text_tokens, made.validation_tokens) == (shards.train.tokens, shards.validation.tokens)
     assert not made.text_is_estimated and made.sources.keys() == {"chat", "other", "text"}

@@ -19,7 +19,7 @@ import pytest
 from llm.base import atomic_io
 from llm.base.errors import GroupError, RefusedError
 from llm.data import shard_writer, shards
-from llm.data.documents import is_validation
+from llm.data.documents import fraction
 from llm.data.shards import Shards, Split
 from llm.data.sources import wiki_documents
 from llm.data.tokenizer import Tokenizer
@@ -62,8 +62,8 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_each_side_holds_its_documents_in_order_and_no_other(tmp_path: Path, tokenizer: Tokenizer) -> None:
     opened = write(tmp_path / "s", tokenizer)
-    assert texts(opened.train, tokenizer) == [each for each in TEXT if not is_validation(each, SHARE)]
-    assert texts(opened.validation, tokenizer) == [each for each in TEXT if is_validation(each, SHARE)]
+    assert texts(opened.train, tokenizer) == [each for each in TEXT if fraction(each) >= SHARE]
+    assert texts(opened.validation, tokenizer) == [each for each in TEXT if fraction(each) < SHARE]
     assert opened.train.text_bytes + opened.validation.text_bytes == sum(map(len, TEXT))
     assert opened.train.documents + opened.validation.documents == len(TEXT)
     assert len(opened.manifest["files"]["train"]) > 3 and not (tmp_path / "s" / "journal.json").exists()
@@ -138,7 +138,7 @@ def test_a_large_vocabulary_takes_wider_integers(tmp_path: Path, tokenizer: Toke
 
 
 def test_one_side_may_be_empty(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    validation = write(tmp_path, tokenizer, [each for each in TEXT if not is_validation(each, SHARE)]).validation
+    validation = write(tmp_path, tokenizer, [each for each in TEXT if fraction(each) >= SHARE]).validation
     assert validation.tokens == validation.documents == len(validation.document_starts()) == 0
     assert validation.read(0, 0).dtype == np.uint16
 

@@ -135,7 +135,7 @@ def test_the_narrowest_filters_are_greedy(sampling: Sampling) -> None:
 def drawn(logits: Tensor, sampling: Sampling, times: int = 2000, seen: list[int] | None = None) -> Tensor:
     """How often each token is chosen: (V,)."""
     occurred = [set(seen or [])] * times
-    chosen = choose(logits.expand(times, -1), occurred, sampling, torch.Generator().manual_seed(1))
+    chosen = choose(logits.expand(times, -1), occurred, sampling, [torch.Generator().manual_seed(1)] * times)
     return chosen.bincount(minlength=len(logits))
 
 

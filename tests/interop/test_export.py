@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -16,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm import export
-from llm.base.errors import RefusedError
+from llm.base.errors import RecipeError, RefusedError
 from llm.interop import folder_export, gguf
-from llm.interop.parity import check_folder
+from llm.interop.parity import check_folder, overlaps
 from llm.run_folder import checkpoint, tensor_files
-from llm.run_folder.loaded_run import LoadedRun, open_run
+from llm.run_folder.loaded_run import LoadedRun, open_mean, open_run
 from tests.forks import Ended, run, script, start, train, write_recipe, write_text
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers: install the extra `test`")
@@ -34,11 +35,11 @@ pytestmark = [
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs `tiny` and `untied`, trained until their logits show every weight."""
     here = tmp_path_factory.mktemp("export")
-    text = write_text(here / "text.txt")
+    text = write_text(here / "text.txt", 120)
     for name, tied in (("tiny", "true"), ("untied", "false")):
         recipe = write_recipe(here, text, **{
             "run": name, "model.tied": tied, "model.context": 64, "train.tokens_per_step": 256, "train.steps": 30,
-            "evaluate.every": 10, "tokenizer.terms": "[New York, founded]"})  # fmt: skip
+            "evaluate.every": 10, "tokenizer.vocabulary": 400, "tokenizer.terms": "[New York, founded]"})  # fmt: skip
         assert run(train(recipe), here).status == 0
     return here
 
@@ -69,8 +70,8 @@ def test_an_exported_folder_is_the_run(here: Path, tmp_path: Path, name: str, ar
 
 
 def test_the_mean_of_runs_is_exported_and_scored(here: Path, tmp_path: Path) -> None:
-    recipe = {"run": "branch", "seed": 2, "model.context": 64, "train.tokens_per_step": 256, "train.steps": 5,
-              "tokenizer.terms": "[New York, founded]"}  # fmt: skip
+    recipe = {"run": "branch", "seed": 2, "tokenizer.vocabulary": 400, "tokenizer.terms": "[New York, founded]",
+              "model.context": 64, "train.tokens_per_step": 256, "train.steps": 5}  # fmt: skip
     assert run(train(write_recipe(here, here / "text.txt", **recipe)), here).status == 0
     ended = exported(here, "tiny", "--mean", "branch", "--to", tmp_path / "out")
     assert ended.status == 0 and "to the bit in fp32" in ended.out, ended.err
@@ -79,8 +80,9 @@ def test_the_mean_of_runs_is_exported_and_scored(here: Path, tmp_path: Path) -> 
     assert whole.keys() == one.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(weight, (one[name] + other[name]) / 2, rtol=1e-6, atol=1e-7)
-    card = (tmp_path / "out/README.md").read_text()
-    assert "the mean of tiny/step-000030, branch/step-000005" in card
+    gguf.write(tmp_path, open_mean(str(here / "runs/tiny"), [str(here / "runs/branch")]), "f32")
+    for card in (tmp_path / "out/README.md", tmp_path / "README.md"):
+        assert "the mean of tiny/step-000030, branch/step-000005" in card.read_text()
     scored = run(script("module:llm.evaluate", "tiny", "--mean", "branch"), here)
     assert scored.status == 0 and "the mean of tiny/step-000030, branch/step-000005" in scored.out, scored.err
     shutil.copytree(here / "runs/tiny", tmp_path / "twin")
@@ -112,6 +114,15 @@ def test_their_pipeline_goes_on_with_a_text(here: Path) -> None:
 def test_what_is_there_is_not_overwritten(here: Path, tmp_path: Path) -> None:
     ended = exported(here, "tiny", "--to", tmp_path)
     assert ended.status == 2 and "is there already" in ended.err and not list(tmp_path.iterdir())
+    (tmp_path / "link").symlink_to("nowhere")
+    ended = exported(here, "tiny", "--to", tmp_path / "link")
+    assert ended.status == 2 and "link is there already" in ended.err, ended.err
+
+
+def test_a_run_that_is_the_working_folder_has_its_name(here: Path) -> None:
+    ended = exported(here / "runs/tiny", ".", "--dtype", "bf16")
+    assert ended.status == 0 and "is exported to exports/tiny-bf16" in ended.out, ended.err
+    shutil.rmtree(here / "runs/tiny/exports")
 
 
 # ------------------------------------------------------------------------------------------ planted errors
@@ -224,7 +235,27 @@ def test_without_a_network_nothing_is_sent_and_no_token_is_told(here: Path, tmp_
     assert "hf_planted" not in ended.err + ended.out and (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [("--push", "no-owner"), ("--push", "a/b/c"), ("--shard", 0), ("nobody",)])
+HUB_NAMES = ("no-owner", "müller/a", "a/b/c", "a/b--c", "a/-b", "a/b.git", "a/b..c", f"a/{'b' * 97}", "a/b\n", "/a")
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_a_name_that_the_hub_refuses_is_refused_at_once(name: str) -> None:
+    with pytest.raises(RecipeError, match="OWNER/NAME"):
+        export.main(["--push", name])
+
+
+def test_what_the_hub_takes_is_taken() -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    for name in ("a/b", "me/tiny-1.5_B", f"a/{'b' * 96}", "A.b/c.gitx", "_a/b_"):
+        validate_repo_id(name)
+        assert re.fullmatch(export.HUB_NAME, name)
+    for name in HUB_NAMES[2:]:
+        with pytest.raises(ValueError):
+            validate_repo_id(name)
+
+
+@pytest.mark.parametrize("arguments", [("--shard", 0), ("nobody",)])
 def test_a_wrong_argument_is_one_line(here: Path, arguments: tuple[object, ...]) -> None:
     ended = exported(here, *arguments)
     assert ended.status == 2 and ended.err.count("\n") == 1, ended.err
@@ -236,7 +267,7 @@ def test_a_wrong_argument_is_one_line(here: Path, arguments: tuple[object, ...])
 def test_the_card_tells_of_the_run_and_of_nothing_else(here: Path) -> None:
     of_run = open_run(str(here / "runs/tiny"))
     card = (of_run.checkpoint.folder / "README.md").read_text()
-    for said in ("text.txt", "320 pieces", "step 30 of 30", "7,680 tokens", f"{of_run.checkpoint.bits_per_byte:.4f} bits",
+    for said in ("text.txt", "400 pieces", "step 30 of 30", "7,680 tokens", f"{of_run.checkpoint.bits_per_byte:.4f} bits",
                  "       10  ", "pipeline(", "## Limits", "library_name: transformers"):  # fmt: skip
         assert said in card, said
     assert str(here) not in card and "README.md" in of_run.checkpoint.manifest["files"]
@@ -317,6 +348,22 @@ def test_terms_that_overlap_are_split_alike_by_transformers_and_refused_for_llam
     assert exported(tmp_path, "tiny").status == 0
     ended = exported(tmp_path, "tiny", "--gguf", "f32")
     assert ended.status == 4 and "'New York City'" in ended.err and not (tmp_path / "exports/tiny-gguf-f32").exists()
+
+
+def test_overlaps_of_many_terms_are_found_without_comparing_all() -> None:
+    assert overlaps([f"term{number:06d}" for number in range(20_000)]) == []
+    assert sorted(overlaps(["abc", "cd", "da"])) == ["abcd", "cda", "dabc"]
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_a_gguf_file_of_tiny_weights_is_the_run_s(tmp_path: Path, opened: LoadedRun, kind: str) -> None:
+    """Below f16's normal numbers its steps are no smaller: as of a run in the first steps of a warm-up."""
+    pytest.importorskip("gguf", reason="reads GGUF: install the extra `test`")
+    with torch.no_grad():
+        for block in opened.model.model.layers:
+            block.self_attn.o_proj.weight.copy_(torch.randn(block.self_attn.o_proj.weight.shape) * 1e-6)
+    gguf.write(tmp_path, opened, kind)
+    assert "each the run's within its rounding" in next(gguf.check(tmp_path, opened, kind))
 
 
 def test_a_gguf_file_with_another_tensor_is_refused(tmp_path: Path, opened: LoadedRun) -> None:
