@@ -69,14 +69,18 @@ def train(
     with one, and any other run only without. Checkpoints of a caller's model are not Hugging Face folders and cannot be
     exported. The memory, traffic and utilisation that a run reports are those of our own model and optimizer.
     """
+    from llm.distributed.process import say
     from llm.interop.pretrained import ready
     from llm.training.context import Parts, qualified_name
     from llm.training.session import train as train_run
 
+    given = {"model": model, "optimizer": optimizer, "documents": documents, "on_log": on_log}
+    if odd := next((name for name, part in given.items() if part is not None and not callable(part)), None):
+        raise RecipeError(f"{odd}= is {type(given[odd]).__name__}, not a function: see tests/examples/ for one")
     if documents is not None:  # so that the run's recipe names them
         recipe = replace(recipe, text=replace(recipe.text, files=(qualified_name(documents),), sources=()))
     parts = Parts(model, optimizer, documents, on_log)
-    train_run(recipe, partial(ready, documents=documents), runs=Path(runs), parts=parts)
+    train_run(recipe, partial(ready, say=say, documents=documents), runs=Path(runs), parts=parts)
     return open_run(recipe.run, runs=runs, model=model)
 
 

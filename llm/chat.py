@@ -83,6 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def say(conversation: "Conversation", text: str, given: argparse.Namespace, seed: int) -> None:
     """Print the answer as it comes. The seed of each turn is another, or equal messages would be answered alike."""
+    if "\0" in text:
+        raise RecipeError("a NUL is no plain text, and /save could not keep it: leave it out")
     for piece in conversation.answer(
         text, given.tokens, given.sampling, (seed + len(conversation.messages)) % (1 << 63)
     ):

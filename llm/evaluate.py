@@ -30,6 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--int8", action="store_true", help="score the text as `sample --int8` reads it: what rounding costs")
     parser.add_number("--rows", default=8, least=1, help="windows at once (default 8)")
     given = parser.parse_args(arguments)
+    if given.tasks is not None and not given.tasks.strip(", "):
+        raise RecipeError("--tasks is empty: name tasks of lm-eval")
+    if given.task_folder and not given.tasks:
+        raise RecipeError("--task-folder is for --tasks: name those in it")
     if given.int8 and (given.pairs or given.tasks):
         raise RecipeError("--int8 is for texts: leave out --pairs and --tasks")
     if given.mean and given.tasks:

@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = given.out or folders[0] / "report.html"
     if out.is_dir():
         raise RecipeError(f"--out = {out} is a folder: name a file in it")
+    if out.exists() and not out.is_file():  # which the page would replace
+        raise RecipeError(f"--out = {out} is a pipe or a device: name a file")
     atomic_io.write_bytes(out, page(folders).encode())
     print(f"the report lies in {out}")
 
@@ -74,6 +76,10 @@ def server(folders: Sequence[Path], port: int) -> ThreadingHTTPServer:
         return " ".join(f"{each.st_mtime_ns}-{each.st_size}" for each in found) or "none"
 
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # the reader has left
+                super().handle()
+
         def do_GET(self) -> None:
             if self.headers.get("Host", "").partition(":")[0] not in LOCAL:  # a page elsewhere that says it is ours
                 return self.answer(HTTPStatus.FORBIDDEN, b"only for this machine", "text/plain")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +121,62 @@ def test_parts_with_scalars_and_counters_stop_and_resume_to_the_same_bits(
     assert digest(tmp_path) == digest(tmp_path, "whole")
 
 
-def test_a_frozen_weight_is_named(tmp_path: Path) -> None:
-    class Frozen(Transformer):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            self.model.norm.weight.requires_grad_(False)
+def frozen(model: Transformer) -> None:
+    model.model.norm.weight.requires_grad_(False)
+
+
+def unused(model: Transformer) -> None:
+    model.extra = torch.nn.Parameter(torch.zeros(3))
+
+
+def half(model: Transformer) -> None:
+    model.model.norm.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (frozen, "does not require a gradient: make it a buffer"),
+        (unused, "extra takes no part in the loss"),
+        (half, r"norm\.weight is torch\.bfloat16: make it torch\.float32"),
+    ],
+)
+def test_a_weight_that_cannot_be_trained_is_named(
+    tmp_path: Path, change: Callable[[Transformer], None], said: str
+) -> None:
+    def changed(*given: Any) -> Transformer:
+        model = Transformer(*given)
+        change(model)
+        return model
 
     recipe = llm.load_recipe(write_recipe(tmp_path, write_text(tmp_path / "text.txt")))
 
     def act() -> None:
-        with pytest.raises(RecipeError, match="make it a buffer"):
-            llm.train(recipe, model=Frozen)
+        with pytest.raises(RecipeError, match=said):
+            llm.train(recipe, model=changed)
 
     done = run(act, tmp_path)
     assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "documents", "on_log"])
+def test_a_part_that_is_no_function_is_named(tmp_path: Path, part: str) -> None:
+    recipe = llm.load_recipe(write_recipe(tmp_path, tmp_path / "text.txt"))
+    with pytest.raises(RecipeError, match=f"{part}= is list, not a function"):
+        llm.train(recipe, **{part: ["a"]})  # type: ignore[arg-type]
+
+
+def test_a_working_folder_that_was_removed_is_one_line(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+
+    def act() -> None:
+        (tmp_path / "gone").mkdir()
+        os.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        train(recipe)()
+
+    done = run(act, tmp_path)
+    assert done.status == 2 and done.err.count("\n") == 1 and "the working folder was removed" in done.err, done.err
 
 
 def test_a_run_is_trained_in_a_thread(tmp_path: Path) -> None:

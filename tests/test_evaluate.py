@@ -165,6 +165,12 @@ def test_a_task_that_is_not_there_is_one_line(here: Path) -> None:
     assert ended.status == 2 and "lm-eval knows no no_such_task" in ended.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("words", [("--tasks", ""), ("--tasks", ", "), ("--task-folder", ".")])
+def test_tasks_without_a_name_are_refused(here: Path, words: tuple[str, ...]) -> None:
+    done = evaluate(here, *words)
+    assert done.status == 2 and done.err.count("\n") == 1 and "--tasks" in done.err and not done.out, done
+
+
 @pytest.mark.parametrize("words", [(), ("--alone",)])
 def test_a_blank_text_is_refused(here: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "blank.txt").write_text("\n\n  \n")

@@ -212,6 +212,9 @@ def test_verify_reads_a_run_again_and_names_what_is_damaged(
     record.write_text(record.read_text().replace('"step": 3,', '"step": 3, "x": 1,'))
     faults = [verdict.fault for verdict in verification.verify_run("tiny") if verdict.fault]
     assert len(faults) == 2 and "model.safetensors is damaged" in faults[0] and "step 3" in faults[1]
+    record.write_text('{"step": 1}\n')
+    with pytest.raises(RefusedError, match=r"fingerprints\.jsonl is damaged"):
+        compare_runs(Path("runs/tiny"), Path("runs/tiny"))
     with pytest.raises(RecipeError, match=r"seed=2: overrides are for a recipe, and tiny names a run"):
         verify.main(["tiny", "seed=2"])
     with pytest.raises(RecipeError, match=r"there is no run '' under runs/ here: there are tiny"):

@@ -200,6 +200,8 @@ def _parquet(path: Path, identity: Any, field: str, notes: Counter[str]) -> Rows
             raise
         why = str(error).splitlines()[0][:120]
         raise TextError(f"{path} is damaged or no Parquet file ({why}): write it again") from error
+    except (OverflowError, ValueError) as error:  # such as a date beyond Python's
+        raise TextError(f"{path} has no readable row after row {number} ({error}): write the table again") from error
 
 
 def _whole(path: Path, identity: Any) -> IO[bytes]:

@@ -216,7 +216,10 @@ def own_source(name: str, documents: Callable[[], Iterable[str | bytes]]) -> Sou
     """A caller's own documents, read once here for their digest. TextError if a later call gives other documents."""
 
     def rows(digest: "hashlib._Hash") -> Iterator[tuple[str, Any]]:
-        for number, document in enumerate(documents(), 1):
+        found = documents()
+        if isinstance(found, str | bytes) or not isinstance(found, Iterable):
+            raise TextError(f"{name} gave {type(found).__name__}: give documents, such as a list of str")
+        for number, document in enumerate(found, 1):
             place = f"document {number} of {name}"
             if not isinstance(document, str | bytes):
                 raise TextError(f"{place} is of type {type(document).__name__}: give str, or bytes in UTF-8")

@@ -5,6 +5,7 @@ Precision, threads and micro-batch are part of what decides a run's bits, so wha
 
 import ctypes
 import getpass
+import itertools
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from torch.distributed.rendezvous import rendezvous
 
 from llm import __version__
 from llm.base import atomic_io
@@ -36,6 +38,7 @@ from llm.distributed.exchange import BUCKET_MB
 
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
+GROUPS = itertools.count()  # those that this process has joined
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Settings of an accelerate configuration that the recipe decides instead: the neutral value, and the recipe's key.
 DECIDED = {
@@ -241,13 +244,27 @@ def _meet() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(process.place().local_rank)
+    backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", coordination.HUNG
     try:
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=coordination.HUNG)
+        store, rank, world = _store(process.rank(), process.world())
+        # A store outlives a group, and would give the next one what this one wrote.
+        store = torch.distributed.PrefixStore(f"group {next(GROUPS)}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         fault = f"the {process.world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT)"
         mend = "start all of them, with a free port of the first one's machine"
         raise GroupError(f"{fault}: {mend} ({str(error).splitlines()[0][:160]})") from None
+
+
+@cache
+def _store(rank: int, world: int) -> tuple[torch.distributed.Store, int, int]:
+    """What the processes of this launch share, by MASTER_ADDR and MASTER_PORT, with this one's rank and their number.
+
+    Kept while the process lives, as the first one may serve it.
+    """
+    store, rank, world = next(rendezvous("env://", rank, world, timeout=coordination.HUNG))
+    return store, rank, world
 
 
 @contextmanager

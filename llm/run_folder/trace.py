@@ -20,6 +20,7 @@ from llm.data.mixture import Order
 from llm.distributed.sharding import LocalShard, Sharding, gather
 
 FILE = "fingerprints.jsonl"
+VALUES = {"step", "windows", "loss", "weights", "chain"}  # of each line
 ODD = -7046029254386353131  # 0x9E3779B97F4A7C15: the golden ratio spreads a row's number over 64 bits
 
 
@@ -44,10 +45,10 @@ def windows(order: Order, positions: np.ndarray) -> str:
 
 
 class Trace(atomic_io.Lines):
-    """Writes the trace of a run that continues after `step`; later lines are removed."""
+    """Writes the trace of a run that continues after `step`; later and damaged lines are removed."""
 
     def __init__(self, run: Path, step: int) -> None:
-        super().__init__(run / FILE, keep=lambda line: line.get("step", 0) <= step)
+        super().__init__(run / FILE, keep=lambda line: line.keys() >= VALUES and line["step"] <= step)
         last = read(run)[-1:]
         self.chain = str(last[0]["chain"]) if last else ""
         self.step = int(last[0]["step"]) if last else step
@@ -59,8 +60,11 @@ class Trace(atomic_io.Lines):
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's trace; none where it keeps no trace."""
-    return list(atomic_io.read_lines(run / FILE)) if (run / FILE).exists() else []
+    """The lines of a run's trace; none where it keeps no trace. RefusedError where a line lacks a value."""
+    lines = list(atomic_io.read_lines(run / FILE)) if (run / FILE).exists() else []
+    if not all(line.keys() >= VALUES for line in lines):
+        raise RefusedError(f"{run / FILE} is damaged, as a line lacks its values: restore it, or remove it")
+    return lines
 
 
 def verify_chain(run: Path) -> int:

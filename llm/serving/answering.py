@@ -16,6 +16,8 @@ from llm.serving.answers import Choice, Writer
 from llm.serving.engine import BusyError, Engine, EngineError, Job
 from llm.serving.requests import ApiError, Asked, Chat, bad
 
+MOST_DROPPED, DROP_SECONDS = 16 << 20, 1.0  # of a body that is too large: bytes that are read before it is refused
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -30,17 +32,33 @@ async def body_of(limits: Limits, request: Request) -> bytes:
     body = bytearray()
     too_large = ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {limits.body:,} bytes")
     length = request.headers.get("content-length", "")
+    stream = request.stream()
     if length.isdecimal() and int(length[:20]) > limits.body:
+        await _read_on(request, stream)
         raise too_large
     try:
         async with _within(limits.body_seconds):
-            async for chunk in request.stream():
+            async for chunk in stream:
                 body += chunk
                 if len(body) > limits.body:
+                    await _read_on(request, stream)
                     raise too_large
     except TimeoutError:
         raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time") from None
     return bytes(body)
+
+
+async def _read_on(request: Request, stream: AsyncIterator[bytes]) -> None:
+    """Drop some of what still comes: a client that is sending when the connection is closed never sees the refusal."""
+    if request.headers.get("expect", "").lower() == "100-continue":
+        return  # it sends nothing before it is asked to
+    left = MOST_DROPPED
+    with suppress(TimeoutError, ClientDisconnect):
+        async with _within(DROP_SECONDS):
+            async for chunk in stream:
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 @asynccontextmanager

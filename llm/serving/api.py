@@ -207,7 +207,7 @@ async def completions(server: Server, request: Request) -> Response:
     texts, prompts = [], []
     for prompt in asked.prompts:
         if isinstance(prompt, str):
-            ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+            ids = [tokenizer.bos, *await asyncio.to_thread(tokenizer.encode, prompt)]
         elif max(prompt) >= tokenizer.vocab_size:
             raise bad(f"prompt: a token of {max(prompt)} is none of the {tokenizer.vocab_size}", param="prompt")
         else:
@@ -234,9 +234,10 @@ async def chat(server: Server, request: Request) -> Response:
     wanted = asked.max_completion_tokens or asked.max_tokens or server.limits.tokens
     try:
         if asked.truncation == "auto":
-            ids = Conversation(run, messages[:-1]).prompt(messages[-1]["content"], wanted)
+            conversation = Conversation(run, messages[:-1])
+            ids = await asyncio.to_thread(conversation.prompt, messages[-1]["content"], wanted)
         else:
-            ids = template.prompt(messages)
+            ids = await asyncio.to_thread(template.prompt, messages)
     except RecipeError as error:
         raise bad(str(error), "context_length_exceeded", "messages") from error
     except LLMError as error:

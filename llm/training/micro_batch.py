@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.base.errors import GroupError
+from llm.base.errors import GroupError, RecipeError
 from llm.config.resolving import divisors
 from llm.data.batches import Batch
 from llm.distributed import environment, process
@@ -150,5 +150,9 @@ class MicroBatches:
                 # Strides as in a real batch.
                 loss = self.wrapped(*Batch(tokens, tokens, tokens[:, 0].contiguous(), segments).inputs)
             loss.backward()
+        if context.parts.model is not None:
+            named = self.state.model.named_parameters()
+            if unused := next((name for name, p in named if p.grad is None), None):
+                raise RecipeError(f"model=: {unused} takes no part in the loss: leave it out, or make it a buffer")
         self.state.model.zero_grad(set_to_none=True)
         return loss.item()

@@ -162,7 +162,8 @@ class Checkpoints:
         if found is not None and (budget.get("finished") or 0 < recipe.train.steps <= found.step):
             self.teachers = found.manifest.get("teachers", [])  # nothing is left to learn
         else:
-            self.taught_by, self.teachers = teachers.load(self.context)
+            with self.context.coordinator.error_barrier():
+                self.taught_by, self.teachers = teachers.load(self.context)
         if self.taught_by:
             self.state.model.teachers = tuple(self.taught_by)
         self.identity = self._identify(found)

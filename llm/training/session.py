@@ -59,6 +59,10 @@ def train(
     a `team`, as `ready` does. With `until` the run stops after that step as a signal would stop it.
     """
     try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise RecipeError("the working folder was removed: change to one that is there") from None
+    try:
         with as_it_was():
             return _train(recipe, prepare, until, runs / recipe.run, parts or Parts())
     except (LLMError, KeyboardInterrupt) as error:

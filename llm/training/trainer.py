@@ -214,6 +214,8 @@ def new_state(context: RunContext) -> TrainState:
         )
     if frozen := next((name for name, p in model.named_parameters() if not p.requires_grad), None):
         raise RecipeError(f"model=: {frozen} does not require a gradient: make it a buffer")
+    if odd := next((f"{name} is {p.dtype}" for name, p in model.named_parameters() if p.dtype != torch.float32), None):
+        raise RecipeError(f"model=: {odd}: make it torch.float32; machine.precision decides what products are made in")
     prefixes = torch.tensor(context.tokenizer.prefixes(), device=device) if context.shares_with_prefixes else None
     if prefixes is not None:
         model.start_with_prefixes(prefixes)

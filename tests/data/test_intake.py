@@ -399,10 +399,19 @@ def test_a_text_that_is_removed_while_it_is_read_is_named(tmp_path: Path) -> Non
         list(corpus.documents())
 
 
+def test_a_date_beyond_python_s_in_parquet_is_named(tmp_path: Path) -> None:
+    said = pyarrow.array([[{"role": "user", "content": "hi", "at": 9 * 10**17}]])
+    kind = pyarrow.list_(pyarrow.struct([("role", "string"), ("content", "string"), ("at", pyarrow.timestamp("us"))]))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": said.cast(kind)}), tmp_path / "a.parquet")
+    with pytest.raises(TextError, match=r"a\.parquet has no readable row after row 0"):
+        read(tmp_path / "a.parquet")
+
+
 @needs_wiki
-@pytest.mark.parametrize("name", ["folder", "text.txt/wiki.txt"])
+@pytest.mark.parametrize("name", ["folder", "text.txt/wiki.txt", "pipe"])
 def test_the_packaged_text_is_written_to_a_file_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     write_text(tmp_path / "text.txt")
-    with pytest.raises(RecipeError, match=r"is a folder: name a file|is no folder"):
+    with pytest.raises(RecipeError, match=r"is a folder: name a file|is no folder|is a pipe"):
         write_wiki(tmp_path / name, "en-us", force=True)

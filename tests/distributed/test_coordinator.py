@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import llm.distributed.coordinator
 import llm.interop.pretrained
 import llm.training.trainer
+from llm.distributed import environment
+from llm.distributed.coordinator import Coordinator
+from llm.training import teachers
 from tests.forks import ROOT, Ended, digest, run_group, train, write_recipe, write_text
 
 
@@ -55,6 +60,39 @@ def test_a_process_that_reads_another_text_is_named(tmp_path: Path, text: Path) 
         train(recipe)()
 
     odd_one_named(run_group(act, tmp_path, 2, node=1), "process 1 has the text's fingerprint = ")
+
+
+@pytest.mark.parametrize("launcher_serves", [True, False])
+def test_a_later_run_of_a_launch_reads_nothing_of_an_earlier_one(tmp_path: Path, launcher_serves: bool) -> None:
+    """The store that torchrun serves outlives each run's group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = dist.TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False) if launcher_serves else None
+
+    def act() -> None:
+        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(launcher_serves)}
+        for number in range(6):
+            environment._meet()
+            coordinator = Coordinator()
+            if os.environ["RANK"] == "0":
+                time.sleep(0.1)
+            assert coordinator.from_main("step", number) == number
+            coordinator.agree("recipe", {"run": f"run{number}"}, "")
+            coordinator.leave()
+
+    assert [(each.status, each.err) for each in run_group(act, tmp_path, 2)] == [(0, ""), (0, "")]
+    del served
+
+
+def test_a_process_that_alone_has_no_memory_for_a_teacher_ends_all(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_group(train(write_recipe(tmp_path, text)), tmp_path, 1)[0].status == 0
+    real = teachers.within_memory
+    monkeypatch.setattr(teachers, "within_memory", lambda act: None if os.environ.get("RANK") == "0" else real(act))
+    recipe = write_recipe(tmp_path, text, **{"run": "pupil", "train.teachers": "[runs/tiny/best]"})
+    odd_one_named(run_group(train(recipe), tmp_path, 2), "train.teachers: no memory for runs/tiny/best")
 
 
 def test_a_machine_that_cannot_write_the_run_folder_ends_all_with_its_error(tmp_path: Path, text: Path) -> None:

@@ -66,8 +66,8 @@ def test_they_train_on_two_processes(tmp_path: Path, recipe: Path, shard: str) -
         assert torch.distributed.is_available()
         llm.train(llm.load_recipe(recipe, [f"machine.shard={shard}"]), **PARTS)  # type: ignore[arg-type]
 
-    for result in run_group(act, tmp_path, world=2):
-        assert result.status == 0, result.err
+    first, second = run_group(act, tmp_path, world=2)
+    assert first.status == second.status == 0 and second.out == "", (first.err, second)
     found = checkpoint.newest(tmp_path / "runs" / "tiny", print)
     assert found is not None and found.step == 12 and found.manifest["machine"]["world"] == 2
 
@@ -137,6 +137,8 @@ def test_documents_of_a_database_train_as_the_same_documents_of_a_file_do(tmp_pa
     (lambda calls: [b"caf\xe9"], "document 1 of .* is not UTF-8 at byte 3"),
     (lambda calls: ["good", 7], "document 2 of .* is of type int"),
     (lambda calls: [" "], "nothing but whitespace"),
+    (lambda calls: "one text", "gave str: give documents"),
+    (lambda calls: None, "gave NoneType: give documents"),
 ])  # fmt: skip
 def test_documents_that_cannot_be_trained_on_are_refused(tmp_path: Path, gives: Any, words: str) -> None:
     recipe, calls = llm.load_recipe(write_recipe(tmp_path, tmp_path / "text.txt")), []

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -336,10 +338,12 @@ def test_charts_keep_what_they_draw_within_bounds() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["nowhere"], ("no run 'nowhere'", "tiny")), (["x" * 5000], ("no run",)), (["tiny", "--out", "runs"], ("is a folder",)),
+    [(["nowhere"], ("no run 'nowhere'", "tiny")), (["x" * 5000], ("no run",)), (["tiny", "--out", "runs"], ("is a folder",)), (["tiny", "--out", "pipe"], ("is a pipe or a device",)),
      (["tiny", "--port", "70000"], ("--port", "65,535")), (["home"], ("no run",))],
 )  # fmt: skip
 def test_a_wrong_argument_is_one_line(trained: Path, arguments: list[str], words: tuple[str, ...]) -> None:
+    if not (trained / "pipe").exists():
+        os.mkfifo(trained / "pipe")
     done = command(trained, *arguments)
     assert done.status == 2 and len(done.err.splitlines()) == 1 and all(word in done.err for word in words), done.err
 
@@ -375,7 +379,9 @@ def a_copy(trained: Path, folder: Path) -> Path:
     return folder
 
 
-def test_watch_serves_this_machine_alone_and_follows_the_run(trained: Path, tmp_path: Path) -> None:
+def test_watch_serves_this_machine_alone_and_follows_the_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = a_copy(trained, tmp_path / "tiny")
     with served(folder) as port:
         status, page = get(port, "/")
@@ -388,6 +394,11 @@ def test_watch_serves_this_machine_alone_and_follows_the_run(trained: Path, tmp_
         assert get(port, "/", host="evil.example")[0] == 403
         with pytest.raises(RecipeError, match="cannot be served"):
             llm.report.server([folder], port)
+        with socket.create_connection(("127.0.0.1", port)) as leaving:  # before its request is whole
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaving.sendall(b"GET / HT")
+        assert get(port, "/version")[0] == 200
+    assert capsys.readouterr().err == ""
     (bare := tmp_path / "bare").mkdir()
     shutil.copy(folder / "recipe.yaml", bare)
     with served(bare) as port:  # the page asks for the version and reloads where that differs from its own

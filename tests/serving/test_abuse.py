@@ -190,6 +190,14 @@ def test_100_megabytes_are_not_read(server: Served) -> None:
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("megabytes", [1, 3, 8])
+def test_who_sends_too_much_is_told(server: Served, megabytes: int) -> None:
+    """A connection that were closed while the client sends would end in an error of its own."""
+    for _ in range(3):
+        answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a" * (megabytes << 20)}, timeout=30)
+        assert answer.status_code == 413 and "larger than 10,000 bytes" in answer.json()["error"]["message"]
+
+
 def test_who_sends_nothing_or_slowly_is_closed(server: Served) -> None:
     """Slow-loris: no head, half a head, a head letter by letter, half a second head on a kept connection."""
     began = time.monotonic()

@@ -3,7 +3,8 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from llm.data.chat_template import OwnTemplate, template_of
+from llm.data.tokenizer import Tokenizer
 from llm.inference.generation import continuations
 from llm.inference.sampling import Sampling
 from llm.run_folder.loaded_run import LoadedRun
@@ -192,6 +194,29 @@ def test_the_oldest_exchanges_are_left_out_where_that_is_asked_for(talker: opena
         long: Any = [{"role": "user", "content": "The river? " * 90}]
         talker.chat.completions.create(messages=long, extra_body=auto, **settings)
     assert refused.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("what", ["chat", "completions"])
+def test_others_are_answered_while_a_long_text_is_encoded(talk_server: Served, what: str) -> None:
+    held, told = threading.Event(), threading.Event()
+
+    def waiting(act: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*given: Any) -> Any:
+            held.set()
+            assert told.wait(20)
+            return act(*given)
+
+        return wait
+
+    said = {"messages": [{"role": "user", "content": "The river"}]} if what == "chat" else {"prompt": "The river"}
+    url = f"{talk_server.url}/v1/{'chat/' * (what == 'chat')}completions"
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(OwnTemplate, "prompt", waiting(OwnTemplate.prompt))
+        patch.setattr(Tokenizer, "encode", waiting(Tokenizer.encode))
+        answer = pool.submit(httpx.post, url, json={**said, "max_tokens": 2}, timeout=30)
+        assert held.wait(20) and httpx.get(f"{talk_server.url}/health", timeout=10).status_code == 200
+        told.set()
+        assert answer.result().status_code == 200
 
 
 @pytest.mark.parametrize(
