@@ -20,15 +20,15 @@ def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Train one recipe: the command of launch/train.py and of `onetext train`."""
     parser = Parser(
         "train",
-        "Train one recipe, from its text to a model. The same command goes on where it was stopped.",
+        "Train one recipe, from its text to a model. To resume a stopped run, use the same command.",
         prog=prog,
         epilog="example: python launch/train.py recipes/quickstart.yaml train.tokens=200k run=try",
     )
     parser.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml, or a packaged recipe")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="its keys, such as train.steps=60 run=try"
+        "overrides", nargs="*", default=[], metavar="key=value", help="keys to override, such as train.steps=60 run=try"
     )
-    parser.add_argument("--check", action="store_true", help="only check the recipe and print it with every default")
+    parser.add_argument("--check", action="store_true", help="only check the recipe and print it, defaults filled in")
     given = parser.parse_args(arguments)
     from llm.api import load_recipe
     from llm.config.reading import dump
@@ -77,7 +77,7 @@ def main() -> None:
         run(lambda: import_module(f"llm.{name}").main(sys.argv[2:]))
     if name not in ("-h", "--help"):
         run(partial(_refuse, name))
-    print(f"usage: onetext {{train,{','.join(COMMANDS)}}} ...\n\n`onetext NAME --help` tells what NAME takes.")
+    print(f"usage: onetext {{train,{','.join(COMMANDS)}}} ...\n\n`onetext NAME --help` shows the arguments of NAME.")
 
 
 def _refuse(name: str) -> NoReturn:

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--mean", action="append", default=[], metavar="RUN", help=MEAN_HELP)
     add("--to", type=Path, metavar="FOLDER", help="default: exports/RUN, and the type where it is not fp32")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
-    parser.add_number("--shard", default=SHARD, least=1, metavar="BYTES", help="most bytes of a file (default 4 GiB)")
+    parser.add_number("--shard", default=SHARD, least=1, metavar="BYTES", help="largest file, in bytes (default 4 GiB)")
     add("--gguf", choices=GGUF, help="write a file of this type for llama.cpp and Ollama instead")
     add("--push", metavar="OWNER/NAME", help="then send it to the hub, with the token of `hf auth login`")
     add("--public", action="store_true", help="make a new repository of the hub public, not private")

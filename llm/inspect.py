@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="as text.files: paths, patterns or named texts")
     parser.add_argument("--documents", default="auto", metavar="RULE", help="as text.documents (auto)")
-    parser.add_argument("--field", default="text", help="of .jsonl rows, as text.field (text)")
+    parser.add_argument("--field", default="text", help="field of a row or column of a table, as text.field (text)")
     parser.add_number("--validation", kind=float, most=0.999, default=0.05, help="as text.validation (0.05)")
     parser.add_argument("--json", action="store_true", help="print JSON, with the numbers of similar documents")
     given = parser.parse_args(arguments)

@@ -20,12 +20,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "overrides", nargs="*", default=[], metavar="key=value", help="settings instead of the recipe's"
     )
     parser.add_argument("--gpu", metavar="NAME", help="a card of the table, as 3080ti; default: this machine's CPU")
-    parser.add_argument("--memory", metavar="SIZE", help="of the card, as 12GB, instead of the table's")
+    parser.add_argument("--memory", metavar="SIZE", help="memory of the card, such as 12GB, instead of the table's")
     parser.add_argument(
         "--probe", action="store_true", help="measure the speed here: train 20 steps in a temporary run"
     )
     parser.add_argument("--text", metavar="FILE", help="propose recipes for this text: a file, or a packaged text")
-    parser.add_number("--hours", kind=float, least=1e-3, most=1e4, help="of training that --text may plan with")
+    parser.add_number("--hours", kind=float, least=1e-3, most=1e4, help="training time that --text may plan with")
     parser.add_argument(
         "--ladder", action="store_true", help="train three tiny models on the text first, for narrower expectations"
     )

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="settings instead of the recipe's, as text.cache=data",
     )
     say("--verify", action="store_true", help="read the text again and check every byte of the shards")
-    say("--new-tokenizer", action="store_true", help="of a text that has grown: train its tokenizer and split it anew")
+    say("--new-tokenizer", action="store_true", help="train a new tokenizer and split the text anew")
     say("--list", action="store_true", help="only read the text: documents, bytes and what is left out of each file")
     say("--wiki", type=Path, metavar="FILE", help="instead write FILE: Wikipedia's lead sections, from the wiki extra")
     say("--language", choices=LANGUAGES, default="en", help="language of --wiki (en)")

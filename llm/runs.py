@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         "runs", "List runs: state, step, size, text, best bits per byte, and when each was last written to."
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where they lie (runs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of the runs (runs)")
     folder = parser.parse_args(arguments).runs
     if not folder.is_dir():
         raise RecipeError(

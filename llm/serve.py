@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_number("--queue", default=128, least=1, help="texts that may wait (default 128); more get status 429")
     parser.add_number("--tokens", default=4096, least=1, help="at most this many new tokens an answer (default 4,096)")
     parser.add_number("--seconds", kind=float, default=600, least=0.1, help="longest time for an answer (default 600)")
-    parser.add_number("--body", default=1 << 20, least=1, help="bytes of a request (default 1 MiB)")
-    parser.add_number("--drain", kind=float, default=30, help="seconds for the answers in progress at the end (30)")
+    parser.add_number("--body", default=1 << 20, least=1, help="largest request, in bytes (default 1 MiB)")
+    parser.add_number("--drain", kind=float, default=30, help="seconds for answers in progress at shutdown (30)")
     given = parser.parse_args(arguments)
     key = key_of(given.key_file)
     if given.host not in LOCAL and key is None:

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_number("--step", least=1, help="the step to show, counted as the run's messages count: 1 is the first")
     parser.add_number("--world", default=0, help="split the batch among this many processes (default: the run's)")
-    parser.add_number("--characters", default=300, help="of each text (default 300; 0: all)")
+    parser.add_number("--characters", default=300, help="characters to show of each text (default 300; 0: all)")
     given = parser.parse_args(arguments)
     if len(given.runs) > 2 or (len(given.runs) < 2) != (given.step is not None):
         raise RecipeError("name one run, or none for the last, and --step N; or two runs")

@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> None:
         "compare. A run: read every file of it again, against its sha256.",
     )
     add = parser.add_argument
-    add("what", help="a recipe (.yaml), or a run under runs/")
+    add("what", metavar="RECIPE|RUN", help="a recipe (.yaml), or a run under runs/")
     add("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe, such as machine.exact=true")
     parser.add_number("--steps", default=8, least=4, help="steps to train each time (default 8)")
     given = parser.parse_args(arguments)

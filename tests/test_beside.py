@@ -265,7 +265,7 @@ def test_the_record_and_the_plan_in_a_manifest_are_those_of_its_step(tmp_path: P
     plans = {}
     for folder in checkpoint.folders(tmp_path / "runs/tiny"):
         plans[checkpoint.step_of(folder.name)] = checkpoint.read_manifest(folder)["budget"]["plan"]
-    assert len(plans) > 3 and all(begin <= step for step, plan in plans.items() for begin, _ in plan)
+    assert len(plans) > 1 and all(begin <= step for step, plan in plans.items() for begin, _ in plan)
 
 
 def test_a_peer_that_dies_meanwhile_costs_one_interval_and_one_write(

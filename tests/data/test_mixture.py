@@ -187,7 +187,7 @@ def sources_of(folder: Path, **weights: float) -> Recipe:
     """A text, the same text by lines, and conversations."""
     text = folder / "text.txt"
     if not text.exists():
-        write_text(text)
+        write_text(text, 150)
         (folder / "other.txt").write_text("".join(f"Other words, number {n}, than those.\n" for n in range(300)))
         said(folder)
     files = {"text": text, "other": folder / "other.txt", "chat": folder / "chat.jsonl"}

@@ -202,7 +202,7 @@ def test_a_text_ends_with_the_checkpoint_that_it_began_with(monkeypatch: pytest.
         assert len(engine.checkpoints) == 3 and not engine.can_swap()
         found = await asyncio.gather(*answers)
         await asyncio.sleep(0.05)
-        assert [each.name for each in engine.checkpoints] == ["2"]
+        assert [each.run.name for each in engine.checkpoints] == ["2"]
         return found
 
     found = play(act(), engine)
@@ -229,7 +229,7 @@ def test_a_client_that_leaves_while_a_checkpoint_is_swapped_ends_nothing(monkeyp
         engine.swap(run_of(model_of(1), "1"))
         found = await answer
         await asyncio.sleep(0.05)
-        assert [each.name for each in engine.checkpoints] == ["1"]
+        assert [each.run.name for each in engine.checkpoints] == ["1"]
         return found
 
     assert len(play(act(), engine)) == 9
