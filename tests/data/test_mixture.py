@@ -198,13 +198,6 @@ def sources_of(folder: Path, **weights: float) -> Recipe:
     return load(recipe, [*overrides, "text.sources.other.documents=lines"])
 
 
-def with_path(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with a tokenizer that is there, from a place of its own."""
-    own = recipe.text.sources[0].text.cache or "data"
-    copied = shutil.copy(path, Path(own).parent / "own.model")
-    return replace(recipe, tokenizer=Tokenizer(path=str(copied)))
-
-
 def test_other_weights_encode_nothing_anew(tmp_path: Path) -> None:
     first = prepare(sources_of(tmp_path), say=lambda line: None)
     there = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
@@ -215,7 +208,8 @@ def test_other_weights_encode_nothing_anew(tmp_path: Path) -> None:
     assert sum("made before" in line for line in said) == 3 and not any("training a tokenizer" in line for line in said)
     found = find_shards(sources_of(tmp_path))
     assert found is not None and found.fingerprint == first.shards.fingerprint
-    given = with_path(sources_of(tmp_path), next((tmp_path / "cache").rglob("tokenizer.model")))
+    own = shutil.copy(next((tmp_path / "cache").rglob("tokenizer.model")), tmp_path / "own.model")
+    given = replace(sources_of(tmp_path), tokenizer=Tokenizer(path=str(own)))
     assert find_shards(given) is None
     made = prepare(given, say=lambda line: None).shards
     found = find_shards(given)
