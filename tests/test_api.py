@@ -137,7 +137,7 @@ def half(model: Transformer) -> None:
     ("change", "said"),
     [
         (frozen, "does not require a gradient: make it a buffer"),
-        (unused, "extra takes no part in the loss"),
+        (unused, "extra had no gradient in a trial step"),
         (half, r"norm\.weight is torch\.bfloat16: make it torch\.float32"),
     ],
 )

@@ -216,8 +216,8 @@ def own_source(name: str, documents: Callable[[], Iterable[str | bytes]]) -> Sou
     """A caller's own documents, read once here for their digest. TextError if a later call gives other documents."""
 
     def rows(digest: "hashlib._Hash") -> Iterator[tuple[str, Any]]:
-        found = documents()
-        if isinstance(found, str | bytes) or not isinstance(found, Iterable):
+        found: Any = documents()
+        if isinstance(found, str | bytes) or not (hasattr(found, "__iter__") or hasattr(found, "__getitem__")):
             raise TextError(f"{name} gave {type(found).__name__}: give documents, such as a list of str")
         for number, document in enumerate(found, 1):
             place = f"document {number} of {name}"

@@ -34,7 +34,9 @@ class Coordinator:
         if world() > 1:
             self.group = dist.new_group(backend="gloo", timeout=HUNG)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-            self.kv_store = dist.PrefixStore("coordinator", dist.distributed_c10d._get_default_store())
+            # A number of its own, as the store keeps what an earlier run of this launch wrote there.
+            number = self.largest(secrets.randbits(60) if rank() == 0 else 0)
+            self.kv_store = dist.PrefixStore(f"coordinator {number}", dist.distributed_c10d._get_default_store())
 
     def largest(self, number: int, *, patient: bool = False, after: str = "") -> int:
         """Maximum of `number` over all ranks; `after` records how far this rank has come.
@@ -139,7 +141,7 @@ class Coordinator:
             raise GroupError(self.kv_store.get(f"{what} of {world() - others}").decode())
 
     def from_main(self, what: str, value: Any) -> Any:
-        """Broadcast the main process's `value` as JSON. Each name `what` can be used once."""
+        """Broadcast the main process's `value` as JSON. A coordinator can use each name `what` once."""
         if self.group is None:
             return value
         try:

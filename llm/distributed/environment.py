@@ -38,7 +38,7 @@ from llm.distributed.exchange import BUCKET_MB
 
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
-GROUPS = itertools.count()  # those that this process has joined
+GROUPS = itertools.count()  # numbers those that this process joins, as all others do
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Settings of an accelerate configuration that the recipe decides instead: the neutral value, and the recipe's key.
 DECIDED = {

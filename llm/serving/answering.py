@@ -16,7 +16,7 @@ from llm.serving.answers import Choice, Writer
 from llm.serving.engine import BusyError, Engine, EngineError, Job
 from llm.serving.requests import ApiError, Asked, Chat, bad
 
-MOST_DROPPED, DROP_SECONDS = 16 << 20, 1.0  # of a body that is too large: bytes that are read before it is refused
+MOST_DROPPED, DROP_SECONDS = 16 << 20, 1.0  # a body that is too large is read on for so long and then refused
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,23 @@ async def body_of(limits: Limits, request: Request) -> bytes:
     length = request.headers.get("content-length", "")
     stream = request.stream()
     if length.isdecimal() and int(length[:20]) > limits.body:
-        await _read_on(request, stream)
+        if request.headers.get("expect", "").lower() != "100-continue":  # else it sends nothing before it is asked to
+            await _read_on(stream)
         raise too_large
     try:
         async with _within(limits.body_seconds):
             async for chunk in stream:
                 body += chunk
                 if len(body) > limits.body:
-                    await _read_on(request, stream)
+                    await _read_on(stream)
                     raise too_large
     except TimeoutError:
         raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time") from None
     return bytes(body)
 
 
-async def _read_on(request: Request, stream: AsyncIterator[bytes]) -> None:
+async def _read_on(stream: AsyncIterator[bytes]) -> None:
     """Drop some of what still comes: a client that is sending when the connection is closed never sees the refusal."""
-    if request.headers.get("expect", "").lower() == "100-continue":
-        return  # it sends nothing before it is asked to
     left = MOST_DROPPED
     with suppress(TimeoutError, ClientDisconnect):
         async with _within(DROP_SECONDS):

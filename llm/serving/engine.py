@@ -122,6 +122,8 @@ class Engine:
         if len(self.newest.jobs) + len(self.waiting) + len(jobs) > SLOTS + self.queue:
             raise BusyError(f"{len(self.waiting)} requests are waiting already: try again in {self.retry_after} s")
         for job in jobs:
+            if job.checkpoint not in self.checkpoints:  # swapped away while the text was encoded for it
+                self.checkpoints.insert(0, job.checkpoint)
             job.checkpoint.waiting += 1
             self.waiting.append(job)
         self._wake.set()

@@ -1,5 +1,6 @@
 """The micro-batch: found, halved where memory runs short, rehearsed before the first step, and compiled."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -143,8 +144,10 @@ class MicroBatches:
     def _forward_backward(self, size: int) -> float:
         """Loss of one micro-batch of this size, whose gradient is dropped."""
         context = self.context
-        tokens = torch.zeros(size, context.recipe.model.context, dtype=torch.int64, device=context.device)
-        segments = tokens if context.shards.is_chat or context.recipe.train.document_mask else None
+        shape = (size, context.recipe.model.context)
+        tokens = torch.arange(math.prod(shape), device=context.device).view(shape) % context.tokenizer.vocab_size
+        has_segments = context.shards.is_chat or context.recipe.train.document_mask
+        segments = torch.zeros_like(tokens) if has_segments else None
         with nullcontext() if context.sharding.sharded else context.accelerator.no_sync(self.wrapped):
             with context.accelerator.autocast():
                 # Strides as in a real batch.
@@ -153,6 +156,7 @@ class MicroBatches:
         if context.parts.model is not None:
             named = self.state.model.named_parameters()
             if unused := next((name for name, p in named if p.grad is None), None):
-                raise RecipeError(f"model=: {unused} takes no part in the loss: leave it out, or make it a buffer")
+                mend = "let it take part in every loss, or make it a buffer"
+                raise RecipeError(f"model=: {unused} had no gradient in a trial step: {mend}")
         self.state.model.zero_grad(set_to_none=True)
         return loss.item()

@@ -129,7 +129,7 @@ class Trainer:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether this step is one of those after which the run is evaluated; that at which it begins is none."""
+        """Whether this step is one of those after which the run is evaluated: never that at which it begins."""
         watched = self.context.shards.validation.tokens > 0 or bool(self.recipe.evaluate.prompts)
         return watched and self.state.step > self.recipe.from_step and self.is_due("evaluate")
 

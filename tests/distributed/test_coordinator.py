@@ -79,7 +79,8 @@ def test_a_later_run_of_a_launch_reads_nothing_of_an_earlier_one(tmp_path: Path,
                 time.sleep(0.1)
             assert coordinator.from_main("step", number) == number
             coordinator.agree("recipe", {"run": f"run{number}"}, "")
-            coordinator.leave()
+            if number % 2:  # a run that failed does not leave
+                coordinator.leave()
 
     assert [(each.status, each.err) for each in run_group(act, tmp_path, 2)] == [(0, ""), (0, "")]
     del served

@@ -139,6 +139,7 @@ def test_documents_of_a_database_train_as_the_same_documents_of_a_file_do(tmp_pa
     (lambda calls: [" "], "nothing but whitespace"),
     (lambda calls: "one text", "gave str: give documents"),
     (lambda calls: None, "gave NoneType: give documents"),
+    (lambda calls: 7, "gave int: give documents"),
 ])  # fmt: skip
 def test_documents_that_cannot_be_trained_on_are_refused(tmp_path: Path, gives: Any, words: str) -> None:
     recipe, calls = llm.load_recipe(write_recipe(tmp_path, tmp_path / "text.txt")), []

@@ -210,6 +210,21 @@ def test_a_text_ends_with_the_checkpoint_that_it_began_with(monkeypatch: pytest.
     assert found[0] != found[1]
 
 
+def test_a_text_that_was_encoded_for_a_checkpoint_that_is_gone_is_answered_by_it() -> None:
+    models = [model_of(seed) for seed in range(2)]
+    engine = Engine(run_of(models[0], "0"), queue=100)
+
+    async def act() -> list[int]:
+        job = job_of(engine, text(4), 20)
+        engine.swap(run_of(models[1], "1"))
+        await asyncio.sleep(0.05)
+        assert [each.run.name for each in engine.checkpoints] == ["1"]
+        engine.submit([job])
+        return await asyncio.wait_for(tokens_of(job), 20)
+
+    assert play(act(), engine) == [token for (token,) in generate(models[0], [text(4)], 20, GREEDY)]
+
+
 def test_a_client_that_leaves_while_a_checkpoint_is_swapped_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Slots.step
 
