@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import llm.training.session
 from llm.training.micro_batch import MicroBatches
 from llm.training.trainer import Trainer
 from tests.forks import run, run_group, train, write_recipe, write_text
@@ -93,6 +94,40 @@ def test_the_step_is_done_anew_in_smaller_micro_batches_on_the_same_curve(tmp_pa
     assert found == pytest.approx(expected, rel=1e-4)
     kept = json.loads((tmp_path / "short/runs/tiny/machine.json").read_text())
     assert kept["micro_batch"] < 8
+
+
+def test_a_new_run_that_is_short_before_its_first_step_begins_in_smaller_ones(tmp_path: Path, text: Path) -> None:
+    recipe = large(tmp_path, text)
+
+    def act() -> None:
+        passed, failed = MicroBatches._forward_backward, []
+
+        def short(self: MicroBatches, size: int) -> float:
+            if size == 8 and not failed:
+                failed.append(size)
+                raise MemoryError
+            return passed(self, size)
+
+        MicroBatches._forward_backward = short  # type: ignore[method-assign]
+        train(recipe)()
+
+    done = run(act, tmp_path)
+    assert done.status == 0 and "no memory for micro-batches of 8 windows at step 1: repeating it" in done.out, done
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_that_ends_while_the_model_is_built_is_one_line(tmp_path: Path, text: Path, world: int) -> None:
+    def short(*given: object, **named: object) -> None:
+        raise MemoryError("no room")
+
+    def act() -> None:
+        llm.training.session.Trainer = short  # type: ignore[assignment, misc]
+        train(write_recipe(tmp_path, text))()
+
+    for done in run_group(act, tmp_path, world):
+        assert done.status == 6 and done.err.count("\n") == 1 and "no memory to begin: take a smaller" in done.err, (
+            done.err
+        )
 
 
 def test_a_run_that_was_removed_is_not_made_anew_by_a_smaller_micro_batch(tmp_path: Path, text: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pwd
+import resource
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,19 @@ def test_a_failure_inside_a_library_is_a_failure_of_the_disk(tmp_path: Path, tex
 
     ended = run(failing, tmp_path)
     assert ended.status == 5 and ended.err.count("\n") == 1 and os.strerror(code) in ended.err, ended.err
+
+
+def test_a_limit_on_the_size_of_files_is_one_line(tmp_path: Path, text: Path) -> None:
+    recipe = write_recipe(tmp_path, text)
+
+    def act() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        train(recipe)()
+
+    done = run(act, tmp_path)
+    assert done.status == 5 and done.err.count("\n") == 1 and "allow larger files (ulimit -f" in done.err, done.err
+    done = run(train(recipe), tmp_path)
+    assert done.status == 0 and digest(tmp_path).startswith("12:"), done.err
 
 
 def test_a_prepared_cache_that_cannot_be_written_to_is_used(disk: Path, tmp_path: Path, text: Path) -> None:

@@ -239,3 +239,8 @@ def test_a_run_extended_from_its_stable_phase_is_the_longer_run(tmp_path: Path, 
     assert newest is not None
     parent = newest.manifest["parent"]
     assert parent["from"] == "tiny/step-000004" and parent["science"]["train.steps"] == 12
+    with pytest.raises(
+        RecipeError, match=r"--step = 4: extended began at step 5, from tiny/step-000004: name that run"
+    ):
+        next(step_texts(tmp_path / "runs/extended", 4))
+    assert next(step_texts(tmp_path / "runs/extended", 5)) == "step 5 of extended reads:"

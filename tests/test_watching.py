@@ -214,6 +214,27 @@ def test_what_fails_in_an_evaluation_or_a_sample_is_an_event(
         assert digest(tmp_path) == digest(whole)
 
 
+def test_samples_keep_their_terminal_and_each_prompt_has_its_own(tmp_path: Path, text: Path) -> None:
+    recipe = recipe_of(tmp_path, text, **{"evaluate.prompts": r'["\e[2J\e[?25l", "twice", "twice"]'})
+    done = run(train(recipe), tmp_path)
+    assert done.status == 0 and "\x1b" not in done.out and r"  \x1b[2J\x1b[?25l|" in done.out, (done.out, done.err)
+    prompts = [line["prompt"] for line in record(tmp_path) if "sample" in line]
+    assert prompts[:3] == ["\x1b[2J\x1b[?25l", "twice", "twice"] and done.out.count("\n  twice|") * 3 == 2 * len(
+        prompts
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "lock", "status.json", "recipe.yaml", "identity.json", "shards.json"]
+)
+def test_a_folder_in_place_of_a_file_of_the_run_is_one_line(whole: Path, tmp_path: Path, text: Path, name: str) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "runs/tiny" / name).unlink()
+    (tmp_path / "runs/tiny" / name).mkdir()
+    done = run(train(recipe_of(tmp_path, text)), tmp_path)
+    assert done.status in (0, 2, 4) and "Traceback" not in done.err and done.err.count("\n") <= 2, done.err
+
+
 @pytest.mark.parametrize("shard", ["full", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_a_dealt_model_in_bf16_speaks(tmp_path: Path, text: Path, shard: str) -> None:
     recipe = recipe_of(tmp_path, text, **{

@@ -6,6 +6,7 @@ Our own mistakes are assertions and keep their traceback.
 
 import errno
 import os
+import re
 import select
 import shutil
 import signal
@@ -16,6 +17,8 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and newlines
 
 
 class LLMError(Exception):
@@ -62,6 +65,7 @@ def as_disk_error(error: OSError) -> LLMError | None:
     """`error` as a DiskError, or None if neither the disk nor permissions caused it."""
     remedies = {
         **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run the same command again"),
+        errno.EFBIG: "allow larger files (ulimit -f unlimited) and run the same command again",
         **dict.fromkeys((errno.EIO, errno.EROFS), "repair it or choose another place, and run the same command again"),
         **dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.ESTALE), "choose a place on another disk"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or run in a folder of your own"),
@@ -76,11 +80,13 @@ def as_disk_error(error: OSError) -> LLMError | None:
 
 
 def as_llm_error(error: BaseException) -> LLMError | None:
-    """`error` as an LLMError: a RecipeError for a name too long, a DiskError where the disk failed; None for others."""
+    """`error` as an LLMError: a RecipeError for a name, a DiskError where the disk failed; None for others."""
     if isinstance(error, LLMError):
         return error
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return RecipeError(f"{str(error.filename)[:80]}: {os.strerror(error.errno)}: choose a shorter one")
+    if isinstance(error, OSError) and error.errno in (errno.EISDIR, errno.ENOTDIR) and error.filename:
+        return RecipeError(f"{error.filename}: {os.strerror(error.errno)}: move it away, or name another place")
     return as_disk_error(error) if isinstance(error, OSError) else None
 
 
@@ -144,9 +150,14 @@ def tell(text: str, output: TextIO) -> None:
     """Print a line without failing if the reader is gone, the encoding lacks a character, or the disk is full."""
     try:
         encoding = getattr(output, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=output, flush=True)
+        print(harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=output, flush=True)
     except OSError:
         _silence(output)
+
+
+def harmless(text: str) -> str:
+    """The text with control characters, as of a sample or a name, written out: a terminal would obey them."""
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _silence(output: TextIO) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm.base.errors import GroupError, LLMError, as_llm_error
+from llm.base import atomic_io
+from llm.base.errors import GroupError, LLMError, RecipeError, as_llm_error
 from llm.distributed.process import place, rank, say, world
 
 HUNG = timedelta(minutes=15)  # longer than any step or evaluation: a rank that is silent for this long has hung
@@ -117,8 +118,8 @@ class Coordinator:
         try:
             with self.error_barrier():  # every machine has tried
                 if place().local_rank == 0:  # the processes of a machine share its disk
-                    with nullcontext() if needed else suppress(OSError):
-                        folder.mkdir(parents=True, exist_ok=True)
+                    with nullcontext() if needed else suppress(OSError, RecipeError):
+                        atomic_io.make_folder(folder)
                         mine.touch()
             seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob(f".here-{token}-*"))
             self.largest(0)  # every rank has looked

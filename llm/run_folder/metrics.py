@@ -23,7 +23,7 @@ from typing import Any, TypeGuard
 
 from llm.base import atomic_io
 from llm.base.durations import readable
-from llm.base.errors import RefusedError, tell
+from llm.base.errors import RefusedError, harmless, tell
 from llm.config.schema import Recipe, flat
 from llm.run_folder import panel
 from llm.run_folder.panel import Panel
@@ -98,7 +98,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """Print a line, above the panel if there is one."""
-        self._on_panel(lambda shown: shown.say(text))
+        self._on_panel(lambda shown: shown.say(harmless(text)))
         if self.panel is None:
             tell(text, sys.stdout)
 
@@ -179,11 +179,11 @@ class Tracker:
         self._append({"step": step, "event": event, **details})
         self.say(f"step {step}: {event}" + "".join(f"\n  | {text!r}" for text in details.get("texts", [])))
 
-    def samples(self, step: int, texts: dict[str, str]) -> None:
+    def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """Record the model's continuation of each of the recipe's prompts."""
         if not self.evaluations:  # otherwise they follow an evaluation's line
             self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  samples:")
-        for prompt, text in texts.items():
+        for prompt, text in texts:
             self._append({"step": step, "prompt": prompt, "sample": text})
             self.texts.append([step, prompt, text])
             self.say(f"  {prompt}|{text.replace(chr(10), chr(10) + '  ')}")

@@ -25,6 +25,9 @@ def step_texts(folder: Path, step: int, world: int = 0, characters: int = 0) -> 
     steps = read_checksummed(folder / PLAN)["plan"][-1][1] if recipe.train.hours else recipe.train.steps
     if step > steps:
         raise RecipeError(f"--step = {step}: the run has {steps} steps")
+    if step <= recipe.from_step:
+        began = f"{folder.name} began at step {recipe.from_step + 1}, from {recipe.from_}"
+        raise RecipeError(f"--step = {step}: {began}: name that run")
     machine = read_checksummed(folder / "machine.json")
     world, micro_batch, windows = world or int(machine["world"]), int(machine["micro_batch"]), recipe.windows_per_step
     if windows % (world * micro_batch):

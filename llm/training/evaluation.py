@@ -56,7 +56,7 @@ class Evaluator:
             speaks = process.rank() == 0 or split.sharded  # a sharded model needs all its ranks
             texts = self._attempt("no samples", lambda: self._samples() if speaks else [])
             if tracker is not None and texts is not None:
-                tracker.samples(self.state.step, dict(zip(prompts, texts, strict=True)))
+                tracker.samples(self.state.step, list(zip(prompts, texts, strict=True)))
         split.reshard(self.state.model)
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ class MicroBatches:
             self.halve(step + 1)
         return sums
 
-    def halve(self, step: int) -> None:
+    def halve(self, step: int, *, begun: bool = True) -> None:
         """Take the next smaller micro-batch. GroupError, with the setting that may do, if that is not possible."""
         was, settings = self.size, self.context.settings
         size = max((n for n in divisors(self.windows) if n <= was // 2), default=0)
@@ -63,8 +63,9 @@ class MicroBatches:
         if self.compiled:  # compile anew, as a process that starts with this size would
             torch._dynamo.reset()
         self.size, self.compiled = size, False
-        with still_there(self.context.folder):
-            self.save_settings()
+        if begun:  # before, the run's folder has no files yet, and gets this one with the others
+            with still_there(self.context.folder):
+                self.save_settings()
         self.event(step, f"{short}: repeating it, and going on, in micro-batches of {size}")
 
     def save_settings(self) -> None:
@@ -82,7 +83,7 @@ class MicroBatches:
         if not self.size:
             self.size = self._largest_that_fits()
         while (seconds := within_memory(self._rehearse)) is None:
-            self.halve(self.state.step + 1)
+            self.halve(self.state.step + 1, begun=False)
         return seconds
 
     def _largest_that_fits(self) -> int:

@@ -185,9 +185,10 @@ def _run(context: RunContext, until: int, start: Start) -> None:
     if coordinator.writes:
         for folder in (run, run / "checkpoints", run / "tokenizer", *checkpoint.folders(run)):
             atomic_io.sweep(folder)
-    trainer = Trainer(context, stop_at=until)
-    with coordinator.error_barrier():
-        trainer.checkpoints.resume()
+    with _causes_named(coordinator, lambda: "to begin: take a smaller model, or machine.shard=full"):
+        trainer = Trainer(context, stop_at=until)
+        with coordinator.error_barrier():
+            trainer.checkpoints.resume()
     with coordinator.error_barrier():
         began = {"began from": trainer.checkpoints.parent, "teachers": trainer.checkpoints.teachers}
         coordinator.agree("weights", began, "give every machine the same files")
@@ -199,28 +200,35 @@ def _run(context: RunContext, until: int, start: Start) -> None:
             f"train.steps={2 * step} (or more; lengths count from step 0)"
         )
         return
+    mend = "take a smaller machine.micro_batch, or machine.recompute=true"
     with trainer.stop.on_signals():
         try:
-            step_seconds = trainer.micro_batches.rehearse()
-            start.begun = True
-            _write_run_files(trainer)
-            trainer.length.begin(step, step_seconds)
-            process.say(_announcement(trainer, step_seconds))
-            trainer.fit(step_seconds)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                mend = "take a smaller machine.micro_batch, or machine.recompute=true"
-                why = " ".join(str(error).split())[:120]
-                raise GroupError(f"no memory after step {trainer.state.step}: {mend} ({why})") from error
-            blamed = coordinator.blamed(error) if isinstance(error, RuntimeError) else error
-            if blamed is error:
-                raise
-            raise blamed from error
+            with _causes_named(coordinator, lambda: f"after step {trainer.state.step}: {mend}"):
+                step_seconds = trainer.micro_batches.rehearse()
+                start.begun = True
+                _write_run_files(trainer)
+                trainer.length.begin(step, step_seconds)
+                process.say(_announcement(trainer, step_seconds))
+                trainer.fit(step_seconds)
         finally:
             try:
                 trainer.checkpoints.writing.close()
             finally:
                 trainer.monitor.close()
+
+
+@contextmanager
+def _causes_named(coordinator: Coordinator, when: Callable[[], str]) -> Iterator[None]:
+    """GroupError where memory ends, which says `when` and the mend, or where a peer is gone."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise GroupError(f"no memory {when()} ({' '.join(str(error).split())[:120]})") from error
+        blamed = coordinator.blamed(error) if isinstance(error, RuntimeError) else error
+        if blamed is error:
+            raise
+        raise blamed from error
 
 
 def _write_run_files(trainer: Trainer) -> None:

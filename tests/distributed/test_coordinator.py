@@ -96,6 +96,16 @@ def test_a_process_that_alone_has_no_memory_for_a_teacher_ends_all(
     odd_one_named(run_group(train(recipe), tmp_path, 2), "train.teachers: no memory for runs/tiny/best")
 
 
+@pytest.mark.parametrize("place", ["runs", "runs/tiny"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_what_is_no_folder_in_the_run_s_place_is_named(tmp_path: Path, text: Path, place: str, dangling: bool) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).symlink_to("/nowhere/at/all") if dangling else (tmp_path / place).write_text("a file")
+    first, second = run_group(train(write_recipe(tmp_path, text)), tmp_path, 2)
+    assert first.status == second.status == 2 and second.err == "" and first.err.count("\n") == 1, first.err
+    assert "is no folder, and a folder is needed there" in first.err
+
+
 def test_a_machine_that_cannot_write_the_run_folder_ends_all_with_its_error(tmp_path: Path, text: Path) -> None:
     recipe = write_recipe(tmp_path, text)
 
