@@ -175,7 +175,7 @@ def test_threads_spin_only_while_nobody_waits_for_the_cores() -> None:
 @pytest.mark.slow
 def test_runs_that_prepare_their_text_have_the_same_bits(tmp_path: Path) -> None:
     """Threads that made MKL's first call together got other cosines in two of five such runs, on some machines."""
-    keys = "tracking.every=1 evaluate.every=100k machine.threads=2 machine.stop_after=0.0003 run=first"
+    keys = "tracking.every=1 evaluate.every=100k machine.threads=2 machine.stop_after=0.001 run=first"
     found = set()
     for number in range(12):
         folder = tmp_path / str(number)
