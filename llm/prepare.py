@@ -17,10 +17,6 @@ def write_wiki(path: Path, language: str, *, force: bool) -> None:
     """Write the packaged Wikipedia text to `path`, its documents separated by MARKER lines."""
     if path.exists() and not force:
         raise RecipeError(f"{path} is there already: name another file, or add --force to replace it")
-    if path.is_dir():
-        raise RecipeError(f"{path} is a folder: name a file")
-    if path.exists() and not path.is_file():  # which the text would replace
-        raise RecipeError(f"{path} is a pipe or a device: name a file")
     atomic_io.write_bytes(path, f"{MARKER}\n".encode().join(wiki_documents(language)))
     print(f"{path}: {path.stat().st_size:,} bytes, lead sections of Wikipedia articles, with lines {MARKER} between")
     print("licence: CC BY-SA 4.0, the work of Wikipedia's authors: name them where you pass the text on")

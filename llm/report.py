@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from llm.base.command import NAMED, Parser
-from llm.base.errors import RecipeError, reason, run, tell
+from llm.base.errors import RecipeError, naming, reason, run, tell
 
 PORT = 8765
 LOCAL = ("127.0.0.1", "localhost")
@@ -38,11 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     from llm.base import atomic_io
 
     out = given.out or folders[0] / "report.html"
-    if out.is_dir():
-        raise RecipeError(f"--out = {out} is a folder: name a file in it")
-    if out.exists() and not out.is_file():  # which the page would replace
-        raise RecipeError(f"--out = {out} is a pipe or a device: name a file")
-    atomic_io.write_bytes(out, page(folders).encode())
+    with naming("--out"):
+        atomic_io.write_bytes(out, page(folders).encode())
     print(f"the report lies in {out}")
 
 

@@ -161,6 +161,8 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Replace the content of `path` by the concatenated `chunks`: all of them, or nothing changes."""
     make_folder(path.parent)
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of a pipe or a device
+        raise RecipeError(f"{path} is a folder, a pipe or a device: name a file, or move it away")
     draft = _draft_of(path)
     try:
         with _named(path):

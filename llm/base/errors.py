@@ -12,8 +12,8 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -88,6 +88,15 @@ def as_llm_error(error: BaseException) -> LLMError | None:
     if isinstance(error, OSError) and error.errno in (errno.EISDIR, errno.ENOTDIR) and error.filename:
         return RecipeError(f"{error.filename}: {os.strerror(error.errno)}: move it away, or name another place")
     return as_disk_error(error) if isinstance(error, OSError) else None
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Name `key` in the RecipeError or RefusedError that the block raises."""
+    try:
+        yield
+    except (RecipeError, RefusedError) as error:
+        raise type(error)(f"{key}: {error}") from None
 
 
 def optional(package: str, otherwise: str) -> Any:

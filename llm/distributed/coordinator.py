@@ -35,7 +35,7 @@ class Coordinator:
         if world() > 1:
             self.group = dist.new_group(backend="gloo", timeout=HUNG)
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-            # A number of its own, as the store keeps what an earlier run of this launch wrote there.
+            # A prefix of its own, because the store keeps the values of earlier runs of this launch.
             number = self.largest(secrets.randbits(60) if rank() == 0 else 0)
             self.kv_store = dist.PrefixStore(f"coordinator {number}", dist.distributed_c10d._get_default_store())
 

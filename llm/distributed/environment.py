@@ -38,7 +38,7 @@ from llm.distributed.exchange import BUCKET_MB
 
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
-GROUPS = itertools.count()  # numbers those that this process joins, as all others do
+GROUPS = itertools.count()  # numbers the process groups that this process joins
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Settings of an accelerate configuration that the recipe decides instead: the neutral value, and the recipe's key.
 DECIDED = {
@@ -246,9 +246,9 @@ def _meet() -> None:
         torch.cuda.set_device(process.place().local_rank)
     backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", coordination.HUNG
     try:
-        store, rank, world = _store(process.rank(), process.world())
-        # A store outlives a group, and would give the next one what this one wrote.
-        store = torch.distributed.PrefixStore(f"group {next(GROUPS)}", store)
+        rank, world = process.rank(), process.world()
+        # The store outlives a group, and would give the next one what this one wrote.
+        store = torch.distributed.PrefixStore(f"group {next(GROUPS)}", _store(rank, world))
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -258,13 +258,13 @@ def _meet() -> None:
 
 
 @cache
-def _store(rank: int, world: int) -> tuple[torch.distributed.Store, int, int]:
-    """What the processes of this launch share, by MASTER_ADDR and MASTER_PORT, with this one's rank and their number.
+def _store(rank: int, world: int) -> torch.distributed.Store:
+    """The key-value store of this launch, at MASTER_ADDR and MASTER_PORT.
 
-    Kept while the process lives, as the first one may serve it.
+    It is kept as long as the process lives, because the first process may be the one that serves it.
     """
-    store, rank, world = next(rendezvous("env://", rank, world, timeout=coordination.HUNG))
-    return store, rank, world
+    store: torch.distributed.Store = next(rendezvous("env://", rank, world, timeout=coordination.HUNG))[0]
+    return store
 
 
 @contextmanager

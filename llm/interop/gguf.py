@@ -30,7 +30,7 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down"}  # fmt: skip
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # llama.cpp's types of pieces
-# The largest rounding error of each storage type: relative to the largest number, and half a step of its smallest ones.
+# The largest rounding error of each storage type: relative to the largest number of the tensor, and absolute.
 ROUNDING = {"F32": (0.0, 0.0), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 0.0), "Q8_0": (1 / 220, 2.0**-18)}
 NEEDED = "--gguf needs the package gguf: pip install -e '.[export]'"
 MODELFILE = """# ollama create {name} -f Modelfile

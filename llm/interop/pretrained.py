@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llm.base import atomic_io
-from llm.base.errors import RecipeError, RefusedError
+from llm.base.errors import RecipeError, RefusedError, naming
 from llm.config.resolving import resolve, with_steps
 from llm.config.schema import Model, Recipe
 from llm.data import hf_tokenizer, prompts
@@ -91,14 +91,6 @@ def refuse_unfit(shape: Model, folder: Path, config: dict[str, Any]) -> None:
         raise RefusedError(f"{folder} lacks weights: {there:,} bytes of safetensors only for {numbers:,} numbers")
 
 
-def parent_of(recipe: Recipe) -> Path:
-    """The folder model.from. RecipeError or RefusedError, which names the key, where it is not there or unreadable."""
-    try:
-        return folder_of(str(recipe.model.from_))
-    except (RecipeError, RefusedError) as error:
-        raise type(error)(f"model.from: {error}") from None
-
-
 def prepare_for(
     recipe: Recipe,
     say: Say = print,
@@ -110,7 +102,8 @@ def prepare_for(
     """Prepare the recipe's text, or `own` documents; model.from, if given, provides the shape and the tokenizer."""
     tokenizer = None
     if recipe.model.from_:
-        folder = parent_of(recipe)
+        with naming("model.from"):
+            folder = folder_of(recipe.model.from_)
         recipe = shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
         tokenizer = tokenizer_of(folder, read_config(folder))
     return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own, anew=anew, team=team)

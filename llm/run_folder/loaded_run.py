@@ -65,7 +65,7 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
         if os.path.isdir(folder):  # noqa: PTH112  # pathlib raises where a name is too long
             if not checkpoint.folders(folder):
                 raise RecipeError(f"{folder} has no checkpoint yet")
-            return (folder if folder.name not in ("", "..") else folder.resolve()), which  # "." and ".." do not name it
+            return (folder if folder.name not in ("", "..") else folder.resolve()), which  # "." and ".." are no names
     known = sorted(each.name for each in runs.glob("*") if checkpoint.folders(each))
     others = f"there are {', '.join(known[:10])}" if known else "there is none yet"
     raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")

@@ -16,7 +16,7 @@ from llm.serving.answers import Choice, Writer
 from llm.serving.engine import BusyError, Engine, EngineError, Job
 from llm.serving.requests import ApiError, Asked, Chat, bad
 
-MOST_DROPPED, DROP_SECONDS = 16 << 20, 1.0  # a body that is too large is read on for so long and then refused
+MOST_DROPPED, DROP_SECONDS = 16 << 20, 1.0  # read and dropped of a body that is too large: bytes, seconds
 
 
 @dataclass(frozen=True)

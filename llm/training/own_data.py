@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm.base import atomic_io
-from llm.base.errors import LLMError, RecipeError, RefusedError, TextError
+from llm.base.errors import LLMError, RecipeError, RefusedError, TextError, naming
 from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Recipe
@@ -47,7 +47,8 @@ def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, AnyShards] | Non
         named, kept = atomic_io.expanded(recipe.model.from_), Path(recorded.model.from_ or "")
         source = named.parent if named.name in ("best", "newest") else named
         is_there = source == kept.parent.parent and kept.is_dir()
-        folder = kept if is_there else pretrained.parent_of(recipe)
+        with naming("model.from"):
+            folder = kept if is_there else pretrained.folder_of(recipe.model.from_)
         recipe = pretrained.shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
     if recipe.evaluate.also != recorded.evaluate.also or bool(recipe.evaluate.also) != bool(shards.also):
         shards.also = prepare_also(recipe, tokenizer, say) if recipe.evaluate.also else None

@@ -4,13 +4,11 @@ Knowledge distillation (Hinton, Vinyals and Dean, "Distilling the knowledge in a
 the same batch as the run, so nothing is stored, and what it says follows from the recipe and its weights alone.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm.base.errors import GroupError, RecipeError, RefusedError
+from llm.base.errors import GroupError, RecipeError, RefusedError, naming
 from llm.config.schema import Model, Recipe, Train
 from llm.distributed.sharding import local_shard
 from llm.interop import pretrained
@@ -32,7 +30,7 @@ def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
     """
     models, digests = [], []
     for name, (folder, config) in zip(context.recipe.train.teachers, find(context.recipe, context.parts), strict=True):
-        with _naming():
+        with naming("train.teachers"):
             found = within_memory(partial(_load, name, folder, config, context))
         if found is None:
             raise GroupError(f"train.teachers: no memory for {name}: leave it out, or name a smaller one")
@@ -45,17 +43,8 @@ def find(recipe: Recipe, parts: Parts) -> list[tuple[Path, dict[str, Any]]]:
     """The folders that train.teachers names, each with its config.json. RecipeError where one is not there."""
     if recipe.train.teachers and parts.model is not None:
         raise RecipeError("train.teachers is for the model of this project: leave it out beside model=")
-    with _naming():
+    with naming("train.teachers"):
         return [(folder, read_config(folder)) for folder in map(pretrained.folder_of, recipe.train.teachers)]
-
-
-@contextmanager
-def _naming() -> Iterator[None]:
-    """Errors name the key."""
-    try:
-        yield
-    except (RecipeError, RefusedError) as error:
-        raise type(error)(f"train.teachers: {error}") from None
 
 
 def _load(name: str, folder: Path, config: dict[str, Any], context: RunContext) -> tuple[Transformer, str]:

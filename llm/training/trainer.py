@@ -129,7 +129,7 @@ class Trainer:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether this step is one of those after which the run is evaluated: never that at which it begins."""
+        """Whether the run is evaluated after this step. The step at which it begins is left out."""
         watched = self.context.shards.validation.tokens > 0 or bool(self.recipe.evaluate.prompts)
         return watched and self.state.step > self.recipe.from_step and self.is_due("evaluate")
 
@@ -215,7 +215,7 @@ def new_state(context: RunContext) -> TrainState:
     if frozen := next((name for name, p in model.named_parameters() if not p.requires_grad), None):
         raise RecipeError(f"model=: {frozen} does not require a gradient: make it a buffer")
     if odd := next((f"{name} is {p.dtype}" for name, p in model.named_parameters() if p.dtype != torch.float32), None):
-        raise RecipeError(f"model=: {odd}: make it torch.float32; machine.precision decides what products are made in")
+        raise RecipeError(f"model=: {odd}: make it torch.float32; machine.precision sets the type of products")
     prefixes = torch.tensor(context.tokenizer.prefixes(), device=device) if context.shares_with_prefixes else None
     if prefixes is not None:
         model.start_with_prefixes(prefixes)

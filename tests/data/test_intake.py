@@ -413,5 +413,5 @@ def test_the_packaged_text_is_written_to_a_file_alone(tmp_path: Path, name: str)
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     write_text(tmp_path / "text.txt")
-    with pytest.raises(RecipeError, match=r"is a folder: name a file|is no folder|is a pipe"):
+    with pytest.raises(RecipeError, match=r"is a folder, a pipe or a device: name a file|is no folder"):
         write_wiki(tmp_path / name, "en-us", force=True)

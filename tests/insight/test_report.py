@@ -338,7 +338,7 @@ def test_charts_keep_what_they_draw_within_bounds() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["nowhere"], ("no run 'nowhere'", "tiny")), (["x" * 5000], ("no run",)), (["tiny", "--out", "runs"], ("is a folder",)), (["tiny", "--out", "pipe"], ("is a pipe or a device",)),
+    [(["nowhere"], ("no run 'nowhere'", "tiny")), (["x" * 5000], ("no run",)), (["tiny", "--out", "runs"], ("is a folder",)), (["tiny", "--out", "pipe"], ("--out: pipe is a folder, a pipe or a device: name a file",)),
      (["tiny", "--port", "70000"], ("--port", "65,535")), (["home"], ("no run",))],
 )  # fmt: skip
 def test_a_wrong_argument_is_one_line(trained: Path, arguments: list[str], words: tuple[str, ...]) -> None:
