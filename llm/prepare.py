@@ -17,6 +17,7 @@ def write_wiki(path: Path, language: str, *, force: bool) -> None:
     """Write the packaged Wikipedia text to `path`, its documents separated by MARKER lines."""
     if path.exists() and not force:
         raise RecipeError(f"{path} is there already: name another file, or add --force to replace it")
+    atomic_io.check_writable(path)
     atomic_io.write_bytes(path, f"{MARKER}\n".encode().join(wiki_documents(language)))
     print(f"{path}: {path.stat().st_size:,} bytes, lead sections of Wikipedia articles, with lines {MARKER} between")
     print("licence: CC BY-SA 4.0, the work of Wikipedia's authors: name them where you pass the text on")

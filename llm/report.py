@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     out = given.out or folders[0] / "report.html"
     with naming("--out"):
-        atomic_io.write_bytes(out, page(folders).encode())
+        atomic_io.check_writable(out)
+    atomic_io.write_bytes(out, page(folders).encode())
     print(f"the report lies in {out}")
 
 

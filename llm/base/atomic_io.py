@@ -161,8 +161,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Replace the content of `path` by the concatenated `chunks`: all of them, or nothing changes."""
     make_folder(path.parent)
-    if path.exists() and not path.is_file():  # a rename would put a file in the place of a pipe or a device
-        raise RecipeError(f"{path} is a folder, a pipe or a device: name a file, or move it away")
+    _refuse_other_than_file(path)
     draft = _draft_of(path)
     try:
         with _named(path):
@@ -172,6 +171,21 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         draft.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Fail as `write_bytes` would, before the work that makes the bytes; `path` keeps its content."""
+    make_folder(path.parent)
+    _refuse_other_than_file(path)
+    draft = _draft_of(path)
+    with _named(path):
+        draft.touch()
+        draft.unlink()
+
+
+def _refuse_other_than_file(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of a pipe or a device
+        raise RecipeError(f"{path} is a folder, a pipe or a device: name a file, or move it away")
 
 
 def write_at(path: Path, chunks: Iterable[tuple[int, bytes | memoryview]]) -> None:
