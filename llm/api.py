@@ -62,8 +62,8 @@ def train(
       times `scale`; if `finite` (a bool on the device) is false, weights and moments keep every bit.
     - `documents()` yields each document as str, or as bytes in UTF-8; text.files is then not read. It is called several
       times, on every rank, and must give the same documents in the same order each time.
-    - `on_log(line)` gets each line of metrics.jsonl as a dict, on rank 0. If it raises, it is not called again and
-      training goes on; `signal.raise_signal(signal.SIGINT)` in it stops the run as Ctrl-C does.
+    - `on_log(line)` gets each line of metrics.jsonl as a dict, on rank 0. If it raises an Exception, it is not called
+      again and training goes on; `signal.raise_signal(signal.SIGINT)` in it stops the run as Ctrl-C does.
 
     Each checkpoint names the parts that were given. A run that began with a caller's model or optimizer resumes only
     with one, and any other run only without. Checkpoints of a caller's model are not Hugging Face folders and cannot be
@@ -110,20 +110,33 @@ class Run:
         return list(atomic_io.read_lines(self.folder / "metrics.jsonl"))
 
     def generate(self, prompt: str, tokens: int = 200, *, seed: int = 0, **sampling: float) -> str:
-        """The model's continuation of `prompt`. `sampling`: temperature, top_k, top_p, min_p, repetition_penalty."""
+        """The model's continuation of `prompt`. `sampling`: temperature, top_k, top_p, min_p, repetition_penalty.
+
+        RecipeError for a number out of its bounds, and for half of a surrogate pair in the prompt.
+        """
+        from llm.base.command import checked
         from llm.inference.generation import continuations
         from llm.inference.sampling import Sampling
 
+        checked("tokens", str(tokens), int, 0, float("inf"))
         choice = Sampling(**sampling)  # type: ignore[arg-type]
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RecipeError(f"the prompt {prompt[:40]!r} holds half of a surrogate pair: leave it out") from error
         ids = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)]]
         return continuations(self.model, self.tokenizer, ids, tokens, choice, seed)[0]
 
     def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
         """Loss, bits per byte and perplexities of the run's held-out text or answers, or of `texts`: files or names.
 
-        With text.sources those of each source, as "NAME/loss" and so on.
+        With text.sources those of each source, as "NAME/loss" and so on. RecipeError unless `rows` (windows that are
+        read at once) is 1 or more.
         """
+        from llm.base.command import checked
         from llm.inference import scoring
+
+        checked("rows", str(rows), int, 1, float("inf"))
 
         names = ("loss", "bits_per_byte", "token_perplexity", "word_perplexity", "targets")
         if texts:

@@ -33,6 +33,14 @@ def test_a_run_is_trained_opened_and_used_twice_in_one_process(tmp_path: Path) -
         last = [line for line in opened.metrics if "val_loss" in line][-1]
         assert score["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-4)
         assert json.dumps(opened.metrics) and not Path("runs").exists()
+        for act, words in (
+            (lambda: opened.generate("a", tokens=-1), "tokens = -1"),
+            (lambda: opened.generate("a", temperature=-1), "temperature = -1"),
+            (lambda: opened.generate("\ud800"), "half of a surrogate pair"),
+            (lambda: opened.evaluate(rows=0), "rows = 0"),
+        ):
+            with pytest.raises(RecipeError, match=words):
+                act()
 
     done = run(act, tmp_path)
     assert done.status == 0, done.err
@@ -189,6 +197,30 @@ def test_a_run_is_trained_in_a_thread(tmp_path: Path) -> None:
 
     done = run(act, tmp_path)
     assert done.status == 0 and digest(tmp_path).startswith("12:"), done.err
+
+
+def test_a_callers_modes_of_torch_change_nothing(tmp_path: Path) -> None:
+    """In bf16, too, where a cache of autocast that is never emptied would train with the first step's weights."""
+    path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+
+    def act() -> None:
+        for precision, mode in (("fp32", torch.no_grad), ("bf16", torch.inference_mode)):
+            alone, amid = (
+                llm.load_recipe(path, [f"run={precision}-{name}", f"machine.precision={precision}"])
+                for name in ("alone", "amid")
+            )
+            torch.set_default_dtype(torch.float32)
+            llm.train(alone)
+            torch.set_default_dtype(torch.float64)
+            with mode(), torch.autocast("cpu", torch.float16):
+                llm.train(amid)
+                assert torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+                assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
+    for precision in ("fp32", "bf16"):
+        assert digest(tmp_path, f"{precision}-amid") == digest(tmp_path, f"{precision}-alone")
 
 
 def test_a_watcher_changes_nothing_that_is_recorded(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            checked(flag(each), str(getattr(self, each.name)), float, each.metadata["least"], each.metadata["most"])
+            checked(each.name, str(getattr(self, each.name)), float, each.metadata["least"], each.metadata["most"])
 
 
 def add_sampling(parser: Parser) -> None:

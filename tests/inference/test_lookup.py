@@ -92,8 +92,8 @@ def test_the_logits_after_a_guess_are_those_of_a_step_to_the_bit(counted: list[i
     prompt, following = tiny.ids(9, vocabulary=64).tolist(), tiny.ids(100, seed=4, vocabulary=64).tolist()
     found = []
     for known in ([*prompt, *following], []):
-        counted.clear()
         slots = Slots(model, 1, CONTEXT)
+        counted.clear()
         slots.join({0: prompt})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Oracle, "known", known)
