@@ -66,6 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
     said_dropped = False
     while (text := ask()) is not None:
         try:
+            if "\0" in text:
+                raise RecipeError("a NUL is no plain text, and /save could not keep it: leave it out")
             if text.startswith("/"):
                 command(conversation, text)
             elif text.strip():
@@ -83,8 +85,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def say(conversation: "Conversation", text: str, given: argparse.Namespace, seed: int) -> None:
     """Print the answer as it comes. The seed of each turn is another, or equal messages would be answered alike."""
-    if "\0" in text:
-        raise RecipeError("a NUL is no plain text, and /save could not keep it: leave it out")
     for piece in conversation.answer(
         text, given.tokens, given.sampling, (seed + len(conversation.messages)) % (1 << 63)
     ):
@@ -94,7 +94,7 @@ def say(conversation: "Conversation", text: str, given: argparse.Namespace, seed
 
 def command(conversation: "Conversation", text: str) -> None:
     """Do what a line that begins with a slash says. RecipeError if that is not known."""
-    name, _, rest = text.partition(" ")
+    name, rest = (*text.split(maxsplit=1), "")[:2]
     rest = rest.strip()
     if name == "/help":
         tell(HELP)
@@ -129,7 +129,7 @@ def save(conversation: "Conversation", name: str) -> None:
 
 def line_of_stdin() -> str | None:
     line = sys.stdin.readline()
-    return line.removesuffix("\n") if line else None
+    return line.removesuffix("\n").removesuffix("\r") if line else None
 
 
 def tell(text: str) -> None:

@@ -121,8 +121,8 @@ def prompts_of(given: argparse.Namespace) -> Iterable[list[str]]:
             if prompt:
                 yield [prompt]
     else:
-        text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
-        yield [text.removesuffix("\n")]
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)  # type: ignore[union-attr]
+        yield [sys.stdin.read().removesuffix("\n")]
 
 
 if __name__ == "__main__":

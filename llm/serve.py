@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         app = application(server, (lambda: follow(server)) if given.follow else None)
         shown = f"[{given.host}]" if ":" in given.host else given.host
         print(f"http://{shown}:{listener.getsockname()[1]}/ serves {opened.name}; Ctrl-C ends it", flush=True)
-        Uvicorn(configured(app, given.drain), server, given.drain).run([listener])
+        Uvicorn(configured(app), server, given.drain).run([listener])
     return int(server.broken)
 
 

@@ -168,7 +168,10 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(talk: Path) -> None:
 
 def test_without_a_terminal_each_line_is_a_message(talk: Path) -> None:
     def act() -> None:
-        (talk / "lines.txt").write_text("The river\n\nIts \0capital\nIts capital\n/save kept.jsonl\n")
+        (talk / "lines.txt").write_text(
+            "The river\n\nIts \0capital\nIts capital\r\n/system a\0b\n/undo \r\n/redo\n/save\tkept.jsonl\r\n",
+            newline="",
+        )
         os.dup2(os.open("lines.txt", os.O_RDONLY), 0)
         import sys
 
@@ -178,7 +181,9 @@ def test_without_a_terminal_each_line_is_a_message(talk: Path) -> None:
     ended = run(act, talk)
     assert ended.status == 0, ended.err
     assert ended.out.count("\n") >= 2 and "<|" not in ended.out
-    assert ended.err.count("a NUL is no plain text") == 1 and (talk / "kept.jsonl").read_text().count("capital") == 1
+    assert ended.err.count("a NUL is no plain text") == 2 and ended.err.count("is no command") == 1, ended.err
+    kept = (talk / "kept.jsonl").read_text()
+    assert kept.count("The river") == 1 and "capital" not in kept and "system" not in kept
 
 
 def test_a_run_without_chat_training_is_refused_in_one_line(talk: Path) -> None:

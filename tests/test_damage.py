@@ -18,7 +18,8 @@ from llm.base.errors import LLMError, RecipeError, RefusedError
 from llm.config.reading import load, with_checksum
 from llm.data.pipeline import prepare
 from llm.data.tokenizer import Tokenizer
-from llm.run_folder import checkpoint, loaded_run, tensor_files
+from llm.model import hf_config
+from llm.run_folder import checkpoint, loaded_run, tensor_files, trace
 from tests.forks import digest, run, run_group, script, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
@@ -354,6 +355,58 @@ def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_a_newer_one(
     monkeypatch.setattr(tensor_files, "load_tensors", overtaken)
     assert loaded_run.open_run("tiny").checkpoint.folder.name == "step-000005", "the best that is left"
     assert taken == ["step-000012", "step-000010"]
+
+
+def test_a_checkpoint_that_goes_before_its_shape_is_read_does_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_family, taken = hf_config.read_family, []
+
+    def overtaken(folder: Path) -> str:
+        if not taken:
+            taken.append(folder.name)
+            atomic_io.remove(folder)
+        return read_family(folder)
+
+    monkeypatch.setattr(hf_config, "read_family", overtaken)
+    assert loaded_run.open_run("tiny/newest").checkpoint.step < checkpoint.step_of(taken[0])
+
+
+DAMAGES = {
+    "metrics.jsonl": (
+        ('"step": 5, "val_loss"', '"stdp": 5, "val_loss"'), ('"bits_per_byte"', '"bits_per_bytd"'), ('"prompt"', '"prompu"'),
+        ('"step": 2', '"step": "2"'), ('"step": 3, "loss": ', '"step": 3, "loss": "x", "was": '),
+    ),
+    "fingerprints.jsonl": (('"step": 2', '"step: 2'), ('"step": 4', '"step": "4"'), ('"loss": "0x', '"loss": "0z'), ('"step": 8', '"step: 8')),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", DAMAGES)
+def test_damaged_lines_of_a_record_are_left_out_when_a_run_goes_on(trained: Path, tmp_path: Path, file: str) -> None:
+    """The run ends with the same bits, and what is left of its trace is a chain that agrees with that of another."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    recipe, path = tmp_path / "recipe.yaml", tmp_path / "runs/again" / file
+    changes = ("run=again", "evaluate.prompts=[The]")
+    assert run(train(recipe, *changes, stop_after=8), tmp_path).status == 75
+    text = path.read_text()
+    for old, new in DAMAGES[file]:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text)
+    ended = run(train(recipe, *changes), tmp_path)
+    assert ended.status == 0 and digest(tmp_path, "again") == digest(tmp_path), ended.err
+    said = f"runs/again/{file} was damaged" in ended.err
+    assert said == (file == trace.FILE) and trace.verify_chain(path.parent) == (7 if said else 12)
+    assert "agree to the bit" in trace.compare_runs(tmp_path / "runs/tiny", path.parent)[-1]
+
+
+def test_runs_that_record_their_trace_at_other_steps_are_compared(trained: Path, tmp_path: Path) -> None:
+    """Here one was stopped before its first line, which has to tell of the windows before the stop, too."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    recipe, runs = tmp_path / "recipe.yaml", tmp_path / "runs"
+    assert run(train(recipe, "run=rare", "tracking.every=5"), tmp_path).status == 0
+    assert run(train(recipe, "run=late", "tracking.every=5", stop_after=3), tmp_path).status == 75
+    assert run(train(recipe, "run=late", "tracking.every=5"), tmp_path).status == 0
+    assert trace.read(runs / "late") == trace.read(runs / "rare")
+    assert "agree to the bit in all 3" in trace.compare_runs(runs / "tiny", runs / "rare")[-1]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "tiny/step-²", "tiny/step-", "tiny/step-99", "n" * 300])

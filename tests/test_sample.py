@@ -211,14 +211,21 @@ def test_a_text_ends_before_what_it_shall_stop_at(here: Path) -> None:
         assert ended.status == 0, ended.err
         return ended.out.removesuffix("\n")
 
+    def piped(name: str) -> str:
+        def act() -> None:
+            sys.stdin = Path(name).open()  # noqa: SIM115
+            script("module:llm.sample", "tiny", "--seed=2", "--tokens=60")()
+
+        return run(act, here).out.removesuffix("\n")
+
     whole = said("--prompt", "The river")
     rest = whole.removeprefix("The river")
     for stop in (rest[10:13], rest[5:6], rest[30:]):
         wanted = "The river" + rest[: rest.index(stop)]
         assert said("--prompt", "The river", "--stop", stop) == wanted
     assert said("--prompt", "The river", "--stop", "\u2603", "--stop", rest[-1] + "\u2603") == whole
-    (here / "prompt.txt").write_text("\ufeffThe river\n")  # as some editors begin a file
-    assert said("--prompt-file", "prompt.txt") == whole
+    (here / "prompt.txt").write_text("\ufeffThe river\r\n", newline="")  # as some editors write a file
+    assert said("--prompt-file", "prompt.txt") == piped("prompt.txt") == whole
     both = said("--prompt", "The river", "--prompt-file", "prompt.txt", "--stop", rest[10:13])
     assert both.count("-" * 40) == 2 and rest[10:13] not in both.replace("The river", "")
     refused = run(script("module:llm.sample", "tiny", "--prompt-file", "nowhere.txt"), here)

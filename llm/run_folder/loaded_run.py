@@ -91,7 +91,7 @@ def open_run(name: str | None, device: torch.device | None = None, runs: Path = 
         there = set(checkpoint.folders(folder))
         try:
             return _open(folder, which, device, model)
-        except (RefusedError, FileNotFoundError):
+        except (RecipeError, RefusedError, FileNotFoundError):
             if there <= set(checkpoint.folders(folder)):
                 raise  # otherwise training has replaced the checkpoint being read by a newer one
 

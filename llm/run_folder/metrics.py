@@ -30,6 +30,7 @@ from llm.run_folder.panel import Panel
 from llm.run_folder.record import METRICS
 
 EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
+NUMBERS = ("loss", "val_loss", "bits_per_byte", "bytes_per_token", "seconds")  # that a run which goes on reads
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
 RECENT = 0.1  # of the steps up to an evaluation: their losses are the training loss beside it
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
@@ -38,6 +39,15 @@ WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
 def _is_finite(value: float | None) -> TypeGuard[float]:
     """Whether a number of the record is finite: others are null, or NaN where an earlier version wrote the line."""
     return value is not None and math.isfinite(value)
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Whether a line of the record has what a run goes on from, of its type; a damaged one does not."""
+    texts = [line.get(name) for name in ("prompt", "sample")] if "sample" in line else []
+    needs = {"step"} | ({"bits_per_byte"} if "val_loss" in line else set())
+    numbers = [line.get(name) for name in NUMBERS]
+    plain = all(each is None or type(each) in (int, float) for each in numbers)
+    return line.keys() >= needs and type(line["step"]) is int and plain and all(isinstance(each, str) for each in texts)
 
 
 class Tracker:
@@ -58,10 +68,10 @@ class Tracker:
     ) -> None:
         def keep(line: dict[str, Any]) -> bool:
             at = line.get("step", 0)
-            return at < step or (at == step and not (again and EVALUATION & line.keys()))
+            return _is_whole(line) and (at < step or (at == step and not (again and EVALUATION & line.keys())))
 
         path = run / METRICS
-        lines = list(atomic_io.read_lines(path)) if path.exists() else []
+        lines = list(filter(_is_whole, atomic_io.read_lines(path))) if path.exists() else []
         # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values
         # from this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
         self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))

@@ -17,6 +17,7 @@ from llm.base.hashing import mix
 from llm.config.reading import load
 from llm.config.schema import flat
 from llm.data.mixture import Order
+from llm.distributed.process import warn
 from llm.distributed.sharding import LocalShard, Sharding, gather
 
 FILE = "fingerprints.jsonl"
@@ -45,13 +46,31 @@ def windows(order: Order, positions: np.ndarray) -> str:
 
 
 class Trace(atomic_io.Lines):
-    """Writes the trace of a run that continues after `step`; later and damaged lines are removed."""
+    """Writes the trace of a run that continues after `step`; later and damaged lines are removed.
 
-    def __init__(self, run: Path, step: int) -> None:
-        super().__init__(run / FILE, keep=lambda line: line.keys() >= VALUES and line["step"] <= step)
-        last = read(run)[-1:]
-        self.chain = str(last[0]["chain"]) if last else ""
-        self.step = int(last[0]["step"]) if last else step
+    `since` is the last step at which a line was due. A line counts as damaged, too, where it does not follow from the
+    one before it; those that are left are chained anew.
+    """
+
+    def __init__(self, run: Path, step: int, since: int = 0) -> None:
+        self.chain, self.step = "", since
+        before: Any = ""
+        dropped = 0
+
+        def keep(line: dict[str, Any]) -> bool:
+            nonlocal before, dropped
+            if not (follows := _is_whole(line) and _link(before, line["step"], _values(line)) == line["chain"]):
+                dropped += 1
+            before = line.get("chain")
+            if not follows or line["step"] > step:
+                return False
+            self.chain = line["chain"] = _link(self.chain, line["step"], _values(line))
+            self.step = max(since, line["step"])
+            return True
+
+        super().__init__(run / FILE, keep=keep)
+        if dropped:
+            warn(f"{run / FILE} was damaged: {dropped} of its lines are left out")
 
     def add(self, step: int, **values: Any) -> None:
         self.chain = _link(self.chain, step, values)
@@ -62,7 +81,7 @@ class Trace(atomic_io.Lines):
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's trace; none where it keeps no trace. RefusedError where a line lacks a value."""
     lines = list(atomic_io.read_lines(run / FILE)) if (run / FILE).exists() else []
-    if not all(line.keys() >= VALUES for line in lines):
+    if not all(map(_is_whole, lines)):
         raise RefusedError(f"{run / FILE} is damaged, as a line lacks its values: restore it, or remove it")
     return lines
 
@@ -72,11 +91,23 @@ def verify_chain(run: Path) -> int:
     chain = ""
     lines = read(run)
     for line in lines:
-        values = {name: value for name, value in line.items() if name not in ("step", "chain")}
-        chain = _link(chain, line["step"], values)
+        chain = _link(chain, line["step"], _values(line))
         if chain != line["chain"]:
             raise RefusedError(f"{run / FILE}: the line of step {line['step']} does not follow from those before it")
     return len(lines)
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Whether a line has its values, each of its type."""
+    try:
+        float.fromhex(line["loss"])
+        return type(line["step"]) is int and all(isinstance(line[name], str) for name in VALUES - {"step"})
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+
+
+def _values(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in ("step", "chain")}
 
 
 def _link(chain: str, step: int, values: dict[str, Any]) -> str:
@@ -85,28 +116,37 @@ def _link(chain: str, step: int, values: dict[str, Any]) -> str:
 
 def compare_runs(a: Path, b: Path) -> list[str]:
     """Lines that name the keys in which two runs' recipes differ, and the first step at which their traces do."""
-    recipes = [flat(load(folder / "recipe.yaml")) for folder in (a, b)]
+    loaded = [load(folder / "recipe.yaml") for folder in (a, b)]
+    recipes = [flat(recipe) for recipe in loaded]
     values = {name: [recipe.get(name) for recipe in recipes] for name in {**recipes[0], **recipes[1]}}
     lines = [f"{name}: {ours} | {theirs}" for name, (ours, theirs) in values.items() if ours != theirs]
     traces = [{line["step"]: line for line in read(folder)} for folder in (a, b)]
+    starts = [
+        dict(zip(each, [recipe.from_step, *each], strict=False)) for each, recipe in zip(traces, loaded, strict=True)
+    ]
     common = sorted(traces[0].keys() & traces[1].keys())
     if not common:
         return [*lines, f"{a.name} and {b.name} have no step in common in their records"]
     for before, step in zip([None, *common], common, strict=False):
-        if difference := first_difference(traces[0][step], traces[1][step]):
+        alike = starts[0][step] == starts[1][step]  # else the two lines tell of the windows of other steps
+        if difference := first_difference(traces[0][step], traces[1][step], windows=alike):
             since = f"they agree up to step {before}" if before is not None else "they never agreed"
             return [*lines, f"{a.name} and {b.name} part at step {step}: {difference}; {since}"]
     last = f"all {len(common)} common steps of their records, up to step {common[-1]}"
     return [*lines, f"{a.name} and {b.name} agree to the bit in {last}"]
 
 
-def first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """The first difference between two lines of the trace: windows, loss or weights; empty where there is none."""
-    if a["windows"] != b["windows"]:
+def first_difference(a: dict[str, Any], b: dict[str, Any], *, windows: bool = True) -> str:
+    """The first difference between two lines of the trace: windows, loss or weights; empty where there is none.
+
+    Without `windows` these are left out, as the lines tell of those of other steps.
+    """
+    if windows and a["windows"] != b["windows"]:
         return "they read other windows"
     if a["loss"] != b["loss"]:
         losses = [float.fromhex(line["loss"]) for line in (a, b)]
-        return f"their losses are {losses[0]:.6f} and {losses[1]:.6f} on the same windows"
+        on_the_same = " on the same windows" if windows else ""
+        return f"their losses are {losses[0]:.6f} and {losses[1]:.6f}{on_the_same}"
     if a["weights"] != b["weights"]:
-        return "same windows, same loss, other weights"
+        return "same windows, same loss, other weights" if windows else "same loss, other weights"
     return ""

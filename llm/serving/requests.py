@@ -142,6 +142,13 @@ class Chat(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     response_format: TextFormat | None = None
+    # Accepted where they ask for nothing.
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: Literal["none"] | None = None
+    modalities: list[Literal["text"]] | None = None
     truncation: Literal["auto", "disabled"] | None = None  # auto: the oldest exchanges that do not fit are left out
 
     @model_validator(mode="after")

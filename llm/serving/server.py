@@ -112,11 +112,11 @@ class Uvicorn(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def configured(app: Any, drain_seconds: float) -> uvicorn.Config:
-    """uvicorn's settings. No access log: it would show what people ask for."""
+def configured(app: Any) -> uvicorn.Config:
+    """uvicorn's settings. No access log: it would show what people ask for. At its end `Uvicorn` has waited already."""
     return uvicorn.Config(
         app, http=Protocol, ws="none", log_config=None, log_level="critical", access_log=False, server_header=False,
-        timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        timeout_keep_alive=30, timeout_graceful_shutdown=1,
         h11_max_incomplete_event_size=1 << 14, backlog=BACKLOG,
     )  # fmt: skip
 

@@ -83,7 +83,7 @@ def served(
     listener = listening("127.0.0.1", 0)
     server = Server(Engine(opened, queue), limits, key, list(origins))
     app = application(server, None if also is None else lambda: also(server))
-    uvicorn = Uvicorn(configured(app, 5), server, 5)
+    uvicorn = Uvicorn(configured(app), server, 5)
     thread = threading.Thread(target=uvicorn.run, args=([listener],), daemon=True)
     thread.start()
     try:

@@ -159,6 +159,17 @@ def test_chat_is_the_runs_own_template(talker: openai.OpenAI, talk_run: LoadedRu
     entries = whole.choices[0].logprobs.content
     assert b"".join(bytes(each.bytes) for each in entries).decode(errors="replace") == expected
     assert all(len(each.top_logprobs) == 2 and each.top_logprobs[0].logprob >= each.logprob - 1e-6 for each in entries)
+    nothing = {
+        "tools": None,
+        "tool_choice": "none",
+        "functions": [],
+        "parallel_tool_calls": None,
+        "modalities": ["text"],
+    }
+    asked = talker.chat.completions.create(**settings, extra_body=nothing)
+    assert asked.choices[0].message.content == expected
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        talker.chat.completions.create(**settings, extra_body={"tools": [{"type": "function"}]})
     stream = list(talker.chat.completions.create(**settings, stream=True))
     assert "".join(each.choices[0].delta.content or "" for each in stream) == expected
     assert stream[0].choices[0].delta.role == "assistant"
