@@ -89,9 +89,11 @@ def open_run(name: str | None = None, *, runs: str | Path = "runs", model: Calla
 
     `model` is needed again where the run was trained with one.
     """
+    from llm.distributed.modes import usual_modes
     from llm.run_folder.loaded_run import open_run as open_folder
 
-    return Run(open_folder(name, runs=Path(runs), model=model))
+    with usual_modes():
+        return Run(open_folder(name, runs=Path(runs), model=model))
 
 
 class Run:
@@ -115,17 +117,20 @@ class Run:
         RecipeError for a number out of its bounds, and for half of a surrogate pair in the prompt.
         """
         from llm.base.command import checked
+        from llm.distributed.modes import usual_modes
         from llm.inference.generation import continuations
         from llm.inference.sampling import Sampling
 
-        checked("tokens", str(tokens), int, 0, float("inf"))
+        tokens = checked("tokens", str(tokens), int, 0, float("inf"))
+        seed = checked("seed", str(seed), int, 0, (1 << 63) - 1)
         choice = Sampling(**sampling)  # type: ignore[arg-type]
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise RecipeError(f"the prompt {prompt[:40]!r} holds half of a surrogate pair: leave it out") from error
         ids = [[self.tokenizer.bos, *self.tokenizer.encode(prompt)]]
-        return continuations(self.model, self.tokenizer, ids, tokens, choice, seed)[0]
+        with usual_modes():
+            return continuations(self.model, self.tokenizer, ids, tokens, choice, seed)[0]
 
     def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
         """Loss, bits per byte and perplexities of the run's held-out text or answers, or of `texts`: files or names.
@@ -134,15 +139,17 @@ class Run:
         read at once) is 1 or more.
         """
         from llm.base.command import checked
+        from llm.distributed.modes import usual_modes
         from llm.inference import scoring
 
-        checked("rows", str(rows), int, 1, float("inf"))
+        rows = checked("rows", str(rows), int, 1, float("inf"))
 
         names = ("loss", "bits_per_byte", "token_perplexity", "word_perplexity", "targets")
-        if texts:
-            scores = [("", scoring.score(self.loaded, scoring.encode_files(self.loaded, list(texts)), rows))]
-        else:
-            scores = list(scoring.score_held_out(self.loaded, rows))
+        with usual_modes():
+            if texts:
+                scores = [("", scoring.score(self.loaded, scoring.encode_files(self.loaded, list(texts)), rows))]
+            else:
+                scores = list(scoring.score_held_out(self.loaded, rows))
         sources = [f"{source.name}/" for source in self.recipe.text.sources] if not texts else []
         return {
             f"{source}{name}": getattr(score, name)

@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     from llm.inference.fast_decode import prepare
     from llm.run_folder.loaded_run import open_run
 
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    as_text = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig", "newline": None}
+    sys.stdin.reconfigure(errors="replace", **as_text)  # type: ignore[union-attr]
     conversation = Conversation(open_run(given.run))
     prepare(conversation.run.model, int8=given.int8)
     # Arguments in another encoding than the locale's arrive as surrogates.
@@ -129,7 +130,7 @@ def save(conversation: "Conversation", name: str) -> None:
 
 def line_of_stdin() -> str | None:
     line = sys.stdin.readline()
-    return line.removesuffix("\n").removesuffix("\r") if line else None
+    return line.removesuffix("\n") if line else None
 
 
 def tell(text: str) -> None:

@@ -36,6 +36,8 @@ def test_a_run_is_trained_opened_and_used_twice_in_one_process(tmp_path: Path) -
         for act, words in (
             (lambda: opened.generate("a", tokens=-1), "tokens = -1"),
             (lambda: opened.generate("a", temperature=-1), "temperature = -1"),
+            (lambda: opened.generate("a", top_k=2.5), "top_k = '2.5'"),
+            (lambda: opened.generate("a", seed=2**63), "seed = 9223372036854775808"),
             (lambda: opened.generate("\ud800"), "half of a surrogate pair"),
             (lambda: opened.evaluate(rows=0), "rows = 0"),
         ):
@@ -212,10 +214,14 @@ def test_a_callers_modes_of_torch_change_nothing(tmp_path: Path) -> None:
             torch.set_default_dtype(torch.float32)
             llm.train(alone)
             torch.set_default_dtype(torch.float64)
-            with mode(), torch.autocast("cpu", torch.float16):
-                llm.train(amid)
+            with mode(), torch.autocast("cpu", torch.float16), torch.device("meta"):
+                trained = llm.train(amid)
+                score = trained.evaluate()
+                assert trained.generate("My")
+                assert torch.get_default_device().type == "meta"
                 assert torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
                 assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+            assert score == trained.evaluate() and next(trained.model.parameters()).dtype == torch.float32
 
     done = run(act, tmp_path)
     assert done.status == 0, done.err

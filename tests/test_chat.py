@@ -169,7 +169,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(talk: Path) -> None:
 def test_without_a_terminal_each_line_is_a_message(talk: Path) -> None:
     def act() -> None:
         (talk / "lines.txt").write_text(
-            "The river\n\nIts \0capital\nIts capital\r\n/system a\0b\n/undo \r\n/redo\n/save\tkept.jsonl\r\n",
+            "\ufeffThe river\n\nIts \0capital\nIts capital\r\n/system a\0b\n/undo \r\n/redo\n/save\tkept.jsonl\r\n",
             newline="",
         )
         os.dup2(os.open("lines.txt", os.O_RDONLY), 0)
@@ -183,7 +183,7 @@ def test_without_a_terminal_each_line_is_a_message(talk: Path) -> None:
     assert ended.out.count("\n") >= 2 and "<|" not in ended.out
     assert ended.err.count("a NUL is no plain text") == 2 and ended.err.count("is no command") == 1, ended.err
     kept = (talk / "kept.jsonl").read_text()
-    assert kept.count("The river") == 1 and "capital" not in kept and "system" not in kept
+    assert kept.count('"The river"') == 1 and "capital" not in kept and "system" not in kept
 
 
 def test_a_run_without_chat_training_is_refused_in_one_line(talk: Path) -> None:

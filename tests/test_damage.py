@@ -374,6 +374,7 @@ DAMAGES = {
     "metrics.jsonl": (
         ('"step": 5, "val_loss"', '"stdp": 5, "val_loss"'), ('"bits_per_byte"', '"bits_per_bytd"'), ('"prompt"', '"prompu"'),
         ('"step": 2', '"step": "2"'), ('"step": 3, "loss": ', '"step": 3, "loss": "x", "was": '),
+        ('"step": 4, "loss": ', f'"step": 4, "loss": 1{"0" * 400}, "was": '), ('"step": 8, "loss": ', '"step": 8, "memory": [1], "loss": '),
     ),
     "fingerprints.jsonl": (('"step": 2', '"step: 2'), ('"step": 4', '"step": "4"'), ('"loss": "0x', '"loss": "0z'), ('"step": 8', '"step: 8')),
 }  # fmt: skip
@@ -393,19 +394,22 @@ def test_damaged_lines_of_a_record_are_left_out_when_a_run_goes_on(trained: Path
     path.write_text(text)
     ended = run(train(recipe, *changes), tmp_path)
     assert ended.status == 0 and digest(tmp_path, "again") == digest(tmp_path), ended.err
-    said = f"runs/again/{file} was damaged" in ended.err
-    assert said == (file == trace.FILE) and trace.verify_chain(path.parent) == (7 if said else 12)
+    assert f"runs/again/{file} was damaged" in ended.err
+    assert trace.verify_chain(path.parent) == (7 if file == trace.FILE else 12)
     assert "agree to the bit" in trace.compare_runs(tmp_path / "runs/tiny", path.parent)[-1]
 
 
 def test_runs_that_record_their_trace_at_other_steps_are_compared(trained: Path, tmp_path: Path) -> None:
-    """Here one was stopped before its first line, which has to tell of the windows before the stop, too."""
+    """One was stopped before its first line, which has to tell of the windows before the stop, too; one changed steps."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     recipe, runs = tmp_path / "recipe.yaml", tmp_path / "runs"
     assert run(train(recipe, "run=rare", "tracking.every=5"), tmp_path).status == 0
     assert run(train(recipe, "run=late", "tracking.every=5", stop_after=3), tmp_path).status == 75
     assert run(train(recipe, "run=late", "tracking.every=5"), tmp_path).status == 0
+    assert run(train(recipe, "run=changed", "tracking.every=5", stop_after=8), tmp_path).status == 75
+    assert run(train(recipe, "run=changed", "tracking.every=2"), tmp_path).status == 0
     assert trace.read(runs / "late") == trace.read(runs / "rare")
+    assert "agree to the bit in all 3" in trace.compare_runs(runs / "changed", runs / "rare")[-1]
     assert "agree to the bit in all 3" in trace.compare_runs(runs / "tiny", runs / "rare")[-1]
 
 

@@ -34,7 +34,7 @@ class HFTokenizer(Tokenizer):
         self._library.no_padding()
         self._library.no_truncation()
         self._library.encode_special_tokens = _settings(files).get("split_special_tokens") is True
-        named = [bos, *ends, self._library.get_vocab_size() - 1]
+        named = [bos, *ends, max(self._library.get_vocab().values(), default=-1)]  # ids may have gaps
         if not all(isinstance(id, int) and 0 <= id < vocab_size for id in named):
             raise RefusedError(f"{name} has ids outside the model's {vocab_size} pieces")
         self.files, self.bos, self.vocab_size = files, bos, vocab_size
@@ -84,8 +84,10 @@ class HFTokenizer(Tokenizer):
     def special_names(self) -> dict[str, str]:
         """The texts of the special tokens that a chat template may name."""
         about = _settings(self.files, EXTRA_FILES[1]) | _settings(self.files, EXTRA_FILES[0])
-        contents = {name: about[name] for name in NAMED if about.get(name) is not None}
-        return {name: str(each["content"] if isinstance(each, dict) else each) for name, each in contents.items()}
+        extra = about.get("extra_special_tokens")  # tokens by names of a model's own
+        named = (extra if isinstance(extra, dict) else {}) | {name: about.get(name) for name in NAMED}
+        contents = {name: each.get("content") if isinstance(each, dict) else each for name, each in named.items()}
+        return {name: str(each) for name, each in contents.items() if each is not None}
 
     def piece(self, id: int) -> str:
         return str(self._library.id_to_token(int(id)) or "")
@@ -177,6 +179,8 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
             raise RefusedError(f"{path} begins a text with piece {plain.bos}, the model with {starts[0]}: {mend}")
         return Tokenizer(plain.model, str(path), [*piece("eos", ids.get), *stated_ids("eos")] or plain.own_ends)
     library = _opened(files, str(folder / FILE))
+    if getattr(library.model, "dropout", None):
+        raise RefusedError(f"{folder / FILE} drops merges at random, so its ids change: set its dropout to null")
     added = library.get_added_tokens_decoder()
     ends = [*piece("eos", library.token_to_id), *stated_ids("eos")]
     # A configuration may have inherited its family's ids, which are ordinary pieces in this tokenizer.

@@ -35,6 +35,7 @@ from llm.distributed import coordinator as coordination
 from llm.distributed import process, threads
 from llm.distributed.coordinator import Coordinator
 from llm.distributed.exchange import BUCKET_MB
+from llm.distributed.modes import usual_modes
 
 EXACT_MICRO_BATCHES = (8, 4, 2)  # of a step, where machine.exact chooses: as many processes can share them
 RECORD = "machine.json"
@@ -278,7 +279,7 @@ def as_it_was() -> Iterator[None]:
     for state in states:  # of another precision, maybe, which Accelerate would not change
         state.clear()
     try:
-        with warnings.catch_warnings(), _usual_modes():
+        with warnings.catch_warnings(), usual_modes():
             yield
     finally:
         for state, kept in zip(states, theirs, strict=True):
@@ -295,26 +296,6 @@ def as_it_was() -> Iterator[None]:
         for number, handler in handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
                 signal.signal(number, handler)
-
-
-@contextmanager
-def _usual_modes() -> Iterator[None]:
-    """Gradients, fp32 and no autocast, whatever the caller's modes of torch are: the recipe alone decides."""
-    dtype, cached = torch.get_default_dtype(), torch.is_autocast_cache_enabled()
-    kinds = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            torch.set_default_dtype(torch.float32)
-            for kind in kinds:
-                torch.set_autocast_enabled(kind, False)
-            if kinds:  # torch empties the cache at the end of the outermost autocast, long after weights have changed
-                torch.set_autocast_cache_enabled(False)
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            for kind in kinds:
-                torch.set_autocast_enabled(kind, True)
-            torch.set_autocast_cache_enabled(cached)
 
 
 def _leave_to_recipe(on_cpu: bool) -> None:

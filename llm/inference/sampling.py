@@ -35,7 +35,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            checked(each.name, str(getattr(self, each.name)), float, each.metadata["least"], each.metadata["most"])
+            bounds = each.metadata["least"], each.metadata["most"]
+            value = checked(each.name, str(getattr(self, each.name)), type(each.default), *bounds)
+            object.__setattr__(self, each.name, value)
 
 
 def add_sampling(parser: Parser) -> None:

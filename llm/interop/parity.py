@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.base.errors import RefusedError, optional
+from llm.base.errors import RefusedError, optional, reason
 from llm.data.chat_template import ANSWER, ChatTemplate, template_of
 from llm.data.conversations import Message
 from llm.data.tokenizer import SPACE, Tokenizer
@@ -119,7 +119,10 @@ def check_folder(
         yield f"transformers {library.__version__}: {type(theirs).__name__}, every tensor in its place"
         _same_settings(theirs, model, tokenizer, chat)
         if tokenizer.is_portable:
-            opened = library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            try:
+                opened = library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            except Exception as error:  # of any kind, on settings that it does not take
+                raise RefusedError(f"transformers does not read the tokenizer: {reason(error)}") from error
             yield _same_ids(opened, tokenizer, chat)
             if chat:
                 yield _same_conversations(opened, tokenizer)

@@ -25,9 +25,10 @@ from llm.base import atomic_io
 from llm.base.durations import readable
 from llm.base.errors import RefusedError, harmless, tell
 from llm.config.schema import Recipe, flat
+from llm.distributed.process import warn
 from llm.run_folder import panel
 from llm.run_folder.panel import Panel
-from llm.run_folder.record import METRICS
+from llm.run_folder.record import METRICS, MOST
 
 EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
 NUMBERS = ("loss", "val_loss", "bits_per_byte", "bytes_per_token", "seconds")  # that a run which goes on reads
@@ -44,10 +45,10 @@ def _is_finite(value: float | None) -> TypeGuard[float]:
 def _is_whole(line: dict[str, Any]) -> bool:
     """Whether a line of the record has what a run goes on from, of its type; a damaged one does not."""
     texts = [line.get(name) for name in ("prompt", "sample")] if "sample" in line else []
-    needs = {"step"} | ({"bits_per_byte"} if "val_loss" in line else set())
-    numbers = [line.get(name) for name in NUMBERS]
-    plain = all(each is None or type(each) in (int, float) for each in numbers)
-    return line.keys() >= needs and type(line["step"]) is int and plain and all(isinstance(each, str) for each in texts)
+    numbers = [line[name] for name in NUMBERS if line.get(name) is not None]  # null: not finite
+    plain = all(type(each) is float or (type(each) is int and abs(each) < MOST) for each in numbers)
+    scored = line.get("val_loss") is None or line.get("bits_per_byte") is not None
+    return type(line.get("step")) is int and plain and scored and all(isinstance(each, str) for each in texts)
 
 
 class Tracker:
@@ -71,7 +72,9 @@ class Tracker:
             return _is_whole(line) and (at < step or (at == step and not (again and EVALUATION & line.keys())))
 
         path = run / METRICS
-        lines = list(filter(_is_whole, atomic_io.read_lines(path))) if path.exists() else []
+        found = list(atomic_io.read_lines(path)) if path.exists() else []
+        if damaged := len(found) - len(lines := list(filter(_is_whole, found))):
+            warn(f"{path} was damaged: {damaged} of its lines are left out")
         # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values
         # from this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
         self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
@@ -117,9 +120,9 @@ class Tracker:
         if self.panel is not None:
             try:
                 act(self.panel)
-            except (OSError, ValueError):
+            except Exception:  # or a damaged line of the record, which no number can be drawn of
                 shown, self.panel = self.panel, None
-                with suppress(OSError, ValueError):
+                with suppress(Exception):
                     shown.close()
 
     def log(self, step: int, **values: Any) -> None:

@@ -48,12 +48,12 @@ def windows(order: Order, positions: np.ndarray) -> str:
 class Trace(atomic_io.Lines):
     """Writes the trace of a run that continues after `step`; later and damaged lines are removed.
 
-    `since` is the last step at which a line was due. A line counts as damaged, too, where it does not follow from the
-    one before it; those that are left are chained anew.
+    `begin` is the step that the whole run began after: its first line tells of the windows from there on. A line counts
+    as damaged, too, where it does not follow from the one before it; those that are left are chained anew.
     """
 
-    def __init__(self, run: Path, step: int, since: int = 0) -> None:
-        self.chain, self.step = "", since
+    def __init__(self, run: Path, step: int, begin: int = 0) -> None:
+        self.chain, self.step = "", begin
         before: Any = ""
         dropped = 0
 
@@ -65,7 +65,7 @@ class Trace(atomic_io.Lines):
             if not follows or line["step"] > step:
                 return False
             self.chain = line["chain"] = _link(self.chain, line["step"], _values(line))
-            self.step = max(since, line["step"])
+            self.step = line["step"]
             return True
 
         super().__init__(run / FILE, keep=keep)
@@ -79,10 +79,12 @@ class Trace(atomic_io.Lines):
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's trace; none where it keeps no trace. RefusedError where a line lacks a value."""
+    """The lines of a run's trace; none where it keeps no trace. RefusedError where one is damaged."""
     lines = list(atomic_io.read_lines(run / FILE)) if (run / FILE).exists() else []
     if not all(map(_is_whole, lines)):
-        raise RefusedError(f"{run / FILE} is damaged, as a line lacks its values: restore it, or remove it")
+        raise RefusedError(
+            f"{run / FILE} is damaged, as a line lacks a value, or has one of another type: restore it, or remove it"
+        )
     return lines
 
 

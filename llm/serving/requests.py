@@ -144,11 +144,16 @@ class Chat(Common):
     response_format: TextFormat | None = None
     # Accepted where they ask for nothing.
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: Literal["none"] | None = None
+    function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
     truncation: Literal["auto", "disabled"] | None = None  # auto: the oldest exchanges that do not fit are left out
 
     @model_validator(mode="after")

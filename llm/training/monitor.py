@@ -35,8 +35,7 @@ class Monitor:
             folder, step, on_log = self.context.folder, self.state.step, self.context.parts.on_log
             shown = {"world": process.world()}
             self.tracker = Tracker(folder, self.context.recipe, step, shown, again=evaluate_again, on_log=on_log)
-            every = self.context.recipe.tracking.every
-            self.trace = trace.Trace(folder, step, since=max(self.context.recipe.from_step, step - step % every))
+            self.trace = trace.Trace(folder, step, begin=self.context.recipe.from_step)
             train, settings, steps = self.context.shards.train, self.context.settings, self.length.steps(step)
             self.tracker.plan(steps)
             self.tracker.begin(

@@ -444,3 +444,34 @@ def test_a_recipe_that_says_another_shape_is_refused(tmp_path: Path) -> None:
             pretrained.shaped(load(path, [override, "train.tokens_per_step=256"]))
     with pytest.raises(RecipeError, match="brings its own tokenizer"):
         load(path, ["tokenizer.terms=[a]"])
+
+
+def retold(source: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the model in a folder's tokenizer.json."""
+    whole = json.loads((source / "tokenizer.json").read_text())
+    change(whole["model"])
+    (source / "tokenizer.json").write_text(json.dumps(whole))
+
+
+def test_ids_beyond_a_gap_and_merges_dropped_at_random_are_refused(tmp_path: Path) -> None:
+    source = made(tmp_path / "source")
+    retold(source, lambda model: model.update(dropout=0.1))
+    with pytest.raises(RefusedError, match="set its dropout to null"):
+        tokenizer_of(source)
+    retold(
+        source,
+        lambda model: (
+            model["vocab"].update(zz=VOCABULARY),
+            model["merges"].append(["z", "z"]),
+            model.update(dropout=None),
+        ),
+    )
+    with pytest.raises(RefusedError, match=f"has ids outside the model's {VOCABULARY} pieces"):
+        tokenizer_of(source)
+
+
+def test_a_template_knows_a_models_own_tokens(tmp_path: Path) -> None:
+    source = made(tmp_path / "source")
+    changed("tokenizer_config.json", pad_token={}, extra_special_tokens={"image_token": "<|begin|>"})(source)
+    names = tokenizer_of(source).special_names
+    assert names["image_token"] == "<|begin|>" and "pad_token" not in names
