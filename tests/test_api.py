@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llm
 from llm.base.errors import RecipeError, StoppedError
@@ -204,29 +205,34 @@ def test_a_run_is_trained_in_a_thread(tmp_path: Path) -> None:
 def test_a_callers_modes_of_torch_change_nothing(tmp_path: Path) -> None:
     """In bf16, too, where a cache of autocast that is never emptied would train with the first step's weights."""
     path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+    cases = [("fp32", torch.no_grad, True), ("bf16", torch.inference_mode, True), ("bf16", torch.no_grad, False)]
 
     def act() -> None:
-        for precision, mode in (("fp32", torch.no_grad), ("bf16", torch.inference_mode)):
+        for number, (precision, mode, casting) in enumerate(cases):
             alone, amid = (
-                llm.load_recipe(path, [f"run={precision}-{name}", f"machine.precision={precision}"])
+                llm.load_recipe(path, [f"run={name}-{number}", f"machine.precision={precision}"])
                 for name in ("alone", "amid")
             )
             torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
             llm.train(alone)
             torch.set_default_dtype(torch.float64)
-            with mode(), torch.autocast("cpu", torch.float16), torch.device("meta"):
+            torch.set_float32_matmul_precision("medium")
+            autocast = torch.autocast("cpu", torch.float16, enabled=casting)
+            with mode(), autocast, torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
                 trained = llm.train(amid)
                 score = trained.evaluate()
                 assert trained.generate("My")
-                assert torch.get_default_device().type == "meta"
-                assert torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+                assert torch.get_default_device().type == "meta" and not torch.backends.cuda.flash_sdp_enabled()
+                assert torch.is_autocast_enabled("cpu") == casting and torch.is_autocast_cache_enabled()
                 assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+                assert torch.get_float32_matmul_precision() == "medium"
             assert score == trained.evaluate() and next(trained.model.parameters()).dtype == torch.float32
 
     done = run(act, tmp_path)
     assert done.status == 0, done.err
-    for precision in ("fp32", "bf16"):
-        assert digest(tmp_path, f"{precision}-amid") == digest(tmp_path, f"{precision}-alone")
+    for number in range(len(cases)):
+        assert digest(tmp_path, f"amid-{number}") == digest(tmp_path, f"alone-{number}")
 
 
 def test_a_watcher_changes_nothing_that_is_recorded(tmp_path: Path) -> None:

@@ -364,7 +364,17 @@ class Lines:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The valid lines of a file of JSON objects."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            with suppress(ValueError, RecursionError):
-                if isinstance(line := json.loads(text), dict):
-                    yield line
+        yield from (line for text in file if (line := _object(text)) is not None)
+
+
+def count_invalid(path: Path) -> int:
+    """How many lines `read_lines` leaves out, but for a last one that a killed process left unfinished."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return sum(text.endswith("\n") and _object(text) is None for text in file)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    return None

@@ -21,6 +21,7 @@ FILE = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+OWN = ("extra_special_tokens", "model_specific_special_tokens")  # by names of a model's own, by transformers 4 and 5
 
 
 class HFTokenizer(Tokenizer):
@@ -84,8 +85,8 @@ class HFTokenizer(Tokenizer):
     def special_names(self) -> dict[str, str]:
         """The texts of the special tokens that a chat template may name."""
         about = _settings(self.files, EXTRA_FILES[1]) | _settings(self.files, EXTRA_FILES[0])
-        extra = about.get("extra_special_tokens")  # tokens by names of a model's own
-        named = (extra if isinstance(extra, dict) else {}) | {name: about.get(name) for name in NAMED}
+        own = next((each for each in map(about.get, OWN) if each and isinstance(each, dict)), {})
+        named = own | {name: about.get(name) for name in NAMED}
         contents = {name: each.get("content") if isinstance(each, dict) else each for name, each in named.items()}
         return {name: str(each) for name, each in contents.items() if each is not None}
 

@@ -72,8 +72,9 @@ class Tracker:
             return _is_whole(line) and (at < step or (at == step and not (again and EVALUATION & line.keys())))
 
         path = run / METRICS
-        found = list(atomic_io.read_lines(path)) if path.exists() else []
-        if damaged := len(found) - len(lines := list(filter(_is_whole, found))):
+        found, invalid = (list(atomic_io.read_lines(path)), atomic_io.count_invalid(path)) if path.exists() else ([], 0)
+        lines = list(filter(_is_whole, found))
+        if damaged := len(found) - len(lines) + invalid:
             warn(f"{path} was damaged: {damaged} of its lines are left out")
         # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values
         # from this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
@@ -83,14 +84,15 @@ class Tracker:
         self.steps = recipe.train.steps
         self.panel = Panel(recipe.run, lines) if panel.has_room() else None
         # Seconds of training before this start and the clock of this one; evaluations and checkpoints count.
-        self.before = max((float(line.get("seconds") or 0) for line in lines), default=0.0)
+        self.before = max((s for line in lines if _is_finite(s := line.get("seconds"))), default=0.0)
         self.began = time.monotonic()
         self.trackers: dict[str, Any] = {}
         self.texts = [[line["step"], line["prompt"], line["sample"]] for line in lines if "sample" in line]
         self.losses: deque[tuple[int, float]] = deque(maxlen=SPIKE_WINDOW)  # step and loss of the last, where finite
         for line in lines:
             self._remember(line.get("step", 0), line.get("loss"))
-        self.evaluations = [line for line in lines if _is_finite(line.get("val_loss"))]
+        scores = ("val_loss", "bits_per_byte")
+        self.evaluations = [line for line in lines if all(_is_finite(line.get(name)) for name in scores)]
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))

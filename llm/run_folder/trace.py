@@ -55,13 +55,13 @@ class Trace(atomic_io.Lines):
     def __init__(self, run: Path, step: int, begin: int = 0) -> None:
         self.chain, self.step = "", begin
         before: Any = ""
-        dropped = 0
+        dropped = atomic_io.count_invalid(run / FILE) if (run / FILE).exists() else 0
 
         def keep(line: dict[str, Any]) -> bool:
             nonlocal before, dropped
             if not (follows := _is_whole(line) and _link(before, line["step"], _values(line)) == line["chain"]):
                 dropped += 1
-            before = line.get("chain")
+            before = str(line.get("chain"))
             if not follows or line["step"] > step:
                 return False
             self.chain = line["chain"] = _link(self.chain, line["step"], _values(line))
@@ -103,6 +103,7 @@ def _is_whole(line: dict[str, Any]) -> bool:
     """Whether a line has its values, each of its type."""
     try:
         float.fromhex(line["loss"])
+        atomic_io.digest_of(line)  # which there is of no NaN
         return type(line["step"]) is int and all(isinstance(line[name], str) for name in VALUES - {"step"})
     except (KeyError, TypeError, ValueError, OverflowError):
         return False

@@ -107,9 +107,14 @@ class Uvicorn(uvicorn.Server):
         tell(f"stopping: {self.server.active} requests are in progress", sys.stderr)
 
     async def on_tick(self, counter: int) -> bool:
-        if self.server.draining and (not self.server.active or time.monotonic() > self.until):
+        if self.server.draining and (not self._is_answering() or time.monotonic() > self.until):
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def _is_answering(self) -> bool:
+        """True where an answer is in progress, or waits for a client that reads it slowly."""
+        transports = (connection.transport for connection in list(self.server_state.connections))
+        return self.server.active > 0 or any(each.get_write_buffer_size() for each in transports)
 
 
 def configured(app: Any) -> uvicorn.Config:

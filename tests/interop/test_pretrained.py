@@ -470,8 +470,9 @@ def test_ids_beyond_a_gap_and_merges_dropped_at_random_are_refused(tmp_path: Pat
         tokenizer_of(source)
 
 
-def test_a_template_knows_a_models_own_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["extra_special_tokens", "model_specific_special_tokens"])
+def test_a_template_knows_a_models_own_tokens(tmp_path: Path, key: str) -> None:
     source = made(tmp_path / "source")
-    changed("tokenizer_config.json", pad_token={}, extra_special_tokens={"image_token": "<|begin|>"})(source)
+    changed("tokenizer_config.json", **{"pad_token": {}, key: {"image_token": "<|begin|>"}})(source)
     names = tokenizer_of(source).special_names
     assert names["image_token"] == "<|begin|>" and "pad_token" not in names

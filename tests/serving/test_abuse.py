@@ -153,9 +153,11 @@ def test_a_list_of_faults_is_refused_at_the_first(body: Any) -> None:
     assert refused.value.error_count() < 10  # to tell hundreds of thousands took 13 s, in which no other was served
     with pytest.raises(ApiError):
         parsed(Completion, json.dumps(body).encode())
-    with pytest.raises(ValidationError) as refused:
-        Chat.model_validate({"messages": [{}] * 10_000})
-    assert refused.value.error_count() < 10
+    asked = {"messages": [{"role": "user", "content": "a"}]}
+    for faulty in ({"messages": [{}] * 10_000}, asked | {"modalities": [1] * 10_000}):
+        with pytest.raises(ValidationError) as refused:
+            Chat.model_validate(faulty)
+        assert refused.value.error_count() < 10
 
 
 def test_old_and_rare_ways_to_ask_are_answered(server: Served) -> None:

@@ -123,6 +123,22 @@ def test_sigterm_ends_it_after_the_answers_in_progress(here: Path, tmp_path: Pat
         httpx.get(f"{url}/health")
 
 
+@pytest.mark.slow  # the answer has to be longer than all that the kernel buffers
+def test_sigterm_waits_for_a_client_that_reads_its_answer_slowly(here: Path, tmp_path: Path) -> None:
+    child = start(script("module:llm.serve", str(here / "runs/tiny"), "--port", 0), tmp_path)
+    body = {"prompt": ["The river"] * 64, "max_tokens": 200, "logprobs": 20, "ignore_eos": True}
+    with httpx.stream(
+        "POST", f"http://127.0.0.1:{port_of(tmp_path, '')}/v1/completions", json=body, timeout=60
+    ) as answer:
+        os.kill(child, signal.SIGTERM)
+        got = 0
+        for part in answer.iter_raw(1 << 16):
+            got += len(part)
+            time.sleep(0.03)
+        assert got == int(answer.headers["content-length"]) > 4 << 20
+    assert ended(child, tmp_path, seconds=20).status == 0
+
+
 def test_a_second_sigterm_ends_it_at_once(here: Path, tmp_path: Path) -> None:
     child = start(script("module:llm.serve", str(here / "runs/tiny"), "--port", 0, "--tokens", 1 << 20), tmp_path)
     url = f"http://127.0.0.1:{port_of(tmp_path, '')}"
