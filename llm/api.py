@@ -100,7 +100,8 @@ class Run:
     """A trained run: `recipe`, `tokenizer`, `model`, `metrics`, and what can be done with them."""
 
     def __init__(self, loaded: "LoadedRun") -> None:
-        self.loaded, self.folder, self.step = loaded, loaded.folder, loaded.checkpoint.step
+        self.folder, self.step = loaded.folder, loaded.checkpoint.step
+        self.loaded = replace(loaded, folder=loaded.folder.absolute())  # the caller may go to another folder
         self.recipe, self.tokenizer, self.model = loaded.recipe, loaded.tokenizer, loaded.model
 
     def __repr__(self) -> str:
@@ -109,7 +110,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: steps, evaluations, samples and events, in their order."""
-        return list(atomic_io.read_lines(self.folder / "metrics.jsonl"))
+        return list(atomic_io.read_lines(self.loaded.folder / "metrics.jsonl"))
 
     def generate(self, prompt: str, tokens: int = 200, *, seed: int = 0, **sampling: float) -> str:
         """The model's continuation of `prompt`. `sampling`: temperature, top_k, top_p, min_p, repetition_penalty.
@@ -132,7 +133,7 @@ class Run:
         with usual_modes():
             return continuations(self.model, self.tokenizer, ids, tokens, choice, seed)[0]
 
-    def evaluate(self, *texts: str, rows: int = 8) -> dict[str, float]:
+    def evaluate(self, *texts: str | Path, rows: int = 8) -> dict[str, float]:
         """Loss, bits per byte and perplexities of the run's held-out text or answers, or of `texts`: files or names.
 
         With text.sources those of each source, as "NAME/loss" and so on. RecipeError unless `rows` (windows that are
@@ -147,7 +148,9 @@ class Run:
         names = ("loss", "bits_per_byte", "token_perplexity", "word_perplexity", "targets")
         with usual_modes():
             if texts:
-                scores = [("", scoring.score(self.loaded, scoring.encode_files(self.loaded, list(texts)), rows))]
+                scores = [
+                    ("", scoring.score(self.loaded, scoring.encode_files(self.loaded, list(map(str, texts))), rows))
+                ]
             else:
                 scores = list(scoring.score_held_out(self.loaded, rows))
         sources = [f"{source.name}/" for source in self.recipe.text.sources] if not texts else []

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from llm.base.command import NAMED, Parser
-from llm.base.errors import RecipeError, naming, reason, run, tell
+from llm.base.errors import RecipeError, harmless, naming, reason, run, tell
 
 PORT = 8765
 LOCAL = ("127.0.0.1", "localhost")
@@ -40,17 +40,18 @@ def main(arguments: list[str] | None = None) -> None:
     out = given.out or folders[0] / "report.html"
     with naming("--out"):
         atomic_io.check_writable(out)
-    atomic_io.write_bytes(out, page(folders).encode())
-    print(f"the report lies in {out}")
+    atomic_io.write_bytes(out, page(folders))
+    print(harmless(f"the report lies in {out}"))
 
 
-def page(folders: Sequence[Path], watch: str = "", nonce: str = "") -> str:
-    """The page on the runs in `folders`, as they are now."""
+def page(folders: Sequence[Path], watch: str = "", nonce: str = "") -> bytes:
+    """The page on the runs in `folders`, as they are now; with escapes for bytes of names that are no UTF-8."""
     from llm.insight import report
     from llm.run_folder.record import read
 
     records = [read(folder) for folder in folders]
-    return report.page(records, watch=watch, nonce=nonce, say=lambda text: tell(text, sys.stderr))
+    text = report.page(records, watch=watch, nonce=nonce, say=lambda text: tell(text, sys.stderr))
+    return text.encode(errors="backslashreplace")
 
 
 def watch(folders: Sequence[Path], port: int) -> None:
@@ -88,7 +89,7 @@ def server(folders: Sequence[Path], port: int) -> ThreadingHTTPServer:
             try:
                 with making:
                     if (now := version()) not in made:
-                        data = page(folders, now, secrets.token_hex(8)).encode()
+                        data = page(folders, now, secrets.token_hex(8))
                         made.clear()
                         made[now] = data
                     data = made[now]

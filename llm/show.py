@@ -1,7 +1,7 @@
 """python -m llm.show [RUN] --step N: the texts that a step read. python -m llm.show A B: where two runs diverge."""
 
 from llm.base.command import NAMED, Parser
-from llm.base.errors import RecipeError, run
+from llm.base.errors import RecipeError, harmless, run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     folders = [find(name)[0] for name in given.runs or [None]]
     lines = step_texts(folders[0], given.step, given.world, given.characters) if given.step else compare_runs(*folders)
     for line in lines:
-        print(line)
+        print(harmless(line))
 
 
 if __name__ == "__main__":

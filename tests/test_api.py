@@ -235,6 +235,43 @@ def test_a_callers_modes_of_torch_change_nothing(tmp_path: Path) -> None:
         assert digest(tmp_path, f"amid-{number}") == digest(tmp_path, f"alone-{number}")
 
 
+def test_two_runs_do_not_train_in_one_process_at_once(tmp_path: Path) -> None:
+    """Each would change modes, variables and Accelerate's state under the other."""
+    path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+
+    def act() -> None:
+        refusals = []
+
+        def meddle(line: dict[str, Any]) -> None:
+            if line["step"] == 5 and not refusals:
+                with pytest.raises(RecipeError, match="another run trains in this process") as refused:
+                    llm.train(llm.load_recipe(path, ["run=other", "machine.precision=bf16"]))
+                refusals.append(refused)
+
+        before = dict(os.environ)
+        assert llm.train(llm.load_recipe(path), on_log=meddle).step == 12 and refusals
+        assert os.environ == before
+        assert llm.train(llm.load_recipe(path, ["run=other"])).step == 12
+
+    done = run(act, tmp_path)
+    assert done.status == 0 and digest(tmp_path) == digest(tmp_path, "other"), done.err
+
+
+def test_a_run_is_used_after_its_caller_went_to_another_folder(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+
+    def act() -> None:
+        trained = llm.train(llm.load_recipe(path))
+        score, lines = trained.evaluate(), trained.metrics
+        Path("below").mkdir()
+        os.chdir("below")
+        assert trained.evaluate() == score and trained.metrics == lines
+        assert trained.evaluate(tmp_path / "text.txt")["targets"] > 1000
+
+    done = run(act, tmp_path)
+    assert done.status == 0, done.err
+
+
 def test_a_watcher_changes_nothing_that_is_recorded(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
     write_text(tmp_path / "other.txt", documents=40)

@@ -20,8 +20,9 @@ import llm.training.session
 import llm.training.trainer
 from llm.base import atomic_io, errors
 from llm.distributed import environment
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, loaded_run
 from llm.run_folder.checkpoint import Draft
+from llm.run_folder.record import read
 from llm.training.evaluation import Evaluator
 from llm.training.resume import Checkpoints
 from llm.training.session import Start
@@ -152,6 +153,22 @@ def test_a_run_measured_at_its_start_alone_ends_as_any_other(tmp_path: Path, tex
     done = run(during(recipe_of(tmp_path, text, **keys), 4, act), tmp_path)
     assert done.status == 0 and "Saved in" in done.out, done.err
     assert [line["step"] for line in evaluations(tmp_path) if "bits_per_byte" in line] == [0]
+
+
+def test_the_weights_that_a_run_begins_with_are_no_checkpoint_of_its_own(tmp_path: Path, text: Path) -> None:
+    """Where they are better than all that comes, the best is the best of the run's own everywhere."""
+    other = write_text(tmp_path / "other.txt", documents=40)
+    recipe = recipe_of(tmp_path, text)
+    assert run(train(recipe), tmp_path).status == 0
+    keys = ("run=worse", "model.from=runs/tiny/best", "train.learning_rate=0.5", f"evaluate.also=[{other}]")
+    done = run(train(recipe, *keys), tmp_path)
+    assert done.status == 0 and "before its first step" in done.out, done.err
+    lines = read(tmp_path / "runs/worse").evaluations
+    best = min(lines[1:], key=lambda line: line["bits_per_byte"])
+    assert lines[0]["step"] == 0 and lines[0]["bits_per_byte"] < best["bits_per_byte"] and not lines[0]["best"]
+    assert read(tmp_path / "runs/worse").best["step"] == best["step"]
+    assert loaded_run.open_run("worse", runs=tmp_path / "runs").checkpoint.step == best["step"]
+    assert "after step 0," not in done.out and "train.epochs=0" not in done.out
 
 
 def spoiling_evaluation(recipe: Path, value: float, rank: int = 0) -> Callable[[], None]:

@@ -111,7 +111,7 @@ def _check_sizes(recipe: Recipe) -> None:
         raise RecipeError(f"{fault}: try {max(1, round(tokens / context)) * context}")
     windows = recipe.windows_per_step
     if isinstance(micro_batch, int) and windows % micro_batch:
-        fault = f"machine.micro_batch = {micro_batch} does not divide the {windows} windows of a step"
+        fault = f"machine.micro_batch = {micro_batch} does not divide the windows of a step, {windows}"
         nearest = max(n for n in divisors(windows) if n <= micro_batch)
         raise RecipeError(f"{fault} (train.tokens_per_step / model.context): try {nearest}")
     vocab_size, terms = recipe.tokenizer.vocabulary, len(recipe.tokenizer.terms)
@@ -132,8 +132,8 @@ def _resolve_length(recipe: Recipe) -> Train:
     before_decay = train.steps * (1 - train.decay) + 1e-6
     if train.steps and train.warmup > before_decay:
         raise RecipeError(
-            f"train.warmup = {train.warmup} steps and train.decay = {train.decay:g} of the run overlap in a run of "
-            f"{train.steps} steps: use at most train.warmup={max(0, int(before_decay))}"
+            f"train.warmup = {train.warmup} steps and train.decay = {train.decay:g} of the run overlap where "
+            f"train.steps = {train.steps}: use at most train.warmup={max(0, int(before_decay))}"
         )
     return train
 

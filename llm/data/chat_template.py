@@ -54,6 +54,13 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate:
     return OwnTemplate(tokenizer)
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
+    """The ids after which a text that begins with `prompt` goes on or, with `chat`, its answer follows."""
+    if chat:
+        return template_of(tokenizer).prompt([{"role": "user", "content": prompt}])
+    return [tokenizer.bos, *tokenizer.encode(prompt)]
+
+
 def spoken(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of conversations for people: turn markers and other pieces without text by their names."""
     return b"".join(tokenizer.bytes_of(id) or tokenizer.piece(id).encode() for id in ids).decode(errors="replace")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import accelerate
@@ -52,6 +53,7 @@ DECIDED = {
     "USE_MEGATRON_LM": ("false", "machine.shard"),
     "USE_PARALLELISM_CONFIG": ("false", "machine.shard"),
 }
+ALONE = Lock()  # held by the one run that trains in this process
 KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 
@@ -270,7 +272,21 @@ def _store(rank: int, world: int) -> torch.distributed.Store:
 
 @contextmanager
 def as_it_was() -> Iterator[None]:
-    """Leave the process as it was found: variables, signal handlers, threads, modes of torch, Accelerate's state."""
+    """Leave the process as it was found: variables, signal handlers, threads, modes of torch, Accelerate's state.
+
+    All of these are the process's, so RecipeError where another run trains in it at that moment.
+    """
+    if not ALONE.acquire(blocking=False):
+        raise RecipeError("another run trains in this process: wait for its end, or train in a process of its own")
+    try:
+        with _as_it_was():
+            yield
+    finally:
+        ALONE.release()
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
     states = (PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state)
     environment, theirs = dict(os.environ), [dict(state) for state in states]
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}

@@ -5,7 +5,7 @@ xz and the 5-gram see the training side first, as the model does; gzip looks onl
 
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,15 @@ ORDER = 5  # bytes of a gram
 MOST = 32 << 20  # bytes of training text to read: counting has to sort them
 
 
-def of_validation(run: Path) -> dict[str, float]:
-    """The yardsticks of a run's validation side; measured once, then kept in its folder. Empty if it has none.
+def of_validation(run: Path, on_begin: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """The yardsticks of a run's validation side; measured once, after `on_begin`, then kept in its folder.
 
-    RefusedError or OSError where the prepared text is gone.
+    Empty for a run without a validation side, and for conversations and several texts: the run's own figure is of
+    answers alone, or weighs the texts by their shares. RefusedError or OSError where the prepared text is gone.
     """
     shards = of_run(run)
+    if shards.is_chat or len(shards.sources) > 1:
+        return {}
     if (path := run / RECORD).exists():
         try:
             kept = atomic_io.read_checksummed(path)
@@ -37,6 +40,7 @@ def of_validation(run: Path) -> dict[str, float]:
             pass
     if not shards.validation.text_bytes:
         return {}
+    on_begin()
     tokenizer = hf_tokenizer.load(run / "tokenizer")
     text = b"".join(_chunks(shards.validation.verified(), tokenizer))
     found = yardsticks(training_text(shards, tokenizer), text)

@@ -4,7 +4,9 @@ RULES are tried in order and the first that applies speaks. Each was held agains
 run with the change made: the table is in tests/benchmarks/README.md, `tests/benchmarks/advice.py` makes it again.
 """
 
+import json
 import math
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ LONG_WARMUP, WARMUP = 0.2, 0.05  # fractions of a run
 FORGETS = (0.2, 3.0)  # epochs that weights remember, beyond which a run of several epochs ended worse
 PIECES = ((8192, 1.2e6), (4096, 3e5))  # for texts of so many bytes at least
 LONG_READ, SHORT_READ = 4, 1 / 50  # tokens read per parameter
+PLAIN = re.compile(r"[\w%+,./:=@\[\]-]*")  # an override that shells take as it stands
+NAME = re.compile(r"[\w./](?:[\w./-]|[ :](?=[\w./-]))*")  # of a file, which YAML takes as it stands in a list
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Hint:
     change: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.why}: {' '.join(shlex.quote(each) if ' ' in each else each for each in self.change)}"
+        return f"{self.why}: {' '.join(each if PLAIN.fullmatch(each) else shlex.quote(each) for each in self.change)}"
 
 
 def optimizer(run: Facts) -> Hint | None:
@@ -189,7 +193,8 @@ def longer(run: Facts) -> Hint | None:
 def more_text(run: Facts) -> Hint:
     largest = max(run.recipe.text.sources, key=lambda each: each.weight or 0.0, default=None)  # of a mixture
     text, key = (largest.text, f"text.sources.{largest.name}.files") if largest else (run.recipe.text, "text.files")
-    files = ",".join([*text.files, "MORE.txt"])
+    names = (name if NAME.fullmatch(name) else json.dumps(name, ensure_ascii=False) for name in text.files)
+    files = ",".join([*names, "MORE.txt"])
     return Hint("more text, in a file of its own", (f"{key}=[{files}]",))
 
 

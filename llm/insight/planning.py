@@ -129,9 +129,19 @@ def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan
         replace(recipe, tokenizer=given), device, parts(recipe), memory, micro_batch, fits,
         train, validation, estimated, vocab_size,
         shard_bytes=(train + validation) * each + 4 * documents, checkpoint_bytes=memory.weights + memory.moments,
-        checkpoints=min(recipe.checkpoint.keep + 2, max(1, -(-recipe.train.steps // recipe.checkpoint.every))),
+        checkpoints=min(recipe.checkpoint.keep + 2, saves(recipe, evaluated=validation > 0)),
         tokens_per_second=speed, speed_is_measured=bool(tokens_per_second), sources=source_tokens(recipe, train),
     )  # fmt: skip
+
+
+def saves(recipe: Recipe, *, evaluated: bool) -> int:
+    """How often a run is saved: every checkpoint.every steps, before each evaluation, and at its end."""
+    first, last, every = recipe.from_step, recipe.train.steps, recipe.checkpoint.every
+    paces = [every]
+    if evaluated or recipe.evaluate.prompts:
+        paces.append(recipe.evaluate.every)
+    both = [last // pace - first // pace for pace in (*paces, math.lcm(*paces))]
+    return max(1, sum(both[:-1]) - both[-1] * (len(paces) - 1) + all(last % pace for pace in paces))
 
 
 def sized(recipe: Recipe) -> Recipe:

@@ -21,6 +21,7 @@ from llm.base.errors import LLMError, reason
 from llm.config.reading import dump
 from llm.config.schema import flat
 from llm.data import hf_tokenizer
+from llm.data.chat_template import prompt_ids
 from llm.data.shards import of_run
 from llm.data.tokenizer import TextStream, Tokenizer
 from llm.insight import baselines
@@ -167,9 +168,8 @@ def _view(record: Record, colour: int, say: Callable[[str], None]) -> RunView:
             notes.append(f"{otherwise}: {reason(error)}")
             return {}
 
-    if not (record.folder / baselines.RECORD).exists():
-        say(f"{record.name}: measuring gzip, xz and a 5-gram on its text, once")
-    yardsticks = attempt("no yardsticks", lambda: baselines.of_validation(record.folder))
+    begin = partial(say, f"{record.name}: measuring gzip, xz and a 5-gram on its text, once")
+    yardsticks = attempt("no yardsticks", lambda: baselines.of_validation(record.folder, begin))
     steps = _chosen(sorted({line["step"] for line in record.samples}))
     told = {(line["step"], line["prompt"]): line["sample"] for line in record.samples if line["step"] in steps}
     copied = attempt("samples not searched for copies", lambda: _copied(record.folder, tuple(told.values())))
@@ -306,7 +306,7 @@ def _scored(folder: Path, step: int, pairs: tuple[tuple[str, str], ...]) -> dict
         return logits.softmax(-1)[torch.arange(len(ids)), ids].tolist()
 
     for prompt, text in pairs:
-        before = [run.tokenizer.bos, *run.tokenizer.encode(prompt)]
+        before = prompt_ids(run.tokenizer, prompt, chat=run.is_chat)
         ids = [*before, *run.tokenizer.encode(text)]
         after = range(len(before), len(ids))
         with torch.no_grad():

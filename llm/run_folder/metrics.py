@@ -91,8 +91,10 @@ class Tracker:
         self.losses: deque[tuple[int, float]] = deque(maxlen=SPIKE_WINDOW)  # step and loss of the last, where finite
         for line in lines:
             self._remember(line.get("step", 0), line.get("loss"))
+        self.first = recipe.from_step  # an evaluation at this step is of the weights that the run begins with
         scores = ("val_loss", "bits_per_byte")
-        self.evaluations = [line for line in lines if all(_is_finite(line.get(name)) for name in scores)]
+        finite = (line for line in lines if all(_is_finite(line.get(name)) for name in scores))
+        self.evaluations = [line for line in finite if line["step"] > self.first]
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
             self._guard("tensorboard", lambda: self._start_tensorboard(run, config))
@@ -139,9 +141,13 @@ class Tracker:
         if "loss" in numbers:
             self._look_for_spike(step, numbers["loss"])
         if "val_loss" in numbers:
-            self.evaluations.append({"step": step, **numbers})
-            best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
-            best_text = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
+            if step == self.first:
+                place = "before its first step"
+            else:
+                self.evaluations.append({"step": step, **numbers})
+                best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
+                place = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
+            place = "best so far" if numbers.get("best") else place
             trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
             also = f", {numbers['also_bits_per_byte']:.4f} of evaluate.also" if "also_bits_per_byte" in numbers else ""
             each = numbers.get("sources", {}).items()
@@ -152,7 +158,7 @@ class Tracker:
             self.say(
                 f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: loss {numbers['val_loss']:.4f}"
                 f"{trained}, {numbers['bits_per_byte']:.4f} bits per byte{also}\n"
-                f"  {numbers['epochs_seen']:.2f} epochs seen  ({'best so far' if numbers.get('best') else best_text})"
+                f"  {numbers['epochs_seen']:.2f} epochs seen  ({place})"
             )
         elif self.panel is None:
             self.say(

@@ -48,6 +48,7 @@ class Panel:
         """`lines`: the run's record so far. `console` is the terminal unless a test has its own."""
         self.name, self.last, self.sample = name, dict[str, Any](), Text()
         self.train, self.validation = list[tuple[int, float]](), list[tuple[int, float]]()
+        self.first: int | None = None  # step that the run began after: an evaluation there is of no checkpoint
         self.unit = 1.0  # bits per byte of a nat per token; nats are shown until it is known
         self.console = console or _Console(highlight=False, markup=False, emoji=False)
         self.live = Live(console=self.console, auto_refresh=False, vertical_overflow="crop")
@@ -57,6 +58,8 @@ class Panel:
 
     def take(self, line: dict[str, Any]) -> None:
         """Remember a line of the record, without drawing it."""
+        if self.first is None and "planned_steps" in line:
+            self.first = line["step"]
         if bytes_per_token := line.get("bytes_per_token"):
             self.unit = 1 / bytes_per_token / math.log(2)
         if (loss := line.get("loss")) is not None and math.isfinite(loss):
@@ -108,7 +111,7 @@ class Panel:
         last, table = self.last, Table.grid(padding=(0, 1))
         table.add_column(style="dim")
         table.add_column(justify="right")
-        best = min((bits for _, bits in self.validation), default=None)
+        best = min((bits for step, bits in self.validation if step != self.first), default=None)
         for name, value, form in (
             ("training loss", last.get("loss"), "{:.4f}"),
             ("bits per byte", last.get("bits_per_byte"), "{:.4f}"),

@@ -24,7 +24,7 @@ TRAIN_ONE = "train one with `python launch/train.py recipes/quickstart.yaml`"
 ENDINGS = {0: "finished", 2: "refused", 3: "diverged", 4: "refused", 5: "disk failed", 6: "group failed", 75: "stopped",
            130: "interrupted"}  # fmt: skip
 TEXTS = ("prompt", "sample", "event", "device", "precision")
-MOST = 1e30  # a number beyond it is none of a training
+LEAST, MOST = 1e-30, 1e30  # numbers beyond these are none of a training
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ class Record:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the fewest bits per byte."""
-        return min(self.evaluations, key=lambda line: line["bits_per_byte"], default=None)
+        """The evaluation with the fewest bits per byte, but for that of the weights that the run began with."""
+        first = self.starts[0]["step"] if self.starts else self.recipe.from_step if self.recipe else 0
+        after = (line for line in self.evaluations if line["step"] > first)
+        return min(after, key=lambda line: line["bits_per_byte"], default=None)
 
     @property
     def step(self) -> int:
@@ -84,14 +86,15 @@ class Record:
 
     @property
     def tokens_per_step(self) -> float | None:
-        return self.fact("tokens_per_step") or (self.recipe.train.tokens_per_step if self.recipe else None)
+        recorded = self.fact("tokens_per_step") or 0
+        return recorded if recorded > 0 else self.recipe.train.tokens_per_step if self.recipe else None
 
     @property
     def bits_per_nat(self) -> float | None:
         """Bits per byte of a training loss of 1 nat a token; of the validation side where none was recorded."""
-        if bytes_per_token := self.fact("bytes_per_token"):
+        if (bytes_per_token := self.fact("bytes_per_token") or 0) > LEAST:
             return float(1 / bytes_per_token / math.log(2))
-        ratios = [line["bits_per_byte"] / line["val_loss"] for line in self.evaluations if line["val_loss"]]
+        ratios = [line["bits_per_byte"] / line["val_loss"] for line in self.evaluations if line["val_loss"] > LEAST]
         return ratios[-1] if ratios else None
 
     @property

@@ -24,7 +24,7 @@ def step_texts(folder: Path, step: int, world: int = 0, characters: int = 0) -> 
     recipe = load(folder / "recipe.yaml")
     steps = read_checksummed(folder / PLAN)["plan"][-1][1] if recipe.train.hours else recipe.train.steps
     if step > steps:
-        raise RecipeError(f"--step = {step}: the run has {steps} steps")
+        raise RecipeError(f"--step = {step}: the run has {steps} step{'s' * (steps != 1)}")
     if step <= recipe.from_step:
         began = f"{folder.name} began at step {recipe.from_step + 1}, from {recipe.from_}"
         raise RecipeError(f"--step = {step}: {began}: name that run")

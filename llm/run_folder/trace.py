@@ -135,7 +135,8 @@ def compare_runs(a: Path, b: Path) -> list[str]:
         if difference := first_difference(traces[0][step], traces[1][step], windows=alike):
             since = f"they agree up to step {before}" if before is not None else "they never agreed"
             return [*lines, f"{a.name} and {b.name} part at step {step}: {difference}; {since}"]
-    last = f"all {len(common)} common steps of their records, up to step {common[-1]}"
+    steps = f"all {len(common)} common steps" if len(common) > 1 else "the one common step"
+    last = f"{steps} of their records, up to step {common[-1]}"
     return [*lines, f"{a.name} and {b.name} agree to the bit in {last}"]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm.base.errors import RefusedError, reason
 from llm.data.batches import eval_batches, packed_batches
-from llm.data.chat_template import template_of
+from llm.data.chat_template import prompt_ids, template_of
 from llm.data.mixture import MixedShuffle
 from llm.data.packing import WindowTable, begin_of, table_of
 from llm.data.shards import Shards, Split
@@ -63,6 +63,7 @@ class Evaluator:
     def before(self, micro_batch: int) -> None:
         """Record the losses of the initial weights, evaluate.also included; leave `best` and `curve` as they are."""
         best, curve = self.best, self.curve
+        self.best = -math.inf  # these weights are no checkpoint of the run's
         self._measure(micro_batch)
         self.metrics, self.best, self.curve = {}, best, curve
         self.context.sharding.reshard(self.state.model)
@@ -181,10 +182,9 @@ class Evaluator:
 
     def _samples(self) -> list[str]:
         context, tokenizer = self.context, self.context.tokenizer
-        prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in context.recipe.evaluate.prompts]
-        template = template_of(tokenizer) if context.shards.is_chat else None
-        if template:
-            prompts = [template.prompt([{"role": "user", "content": p}]) for p in context.recipe.evaluate.prompts]
+        is_chat = context.shards.is_chat
+        prompts = [prompt_ids(tokenizer, prompt, chat=is_chat) for prompt in context.recipe.evaluate.prompts]
+        template = template_of(tokenizer) if is_chat else None
         # Sharded blocks are gathered in the type they are multiplied in.
         with context.accelerator.autocast() if context.sharding.sharded else nullcontext():
             model, seed = self.state.model, context.recipe.seed

@@ -141,7 +141,7 @@ class Trainer:
     def evaluate(self) -> None:
         self.evaluator.evaluate(self.micro_batches.size)
         tracker = self.monitor.tracker
-        if tracker is not None and any(each["step"] for each in tracker.evaluations) and self.state.step == self.steps:
+        if tracker is not None and tracker.evaluations and self.state.step == self.steps:
             vocab_size = self.context.tokenizer.vocab_size
             tracker.say(hints.of_run(self.recipe, tracker.evaluations, vocab_size))
         self.checkpoints.complete()

@@ -512,11 +512,11 @@ def test_an_ordinary_name_of_a_run_is_taken(tmp_path: Path, name: str) -> None:
             "train.tokens_per_step=1024",
         ),
         (["train.tokens_per_step=1"], "try 512", "train.tokens_per_step=512"),
-        (["machine.micro_batch=3"], "does not divide the 16 windows of a step", "machine.micro_batch=2"),
+        (["machine.micro_batch=3"], "does not divide the windows of a step, 16", "machine.micro_batch=2"),
         (["machine.micro_batch=100"], "try 16", "machine.micro_batch=16"),
         (["model.context=2", "train.tokens_per_step=9999999986", "machine.micro_batch=999999999"], "try", None),
         (["tokenizer.vocabulary=268", "tokenizer.terms=[a, b]"], "at least 270", "tokenizer.vocabulary=270"),
-        (["train.warmup=61"], "overlap in a run of 100 steps: use at most train.warmup=60", "train.warmup=60"),
+        (["train.warmup=61"], "overlap where train.steps = 100: use at most train.warmup=60", "train.warmup=60"),
         (["train.warmup=1", "train.decay=100%"], "overlap", "train.decay=99%"),
     ],
 )
@@ -543,7 +543,7 @@ def test_overrides_say_one_length_at_most(tmp_path: Path) -> None:
 def test_warm_up_and_decay_meet_a_length_in_epochs_when_it_is_known(tmp_path: Path) -> None:
     recipe = read(tmp_path, SMALLEST, "train.epochs=2", "train.warmup=100")
     assert with_steps(recipe, tokens_per_epoch=1_000_000).train.steps == 244
-    with pytest.raises(RecipeError, match="overlap in a run of 24 steps"):
+    with pytest.raises(RecipeError, match=r"overlap where train.steps = 24"):
         with_steps(recipe, tokens_per_epoch=100_000)
 
 

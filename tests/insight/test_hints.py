@@ -1,5 +1,6 @@
 """What is advised follows from the text, the recipe and what came of it."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,20 @@ def test_more_text_of_a_mixture_goes_to_its_heaviest_source_in_words_that_a_shel
     given = replace(given, text=replace(given.text, files=(), sources=sources))
     hint = hints.more_text(hints.Facts(given, given.tokenizer.vocabulary, TOKENS, given.train.steps))
     assert str(hint).endswith("'text.sources.a.files=[my notes.txt,MORE.txt]'")
+    recipe_file = llm.recipes("quickstart")
+    for name in (
+        "a,b.txt",
+        "notes(1).txt",
+        "cost$5.txt",
+        "it's.txt",
+        "hub:a: b",
+        "!x",
+        'a"b',
+        "[a]",
+        "wiki-leads",
+        "ä&b.txt",
+    ):
+        odd = replace(recipe(1), text=replace(recipe(1).text, files=(name,)))
+        said = str(hints.more_text(hints.Facts(odd, odd.tokenizer.vocabulary, TOKENS, odd.train.steps)))
+        words = shlex.split(said.partition(": ")[2])
+        assert load(recipe_file, words).text.files == (name, "MORE.txt")

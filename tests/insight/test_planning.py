@@ -389,6 +389,20 @@ def test_a_run_that_goes_on_is_planned_from_its_checkpoint() -> None:
     assert "length: 100 steps" in "\n".join(planning.lines(rest))
 
 
+@pytest.mark.parametrize("paces", [(100, 3), (4, 10), (4, 5), (50, 50)])
+def test_checkpoints_are_counted_as_a_run_saves_them(paces: tuple[int, int]) -> None:
+    pace, looks = paces
+    recipe = quickstart(f"train.steps=30 checkpoint.every={pace} evaluate.every={looks} evaluate.prompts=[]")
+    steps = range(1, 31)
+    assert planning.saves(recipe, evaluated=False) == sum(step % pace == 0 or step == 30 for step in steps)
+    saved = sum(step % pace == 0 or step % looks == 0 or step == 30 for step in steps)
+    assert planning.saves(recipe, evaluated=True) == saved
+    rest = replace(recipe, from_="other/step-12")
+    assert planning.saves(rest, evaluated=True) == saved - sum(
+        step % pace == 0 or step % looks == 0 for step in steps[:12]
+    )
+
+
 def test_rows_are_judged_by_as_much_text_as_a_file(tmp_path: Path) -> None:
     """The same text, a file of lines and as many rows: one short row alone says nothing of how it compresses."""
     lines = [f"The {number}th river of the north flows past {number * 7} towns to the sea." for number in range(4000)]

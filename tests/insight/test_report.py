@@ -1,6 +1,7 @@
 """The report is made from the record alone, agrees with all that says the same figures, and is safe and whole in a browser."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,12 +19,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import llm.report
 from llm.base.errors import RecipeError
-from llm.insight import report
+from llm.data.chat_template import template_of
+from llm.insight import baselines, report
 from llm.insight.charts import Series, chart, compact, nice, thinned
 from llm.insight.copying import copying, repetition
+from llm.run_folder.loaded_run import open_run
 from llm.run_folder.record import find, read
 from tests.forks import ROOT, Ended, run, script, train, write_recipe, write_text
 from tests.run_folder.test_metrics import told_wandb
@@ -79,7 +83,7 @@ def text_of(page: str) -> str:
 
 
 def page_of(*folders: Path) -> str:
-    return report.page([read(folder) for folder in folders], say=lambda line: None)
+    return llm.report.page(folders).decode()
 
 
 def test_a_run_that_diverged_leaves_room_for_the_others() -> None:
@@ -221,6 +225,9 @@ def test_nothing_of_a_record_is_markup(trained: Path, tmp_path: Path) -> None:
             {"step": 1, "loss": 2, "epoch": 0},
         ],
         [{"step": 0, "planned_steps": True, "parameters": -1.5, "tokens_per_step": -3}, {"step": 1, "loss": True}],
+        [{"step": 0, "planned_steps": 5, "tokens_per_step": -3}, {"step": 1, "loss": 2, "learning_rate": 0.1}],
+        [{"step": 0, "planned_steps": 5, "bytes_per_token": 1e-320}, {"step": 1, "loss": 2}],
+        [{"step": 1, "loss": 2, "event": "\udc80"}, {"step": 1, "prompt": "\udcff", "sample": "\ud800"}],
     ],
 )
 def test_any_record_makes_a_page(tmp_path: Path, lines: list[Any]) -> None:
@@ -228,6 +235,25 @@ def test_any_record_makes_a_page(tmp_path: Path, lines: list[Any]) -> None:
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 7, "lo')
     assert "Recipe" in text_of(page_of(tmp_path))
+
+
+def test_the_samples_of_a_chat_run_are_shaded_by_the_probabilities_of_its_answers(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Yes."}]}] * 200
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"text.validation": 0, "evaluate.prompts": "[Go]", "evaluate.every": 12, "tokenizer.vocabulary": 270}
+    done = run(train(write_recipe(tmp_path, tmp_path / "chat.jsonl", **keys)), tmp_path)
+    assert done.status == 0, done.err
+    opened = open_run("tiny", runs=tmp_path / "runs")
+    before = template_of(opened.tokenizer).prompt([{"role": "user", "content": "Go"}])
+    text = read(opened.folder).samples[-1]["sample"]
+    after = opened.tokenizer.encode(text)
+    with torch.no_grad():
+        true = opened.model.logits(torch.tensor([before + after]))[0].softmax(-1)[
+            range(len(before) - 1, len(before) + len(after) - 1), after
+        ]
+    found = report._scored(opened.folder, 12, (("Go", text),))[12, "Go"]
+    assert math.prod(p for _, p in found) == pytest.approx(true.prod().item(), rel=1e-3)
+    assert not baselines.of_validation(opened.folder)  # they would be of the questions, too
 
 
 def test_several_runs_stand_side_by_side_with_the_keys_that_differ(trained: Path) -> None:
