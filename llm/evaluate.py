@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise RecipeError("--task-folder is for --tasks: name those in it")
     if given.int8 and (given.pairs or given.tasks):
         raise RecipeError("--int8 is for texts: leave out --pairs and --tasks")
+    if (given.alone or given.yardsticks) and (given.pairs or given.tasks) and not given.text:
+        raise RecipeError("--alone and --yardsticks are for texts: name one with --text, or leave them out")
     if given.mean and given.tasks:
         raise RecipeError("--tasks reads the folder of one run: leave out --mean")
     from llm.inference import scoring

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.base.atomic_io import draft_folder
+from llm.base.atomic_io import draft_folder, expanded
 from llm.base.command import MEAN_HELP, Parser
 from llm.base.errors import RecipeError, RefusedError, run
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--mean", action="append", default=[], metavar="RUN", help=MEAN_HELP)
     add("--to", type=Path, metavar="FOLDER", help="default: exports/RUN, and the type where it is not fp32")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    add("--dtype", choices=("fp32", "bf16"), help="of the weights (default fp32)")
     parser.add_number("--shard", default=SHARD, least=1, metavar="BYTES", help="largest file, in bytes (default 4 GiB)")
     add("--gguf", choices=GGUF, help="write a file of this type for llama.cpp and Ollama instead")
     add("--push", metavar="OWNER/NAME", help="then send it to the hub, with the token of `hf auth login`")
@@ -37,13 +37,18 @@ def main(arguments: list[str] | None = None) -> None:
     if given.push and not re.fullmatch(HUB_NAME, given.push):
         rule = "each up to 96 of A-Z a-z 0-9 _ - ., with no - or . at its ends, no -- or .. in it, no .git at the end"
         raise RecipeError(f"--push = {given.push[:80]!r}: OWNER/NAME is expected, {rule}")
+    if given.gguf and given.dtype:
+        raise RecipeError(f"--dtype is of a folder: leave it out, as --gguf {given.gguf} names the type")
+    if given.public and not given.push:
+        raise RecipeError("--public is for --push: name the repository by it")
+    given.dtype = given.dtype or "fp32"
     import torch
 
     from llm.run_folder.loaded_run import find, open_mean
 
     kind = given.gguf or given.dtype
     suffix = f"-gguf-{kind}" if given.gguf else "" if kind == "fp32" else f"-{kind}"
-    target = given.to or Path("exports") / f"{find(given.run)[0].name}{suffix}"
+    target = expanded(str(given.to)) if given.to else Path("exports") / f"{find(given.run)[0].name}{suffix}"
     if target.exists() or target.is_symlink():
         raise RecipeError(f"{target} is there already: remove it, or name another folder by --to")
     opened = open_mean(given.run, given.mean, torch.device("cpu"))

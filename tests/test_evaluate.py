@@ -123,6 +123,15 @@ def test_what_is_no_pair_is_named(tmp_path: Path, content: str, said: str) -> No
         read_pairs(tmp_path / "pairs.jsonl")
 
 
+def test_options_of_texts_are_refused_beside_pairs_and_a_sentence_that_is_too_long_is_shown(here: Path) -> None:
+    (here / "long.tsv").write_text("The river\t" + "word " * 300)
+    for option in ("--alone", "--yardsticks"):
+        ended = evaluate(here, "--pairs", "long.tsv", option)
+        assert ended.status == 2 and "--alone and --yardsticks are for texts" in ended.err
+    ended = evaluate(here, "--pairs", "long.tsv")
+    assert ended.status == 2 and "shorten 'word word" in ended.err and ended.err.count("\n") == 1
+
+
 def test_yardsticks_stand_beside_the_result(here: Path) -> None:
     ended = evaluate(here, "--yardsticks")
     assert ended.status == 0, ended.err

@@ -183,6 +183,10 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     if getattr(library.model, "dropout", None):
         raise RefusedError(f"{folder / FILE} drops merges at random, so its ids change: set its dropout to null")
     added = library.get_added_tokens_decoder()
+    known = {each.content for each in added.values()}
+    if lost := [name for name in _names_added(files) if name not in known]:
+        mend = "save it anew by AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        raise RefusedError(f"{folder / FILE} lacks the added token {lost[0]!r:.60} that a file beside it names: {mend}")
     ends = [*piece("eos", library.token_to_id), *stated_ids("eos")]
     # A configuration may have inherited its family's ids, which are ordinary pieces in this tokenizer.
     special = [id for id in stated_ids("bos") if id in added and added[id].special]
@@ -190,6 +194,17 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     if not starts:
         raise RefusedError(f"{folder} names no piece for where a text begins or ends (bos_token, eos_token)")
     return HFTokenizer(files, bos=starts[0], ends=ends, vocab_size=vocab_size, name=str(folder / FILE))
+
+
+def _names_added(files: dict[str, bytes]) -> list[str]:
+    """The tokens that the files beside tokenizer.json name, which transformers adds where it lacks them."""
+    keys = ("added_tokens_decoder", "additional_special_tokens", *OWN)
+    values: list[Any] = [list(_settings(files, EXTRA_FILES[2]))]  # by their texts
+    values += [_settings(files, name).get(key) for name in EXTRA_FILES[:2] for key in keys]
+    lists = [list(each.values()) if isinstance(each, dict) else each for each in values]
+    named = [each for some in lists if isinstance(some, list) for each in some]
+    contents = [each.get("content") if isinstance(each, dict) else each for each in named]
+    return [each for each in contents if isinstance(each, str)]
 
 
 def _settings(files: dict[str, bytes], name: str = EXTRA_FILES[0]) -> dict[str, Any]:

@@ -171,8 +171,10 @@ def likelihoods(run: LoadedRun, sentences: list[str], rows: int) -> list[float]:
     """Log-probability (nats) of each sentence as a whole document."""
     context, device, found = run.recipe.model.context, run.model.lm_head.weight.device, []
     encoded = [torch.from_numpy(_encode(run, sentence).astype("int64")) for sentence in sentences]
-    if (longest := max(map(len, encoded))) > context + 1:
-        raise TextError(f"a sentence of {longest - 1} tokens is longer than the context of {context}: shorten it")
+    for sentence, ids in zip(sentences, encoded, strict=True):
+        if len(ids) > context + 1:
+            fault = f"a sentence of {len(ids) - 1} tokens is longer than the context of {context}"
+            raise TextError(f"{fault}: shorten {sentence[:40]!r}...")
     for low in range(0, len(encoded), rows):
         padded = torch.nn.utils.rnn.pad_sequence(encoded[low : low + rows], batch_first=True, padding_value=-1)
         inputs, targets = padded[:, :-1].to(device), padded[:, 1:].to(device)

@@ -2,16 +2,17 @@
 
 The architecture is Qwen3's, which equals ours, or Llama's for weights of that family. Our tokenizer is written as
 byte-fallback BPE, which gives sentencepiece's ids on any text. Its pieces hold plain spaces, so a literal U+2581 is no
-piece and becomes bytes there as here. A borrowed tokenizer is copied unchanged.
+piece and becomes bytes there as here. A borrowed tokenizer is copied, and transformers told to read it as it is.
 """
 
+import json
 from dataclasses import asdict
 from typing import Any
 
 from llm.base.atomic_io import as_json
 from llm.config.schema import Model
 from llm.data.chat_template import JINJA, template_of
-from llm.data.hf_tokenizer import HFTokenizer
+from llm.data.hf_tokenizer import EXTRA_FILES, HFTokenizer
 from llm.data.tokenizer import SPACE, Tokenizer
 from llm.inference.sampling import Sampling
 from llm.model.hf_config import FAMILIES
@@ -49,7 +50,9 @@ def tokenizer_files(tokenizer: Tokenizer, *, chat: bool = False) -> dict[str, by
     and so takes "<|user|>" in a message for one too: it renders to text first. Elsewhere no text is a marker.
     """
     if isinstance(tokenizer, HFTokenizer):
-        return tokenizer.files
+        # Its classes for Llama and others replace the rules by which tokenizer.json splits a text with their own.
+        about = json.loads(tokenizer.files.get(EXTRA_FILES[0], b"{}")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        return tokenizer.files | {EXTRA_FILES[0]: json.dumps(about, indent=1).encode()}
     if not tokenizer.is_exact_bpe:
         return {}
     names = [tokenizer.piece(id).replace(SPACE, " ") for id in range(tokenizer.vocab_size)]

@@ -71,7 +71,7 @@ def model_card(
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [causal-lm, {recipe.run}]
+tags: [causal-lm, "{recipe.run}"]
 ---
 
 # {recipe.run}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -255,7 +256,10 @@ def test_what_the_hub_takes_is_taken() -> None:
             validate_repo_id(name)
 
 
-@pytest.mark.parametrize("arguments", [("--shard", 0), ("nobody",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--shard", 0), ("nobody",), ("--gguf", "f32", "--dtype", "bf16"), ("--public",), ("--to", "~no-such-user/x")],
+)
 def test_a_wrong_argument_is_one_line(here: Path, arguments: tuple[object, ...]) -> None:
     ended = exported(here, *arguments)
     assert ended.status == 2 and ended.err.count("\n") == 1, ended.err
@@ -270,6 +274,7 @@ def test_the_card_tells_of_the_run_and_of_nothing_else(here: Path) -> None:
     for said in ("text.txt", "400 pieces", "step 30 of 30", "7,680 tokens", f"{of_run.checkpoint.bits_per_byte:.4f} bits",
                  "       10  ", "pipeline(", "## Limits", "library_name: transformers"):  # fmt: skip
         assert said in card, said
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["causal-lm", "tiny"] and 'causal-lm, "tiny"' in card
     assert str(here) not in card and "README.md" in of_run.checkpoint.manifest["files"]
 
 

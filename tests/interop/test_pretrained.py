@@ -476,3 +476,64 @@ def test_a_template_knows_a_models_own_tokens(tmp_path: Path, key: str) -> None:
     changed("tokenizer_config.json", **{"pad_token": {}, key: {"image_token": "<|begin|>"}})(source)
     names = tokenizer_of(source).special_names
     assert names["image_token"] == "<|begin|>" and "pad_token" not in names
+
+
+def as_llama_2(source: Path) -> None:
+    """Give a folder Llama 2's way to split: its normaliser puts a space before a text; its class puts it elsewhere."""
+
+    def renamed(model: dict[str, Any]) -> None:
+        model["vocab"] = {name.replace("\u0120", "\u2581"): id for name, id in model["vocab"].items()}
+        model["merges"] = [[half.replace("\u0120", "\u2581") for half in pair] for pair in model["merges"]]
+
+    retold(source, renamed)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    whole = json.loads((source / "tokenizer.json").read_text()) | {
+        "pre_tokenizer": None,
+        "decoder": {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]},
+    }
+    (source / "tokenizer.json").write_text(json.dumps(whole))
+    changed("tokenizer_config.json", tokenizer_class="LlamaTokenizer")(source)
+
+
+def test_a_tokenizer_as_llama_2s_splits_texts_alike_in_checkpoints_and_exports(tmp_path: Path) -> None:
+    source = made(tmp_path / "source")
+    as_llama_2(source)
+    assert run(train(recipe_of(tmp_path, source)), tmp_path).status == 0
+    opened = open_run(str(tmp_path / "runs/tiny"))
+    theirs = transformers.AutoTokenizer.from_pretrained(opened.checkpoint.folder)
+    for text in (" ", "  a b", " The river"):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == opened.tokenizer.encode(text)
+    ended = run(script("module:llm.export", "tiny", "--to", "out"), tmp_path)
+    assert ended.status == 0, ended.err
+
+
+SEPARATOR = {
+    "content": "<|sep|>",
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "single_word": False,
+    "special": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"320": SEPARATOR}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|sep|>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"sep": "<|sep|>"}}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<|sep|>"]}),
+        ("added_tokens.json", {"<|sep|>": 320}),
+    ],
+)  # fmt: skip
+def test_a_token_that_only_a_side_file_adds_is_refused(tmp_path: Path, name: str, keys: dict[str, Any]) -> None:
+    source = made(tmp_path / "source")
+    if not (source / name).exists():
+        (source / name).write_text("{}")
+    changed(name, **keys)(source)
+    with pytest.raises(RefusedError, match=r"lacks the added token '<\|sep\|>'"):
+        tokenizer_of(source)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(source)  # as the message advises
+    assert 320 in tokenizer_of(source).encode("a<|sep|>b")
