@@ -185,7 +185,7 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     added = library.get_added_tokens_decoder()
     known = {each.content for each in added.values()}
     if lost := [name for name in _names_added(files) if name not in known]:
-        mend = "save it anew by AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        mend = "save it anew by transformers 5 (AutoTokenizer, save_pretrained), or take the token out there"
         raise RefusedError(f"{folder / FILE} lacks the added token {lost[0]!r:.60} that a file beside it names: {mend}")
     ends = [*piece("eos", library.token_to_id), *stated_ids("eos")]
     # A configuration may have inherited its family's ids, which are ordinary pieces in this tokenizer.

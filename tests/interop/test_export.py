@@ -246,14 +246,16 @@ def test_a_name_that_the_hub_refuses_is_refused_at_once(name: str) -> None:
 
 
 def test_what_the_hub_takes_is_taken() -> None:
+    import huggingface_hub
     from huggingface_hub.utils import validate_repo_id
 
     for name in ("a/b", "me/tiny-1.5_B", f"a/{'b' * 96}", "A.b/c.gitx", "_a/b_"):
         validate_repo_id(name)
         assert re.fullmatch(export.HUB_NAME, name)
-    for name in HUB_NAMES[2:]:
-        with pytest.raises(ValueError):
-            validate_repo_id(name)
+    if int(huggingface_hub.__version__.partition(".")[0]) > 0:  # earlier ones let a line's end pass
+        for name in HUB_NAMES[2:]:
+            with pytest.raises(ValueError):
+                validate_repo_id(name)
 
 
 @pytest.mark.parametrize(

@@ -535,5 +535,7 @@ def test_a_token_that_only_a_side_file_adds_is_refused(tmp_path: Path, name: str
     changed(name, **keys)(source)
     with pytest.raises(RefusedError, match=r"lacks the added token '<\|sep\|>'"):
         tokenizer_of(source)
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        return  # which itself passes over the tokens of some of these files
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(source)  # as the message advises
     assert 320 in tokenizer_of(source).encode("a<|sep|>b")
