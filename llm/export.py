@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--mean", action="append", default=[], metavar="RUN", help=MEAN_HELP)
     add("--to", type=Path, metavar="FOLDER", help="default: exports/RUN, and the type where it is not fp32")
     add("--dtype", choices=("fp32", "bf16"), help="of the weights (default fp32)")
-    parser.add_number("--shard", default=SHARD, least=1, metavar="BYTES", help="largest file, in bytes (default 4 GiB)")
+    parser.add_number("--shard", least=1, metavar="BYTES", help="largest file, in bytes (default 4 GiB)")
     add("--gguf", choices=GGUF, help="write a file of this type for llama.cpp and Ollama instead")
     add("--push", metavar="OWNER/NAME", help="then send it to the hub, with the token of `hf auth login`")
     add("--public", action="store_true", help="make a new repository of the hub public, not private")
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise RecipeError(f"--push = {given.push[:80]!r}: OWNER/NAME is expected, {rule}")
     if given.gguf and given.dtype:
         raise RecipeError(f"--dtype is of a folder: leave it out, as --gguf {given.gguf} names the type")
+    if given.gguf and given.shard is not None:
+        raise RecipeError("--shard is of a folder: leave it out, as --gguf writes one file")
     if given.public and not given.push:
         raise RecipeError("--public is for --push: name the repository by it")
     given.dtype = given.dtype or "fp32"
@@ -78,7 +80,7 @@ def write_and_check(folder: Path, opened: "LoadedRun", given: argparse.Namespace
         from llm.interop import folder_export
         from llm.interop.parity import check_folder
 
-        folder_export.write_folder(folder, opened, given.dtype, given.shard)
+        folder_export.write_folder(folder, opened, given.dtype, given.shard or SHARD)
         yield from check_folder(folder, opened.model, opened.tokenizer, given.dtype, chat=opened.is_chat)
 
 

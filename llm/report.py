@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--watch", action="store_true", help="serve it on this machine alone, reloaded as runs go on")
     parser.add_number("--port", default=PORT, most=65535, help=f"of --watch (default {PORT}; 0: any that is free)")
     given = parser.parse_args(arguments)
+    if given.watch and given.out:
+        raise RecipeError("--out is for a page in a file: leave it out, as --watch serves the page")
     from llm.run_folder.record import find
 
     folders = [find(name) for name in dict.fromkeys(given.runs or [None])]

@@ -19,6 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if len(given.runs) > 2 or (len(given.runs) < 2) != (given.step is not None):
         raise RecipeError("name one run, or none for the last, and --step N; or two runs")
+    if given.step is None and given.world:
+        raise RecipeError("--world is for --step: leave it out to compare two runs")
     from llm.run_folder.loaded_run import find
     from llm.run_folder.step_texts import step_texts
     from llm.run_folder.trace import compare_runs

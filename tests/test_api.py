@@ -1,6 +1,7 @@
 """The public API: from a folder that is not the checkout, twice in one process, after a stop, with parts of one's own."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llm
 from llm.base.errors import RecipeError, StoppedError
+from llm.distributed.modes import usual_modes
 from llm.distributed.sharding import LocalShard
 from llm.model.transformer import Transformer
 from llm.training.trainer import Trainer
@@ -248,13 +250,40 @@ def test_two_runs_do_not_train_in_one_process_at_once(tmp_path: Path) -> None:
                     llm.train(llm.load_recipe(path, ["run=other", "machine.precision=bf16"]))
                 refusals.append(refused)
 
+        def apart(line: dict[str, Any]) -> None:
+            if line["step"] == 5 and not children:
+                child = multiprocessing.get_context("fork").Process(
+                    target=llm.train, args=(llm.load_recipe(path, ["run=apart"]),)
+                )
+                child.start()
+                child.join()
+                children.append(child.exitcode)
+
+        children: list[int | None] = []
         before = dict(os.environ)
+        llm.train(llm.load_recipe(path, ["run=parent"]), on_log=apart)
+        assert children == [0]  # as the refusal advises
         assert llm.train(llm.load_recipe(path), on_log=meddle).step == 12 and refusals
         assert os.environ == before
         assert llm.train(llm.load_recipe(path, ["run=other"])).step == 12
 
     done = run(act, tmp_path)
-    assert done.status == 0 and digest(tmp_path) == digest(tmp_path, "other"), done.err
+    assert done.status == 0 and len({digest(tmp_path, name) for name in ("tiny", "other", "apart")}) == 1, done.err
+
+
+def test_what_is_set_for_all_of_torch_reaches_its_products_after_a_run() -> None:
+    product = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+    def act() -> None:
+        for general, own, later in (("tf32", "none", "ieee"), ("ieee", "bf16", "bf16")):
+            torch.backends.fp32_precision, product.fp32_precision = general, own  # type: ignore[attr-defined]
+            with usual_modes():
+                assert product.fp32_precision == "ieee"
+            assert product.fp32_precision == (general if own == "none" else own)
+            torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
+            assert product.fp32_precision == later
+
+    assert run(act, Path.cwd()).status == 0
 
 
 def test_a_run_is_used_after_its_caller_went_to_another_folder(tmp_path: Path) -> None:

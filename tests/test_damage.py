@@ -19,7 +19,7 @@ from llm.config.reading import load, with_checksum
 from llm.data.pipeline import prepare
 from llm.data.tokenizer import Tokenizer
 from llm.model import hf_config
-from llm.run_folder import checkpoint, loaded_run, tensor_files, trace
+from llm.run_folder import checkpoint, loaded_run, record, tensor_files, trace
 from tests.forks import digest, run, run_group, script, train, write_recipe, write_text
 
 SEED = int(os.environ.get("SEED", "20260"))
@@ -403,6 +403,24 @@ def test_damaged_lines_of_a_record_are_left_out_when_a_run_goes_on(trained: Path
     assert f"runs/again/{file} was damaged: {lost} of its lines are left out" in ended.err
     assert left == (6 if file == trace.FILE else 12)
     assert "agree to the bit" in trace.compare_runs(tmp_path / "runs/tiny", path.parent)[-1]
+
+
+def test_a_run_whose_first_start_or_an_evaluation_is_damaged_ends_and_knows_its_best(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    recipe, path = tmp_path / "recipe.yaml", tmp_path / "runs/again/metrics.jsonl"
+    assert run(train(recipe, "run=again", "evaluate.every=4", stop_after=8), tmp_path).status == 75
+    lines = path.read_text().splitlines()
+    at = [number for number, line in enumerate(lines) if "val_loss" in line]
+    lines[0] = lines[0].replace('"step', '"stop', 1)
+    lines[at[0]] = json.dumps(json.loads(lines[at[0]]) | {"bits_per_byte": 1.0})
+    lines[at[1]] = lines[at[1]].replace("epochs_seen", "epochs_sefn")
+    path.write_text("\n".join(lines) + "\n")
+    ended = run(train(recipe, "run=again", "evaluate.every=4"), tmp_path)
+    assert ended.status == 0 and "1.0000 bits per byte there" in ended.out, ended.err
+    best = record.read(path.parent).best
+    assert best is not None and best["step"] == 4
 
 
 def test_runs_that_record_their_trace_at_other_steps_are_compared(trained: Path, tmp_path: Path) -> None:

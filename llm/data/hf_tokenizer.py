@@ -199,7 +199,8 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
 def _names_added(files: dict[str, bytes]) -> list[str]:
     """The tokens that the files beside tokenizer.json name, which transformers adds where it lacks them."""
     keys = ("added_tokens_decoder", "additional_special_tokens", *OWN)
-    values: list[Any] = [list(_settings(files, EXTRA_FILES[2]))]  # by their texts
+    about = _settings(files, EXTRA_FILES[1]) | _settings(files, EXTRA_FILES[0])
+    values: list[Any] = [list(_settings(files, EXTRA_FILES[2])), [about.get(name) for name in NAMED]]
     values += [_settings(files, name).get(key) for name in EXTRA_FILES[:2] for key in keys]
     lists = [list(each.values()) if isinstance(each, dict) else each for each in values]
     named = [each for some in lists if isinstance(some, list) for each in some]

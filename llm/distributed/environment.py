@@ -54,6 +54,8 @@ DECIDED = {
     "USE_PARALLELISM_CONFIG": ("false", "machine.shard"),
 }
 ALONE = Lock()  # held by the one run that trains in this process
+if hasattr(os, "register_at_fork"):  # no run trains in a child
+    os.register_at_fork(after_in_child=ALONE._at_fork_reinit)  # type: ignore[attr-defined]
 KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 

@@ -33,7 +33,9 @@ def usual_modes() -> Iterator[None]:
         finally:
             torch.set_default_dtype(dtype)
             for each, precision in zip(products, precisions, strict=True):
-                each.fp32_precision = precision
+                each.fp32_precision = "none"  # as that for all of torch
+                if each.fp32_precision != precision:
+                    each.fp32_precision = precision
             for kind in kinds:
                 torch.set_autocast_enabled(kind, True)
             torch.set_autocast_cache_enabled(cached)

@@ -25,8 +25,8 @@ LONG_WARMUP, WARMUP = 0.2, 0.05  # fractions of a run
 FORGETS = (0.2, 3.0)  # epochs that weights remember, beyond which a run of several epochs ended worse
 PIECES = ((8192, 1.2e6), (4096, 3e5))  # for texts of so many bytes at least
 LONG_READ, SHORT_READ = 4, 1 / 50  # tokens read per parameter
-PLAIN = re.compile(r"[\w%+,./:=@\[\]-]*")  # an override that shells take as it stands
-NAME = re.compile(r"[\w./](?:[\w./-]|[ :](?=[\w./-]))*")  # of a file, which YAML takes as it stands in a list
+PLAIN = re.compile(r"[\w%+,./:=@-]*")  # an override that shells take as it stands
+NAME = re.compile(r"(?!(?i:null)$)[\w./](?:[\w./-]|[ :](?=[\w./-]))*")  # of a file, as it stands in a YAML list
 
 
 @dataclass(frozen=True)

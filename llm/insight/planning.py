@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -82,7 +83,8 @@ class Plan:
         0 where an evaluation follows each of them, as it waits for the checkpoint and the weights stay as they are.
         """
         every, steps = self.recipe.checkpoint.every, self.recipe.train.steps
-        beside = every % self.recipe.evaluate.every and (not steps or steps > every)
+        evaluated = self.validation_tokens or self.recipe.evaluate.prompts
+        beside = (not evaluated or every % self.recipe.evaluate.every) and (not steps or steps > every)
         return self.checkpoint_bytes if beside else 0
 
     @property
@@ -129,19 +131,19 @@ def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan
         replace(recipe, tokenizer=given), device, parts(recipe), memory, micro_batch, fits,
         train, validation, estimated, vocab_size,
         shard_bytes=(train + validation) * each + 4 * documents, checkpoint_bytes=memory.weights + memory.moments,
-        checkpoints=min(recipe.checkpoint.keep + 2, saves(recipe, evaluated=validation > 0)),
+        checkpoints=min(recipe.checkpoint.keep + 2, saves(recipe, evaluated=validation > 0) or sys.maxsize),
         tokens_per_second=speed, speed_is_measured=bool(tokens_per_second), sources=source_tokens(recipe, train),
     )  # fmt: skip
 
 
 def saves(recipe: Recipe, *, evaluated: bool) -> int:
-    """How often a run is saved: every checkpoint.every steps, before each evaluation, and at its end."""
+    """How often a run is saved: every checkpoint.every steps, before each evaluation, and at its end; 0: unknown."""
     first, last, every = recipe.from_step, recipe.train.steps, recipe.checkpoint.every
     paces = [every]
     if evaluated or recipe.evaluate.prompts:
         paces.append(recipe.evaluate.every)
     both = [last // pace - first // pace for pace in (*paces, math.lcm(*paces))]
-    return max(1, sum(both[:-1]) - both[-1] * (len(paces) - 1) + all(last % pace for pace in paces))
+    return sum(both[:-1]) - both[-1] * (len(paces) - 1) + all(last % pace for pace in paces)
 
 
 def sized(recipe: Recipe) -> Recipe:

@@ -18,6 +18,9 @@ from llm.inference.sampling import Sampling
 from llm.model.hf_config import FAMILIES
 from llm.model.transformer import Family
 
+# As generation takes a batch: transformers 4 adds token_type_ids, which no model here does, and pads on the right.
+BATCHES = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
+
 
 def model_files(shape: Model, tokenizer: Tokenizer, family: Family, *, chat: bool = False) -> dict[str, bytes]:
     """config.json and generation_config.json of a resolved shape, by name; `chat`: trained on conversations."""
@@ -51,7 +54,8 @@ def tokenizer_files(tokenizer: Tokenizer, *, chat: bool = False) -> dict[str, by
     """
     if isinstance(tokenizer, HFTokenizer):
         # Its classes for Llama and others replace the rules by which tokenizer.json splits a text with their own.
-        about = json.loads(tokenizer.files.get(EXTRA_FILES[0], b"{}")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        about = BATCHES | json.loads(tokenizer.files.get(EXTRA_FILES[0], b"{}"))
+        about["tokenizer_class"] = "PreTrainedTokenizerFast"
         return tokenizer.files | {EXTRA_FILES[0]: json.dumps(about, indent=1).encode()}
     if not tokenizer.is_exact_bpe:
         return {}
@@ -85,6 +89,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, chat: bool = False) -> dict[str, by
         "bos_token": bos, "eos_token": bos, "unk_token": unknown,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": not chat,  # the text "<s>" means these three characters
+        **BATCHES,
         "model_max_length": 1_000_000_000,
     }  # fmt: skip
     files = {"tokenizer.json": as_json(whole)}

@@ -31,7 +31,14 @@ from llm.run_folder.panel import Panel
 from llm.run_folder.record import METRICS, MOST
 
 EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
-NUMBERS = ("loss", "val_loss", "bits_per_byte", "bytes_per_token", "seconds")  # that a run which goes on reads
+NUMBERS = (
+    "loss",
+    "val_loss",
+    "bits_per_byte",
+    "epochs_seen",
+    "bytes_per_token",
+    "seconds",
+)  # read by a resumed run
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
 RECENT = 0.1  # of the steps up to an evaluation: their losses are the training loss beside it
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
@@ -82,7 +89,7 @@ class Tracker:
         self.record, self.on_log = atomic_io.Lines(path, keep=keep), on_log
         lines = list(filter(keep, lines))
         self.steps = recipe.train.steps
-        self.panel = Panel(recipe.run, lines) if panel.has_room() else None
+        self.panel = Panel(recipe.run, lines, recipe.from_step) if panel.has_room() else None
         # Seconds of training before this start and the clock of this one; evaluations and checkpoints count.
         self.before = max((s for line in lines if _is_finite(s := line.get("seconds"))), default=0.0)
         self.began = time.monotonic()
@@ -92,7 +99,7 @@ class Tracker:
         for line in lines:
             self._remember(line.get("step", 0), line.get("loss"))
         self.first = recipe.from_step  # an evaluation at this step is of the weights that the run begins with
-        scores = ("val_loss", "bits_per_byte")
+        scores = ("val_loss", "bits_per_byte", "epochs_seen")
         finite = (line for line in lines if all(_is_finite(line.get(name)) for name in scores))
         self.evaluations = [line for line in finite if line["step"] > self.first]
         config = {**flat(recipe), **shown}

@@ -44,11 +44,13 @@ class _Console(Console):
 class Panel:
     """The panel of the run `name`. Every method may raise OSError or ValueError where the console is gone."""
 
-    def __init__(self, name: str, lines: list[dict[str, Any]], console: Console | None = None) -> None:
-        """`lines`: the run's record so far. `console` is the terminal unless a test has its own."""
-        self.name, self.last, self.sample = name, dict[str, Any](), Text()
+    def __init__(self, name: str, lines: list[dict[str, Any]], first: int = 0, console: Console | None = None) -> None:
+        """`lines`: the run's record so far. It began after step `first`, where an evaluation is of no checkpoint.
+
+        `console` is the terminal unless a test has its own.
+        """
+        self.name, self.first, self.last, self.sample = name, first, dict[str, Any](), Text()
         self.train, self.validation = list[tuple[int, float]](), list[tuple[int, float]]()
-        self.first: int | None = None  # step that the run began after: an evaluation there is of no checkpoint
         self.unit = 1.0  # bits per byte of a nat per token; nats are shown until it is known
         self.console = console or _Console(highlight=False, markup=False, emoji=False)
         self.live = Live(console=self.console, auto_refresh=False, vertical_overflow="crop")
@@ -58,8 +60,6 @@ class Panel:
 
     def take(self, line: dict[str, Any]) -> None:
         """Remember a line of the record, without drawing it."""
-        if self.first is None and "planned_steps" in line:
-            self.first = line["step"]
         if bytes_per_token := line.get("bytes_per_token"):
             self.unit = 1 / bytes_per_token / math.log(2)
         if (loss := line.get("loss")) is not None and math.isfinite(loss):

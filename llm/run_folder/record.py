@@ -66,7 +66,7 @@ class Record:
     @property
     def best(self) -> dict[str, Any] | None:
         """The evaluation with the fewest bits per byte, but for that of the weights that the run began with."""
-        first = self.starts[0]["step"] if self.starts else self.recipe.from_step if self.recipe else 0
+        first = self.recipe.from_step if self.recipe else self.starts[0]["step"] if self.starts else 0
         after = (line for line in self.evaluations if line["step"] > first)
         return min(after, key=lambda line: line["bits_per_byte"], default=None)
 

@@ -97,7 +97,7 @@ class Monitor:
         batch = self.context.loader(1).first(step - 1) // recipe.windows_per_step + 1
         source = f"{recipe.run}/step-{saved:06d}" if saved >= 0 else recipe.from_
         start = f"from={source} " if source else ""
-        return f"run=NAME {start}train.skip=[{','.join([*recipe.train.skip, str(batch)])}]"
+        return f"run=NAME {start}'train.skip=[{','.join([*recipe.train.skip, str(batch)])}]'"
 
     def _texts(self, step: int, most: int = 4) -> list[str]:
         """Beginnings of the first windows that update `step` read."""

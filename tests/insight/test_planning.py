@@ -397,6 +397,7 @@ def test_checkpoints_are_counted_as_a_run_saves_them(paces: tuple[int, int]) -> 
     assert planning.saves(recipe, evaluated=False) == sum(step % pace == 0 or step == 30 for step in steps)
     saved = sum(step % pace == 0 or step % looks == 0 or step == 30 for step in steps)
     assert planning.saves(recipe, evaluated=True) == saved
+    assert not planning.saves(replace(recipe, train=replace(recipe.train, steps=0)), evaluated=True)  # not known yet
     rest = replace(recipe, from_="other/step-12")
     assert planning.saves(rest, evaluated=True) == saved - sum(
         step % pace == 0 or step % looks == 0 for step in steps[:12]

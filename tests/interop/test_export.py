@@ -260,7 +260,14 @@ def test_what_the_hub_takes_is_taken() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--shard", 0), ("nobody",), ("--gguf", "f32", "--dtype", "bf16"), ("--public",), ("--to", "~no-such-user/x")],
+    [
+        ("--shard", 0),
+        ("nobody",),
+        ("--gguf", "f32", "--dtype", "bf16"),
+        ("--gguf", "f16", "--shard", 1000),
+        ("--public",),
+        ("--to", "~no-such-user/x"),
+    ],
 )
 def test_a_wrong_argument_is_one_line(here: Path, arguments: tuple[object, ...]) -> None:
     ended = exported(here, *arguments)

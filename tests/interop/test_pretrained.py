@@ -504,6 +504,7 @@ def test_a_tokenizer_as_llama_2s_splits_texts_alike_in_checkpoints_and_exports(t
     theirs = transformers.AutoTokenizer.from_pretrained(opened.checkpoint.folder)
     for text in (" ", "  a b", " The river"):
         assert theirs(text, add_special_tokens=False)["input_ids"] == opened.tokenizer.encode(text)
+    assert (theirs.padding_side, list(theirs(" "))) == ("left", ["input_ids", "attention_mask"])  # as generate takes it
     ended = run(script("module:llm.export", "tiny", "--to", "out"), tmp_path)
     assert ended.status == 0, ended.err
 
@@ -524,6 +525,8 @@ SEPARATOR = {
         ("tokenizer_config.json", {"added_tokens_decoder": {"320": SEPARATOR}}),
         ("tokenizer_config.json", {"additional_special_tokens": ["<|sep|>"]}),
         ("tokenizer_config.json", {"extra_special_tokens": {"sep": "<|sep|>"}}),
+        ("tokenizer_config.json", {"pad_token": "<|sep|>"}),
+        ("special_tokens_map.json", {"sep_token": SEPARATOR}),
         ("special_tokens_map.json", {"additional_special_tokens": ["<|sep|>"]}),
         ("added_tokens.json", {"<|sep|>": 320}),
     ],

@@ -155,7 +155,7 @@ def frame(width: int, lines: list[dict[str, Any]], encoding: str = "utf-8") -> s
     console = Console(file=StringIO(), width=width, height=40, force_terminal=True, color_system=None)
     type(console).encoding = property(lambda self: encoding)  # type: ignore[assignment]
     try:
-        shown = Panel("tiny", lines, console)
+        shown = Panel("tiny", lines, console=console)
         console.print(shown.frame(100))
     finally:
         type(console).encoding = ENCODING  # type: ignore[assignment]
@@ -195,7 +195,7 @@ def test_drawing_takes_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(panel.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(Panel, "frame", slow)
-    shown = Panel("tiny", [], Console(file=StringIO(), force_terminal=True))
+    shown = Panel("tiny", [], console=Console(file=StringIO(), force_terminal=True))
     for _ in range(10_000):  # steps of 10 ms, each logged
         now[0] += 0.01
         shown.draw(100)
