@@ -271,7 +271,7 @@ def test_two_runs_do_not_train_in_one_process_at_once(tmp_path: Path) -> None:
     assert done.status == 0 and len({digest(tmp_path, name) for name in ("tiny", "other", "apart")}) == 1, done.err
 
 
-def test_what_is_set_for_all_of_torch_reaches_its_products_after_a_run() -> None:
+def test_what_is_set_for_all_of_torch_reaches_its_products_after_a_run(tmp_path: Path) -> None:
     product = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
     def act() -> None:
@@ -283,7 +283,7 @@ def test_what_is_set_for_all_of_torch_reaches_its_products_after_a_run() -> None
             torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
             assert product.fp32_precision == later
 
-    assert run(act, Path.cwd()).status == 0
+    assert run(act, tmp_path).status == 0
 
 
 def test_a_run_is_used_after_its_caller_went_to_another_folder(tmp_path: Path) -> None:
