@@ -1,7 +1,6 @@
 """The public API: load a recipe, train it in this process, open a run, let it generate and score it."""
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,33 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError
-from llm.config.reading import load
+from llm.config.packaged import load_recipe, recipes
 from llm.config.schema import Recipe
 
 if TYPE_CHECKING:
     from llm.run_folder.loaded_run import LoadedRun
 
-PACKAGED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a checkout
-
-
-def recipes(name: str) -> Path:
-    """The file of a packaged recipe, such as "quickstart". RecipeError names those that there are."""
-    folder = next(folder for folder in PACKAGED if folder.is_dir())
-    known = sorted(each.stem for each in folder.glob("*.yaml"))
-    if name not in known:
-        raise RecipeError(f"there is no packaged recipe {name!r}: there are {', '.join(known)}")
-    return folder / f"{name}.yaml"
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, or a packaged recipe by its name, with overrides such as "train.steps=60".
-
-    RecipeError for anything that is wrong in it.
-    """
-    path = Path(path)
-    # pathlib's exists raises where a name is too long.
-    named = not path.suffix and path.name == str(path) and not os.path.exists(path)  # noqa: PTH110
-    return load(recipes(str(path)) if named else path, tuple(overrides))
+__all__ = ["Run", "load_recipe", "open_run", "recipes", "train"]
 
 
 def train(

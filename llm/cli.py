@@ -30,7 +30,7 @@ def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
     )
     parser.add_argument("--check", action="store_true", help="only check the recipe and print it, defaults filled in")
     given = parser.parse_args(arguments)
-    from llm.api import load_recipe
+    from llm.config.packaged import load_recipe
     from llm.config.reading import dump
 
     recipe = load_recipe(given.recipe, given.overrides)  # refused before the slow imports, if at all

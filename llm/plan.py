@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
         for line in ladder.write_proposals(given.text, on, given.hours, law):
             print(line)
         return
-    from llm.config.reading import load
+    from llm.config.packaged import load_recipe
     from llm.insight import planning
 
-    recipe = load(given.recipe, given.overrides)
+    recipe = load_recipe(given.recipe, given.overrides)
     plan = planning.plan(recipe, on := device(given, recipe.machine.threads))
     if given.probe:
         plan = planning.plan(recipe, on, planning.probe(plan.recipe, trained))

@@ -5,7 +5,7 @@ from pathlib import Path
 from llm.base import atomic_io
 from llm.base.command import Parser
 from llm.base.errors import RecipeError, TextError, run
-from llm.config.reading import load
+from llm.config.packaged import load_recipe
 from llm.config.schema import Text
 from llm.data.sources import wiki_documents
 
@@ -67,14 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.recipe and options.list:
         from llm.data.mixed_pipeline import texts
 
-        list_text(*texts(load(options.recipe, options.overrides)).values())
+        list_text(*texts(load_recipe(options.recipe, options.overrides)).values())
     elif options.recipe:
         from llm.config.resolving import with_steps
         from llm.data.mixture import tokens_per_epoch
         from llm.insight import hints
         from llm.interop.pretrained import prepare_for
 
-        recipe = load(options.recipe, options.overrides)
+        recipe = load_recipe(options.recipe, options.overrides)
         recipe, prepared = prepare_for(recipe, verify=options.verify, anew=options.new_tokenizer)
         tokens = tokens_per_epoch(recipe, prepared.shards)
         print(hints.of_text(with_steps(recipe, tokens), tokens, prepared.tokenizer.vocab_size))

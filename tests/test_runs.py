@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from llm.base import atomic_io
 from llm.base.errors import RecipeError
+from llm.config.reading import load
 from llm.runs import main
 from tests.forks import ROOT
 
@@ -27,6 +30,18 @@ def a_run(runs: Path, name: str, status: object, lines: object = LINES, at: int 
     (folder / "metrics.jsonl").write_text(text)
     os.utime(folder / "metrics.jsonl", (1_700_000_000 + at, 1_700_000_000 + at))
     return folder
+
+
+def test_a_run_for_a_time_has_the_steps_that_it_was_planned_with_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = a_run(tmp_path, "timed", {"status": 0})
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(re.sub(r"steps: *\d+", "hours: 1", recipe))
+    assert load(folder / "recipe.yaml").train.hours == 1
+    for plan, shown in (([[0, 114], [9, 30]], "20/30"), ([[0, 0]], "20/20"), (3, "20/20"), ([[0, "a"]], "20/20")):
+        atomic_io.write_checksummed(folder / "plan.json", {"plan": plan})
+        assert shown in rows(tmp_path, capsys)["timed"]
 
 
 def rows(runs: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import llm
 from llm.base.errors import RecipeError
 from llm.config.reading import load
 from llm.model import cost
+from llm.training.length import Length
 from tests import tiny
 from tests.examples.relu_squared import relu_squared
 from tests.forks import digest, run, run_group, train, write_recipe, write_text
 
+QUICKSTART = llm.recipes("quickstart")
 SHALLOW = {
     "train.shallow": 5,
     "train.steps": 10,
@@ -74,6 +77,27 @@ def test_stopped_before_and_after_they_join_it_ends_in_the_same_bits(
     }
     assert [bool(weights[5][written.format(layer)].any()) for layer in range(3)] == [True, True, False]
     assert weights[10][written.format(2)].any()
+
+
+def test_of_a_run_for_a_time_at_most_half_is_shallow(tmp_path: Path, text: Path) -> None:
+    keys = {"train.steps": None, "train.hours": "2s", "train.shallow": 10**6}
+    ended = run(train(write_recipe(tmp_path, text, **SHALLOW | keys)), tmp_path)
+    assert ended.status == 0, ended.err
+    weights = load_file(max((tmp_path / "runs/tiny/checkpoints").iterdir()) / "model.safetensors")
+    assert weights["model.layers.2.self_attn.o_proj.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("plan", "shallow"),
+    [([], 100), ([(0, 40)], 20), ([(0, 400)], 100), ([(0, 100), (10, 60)], 30), ([(0, 100), (45, 60)], 45), ([(0, 40), (25, 90)], 20)],
+)  # fmt: skip
+def test_blocks_join_at_half_of_the_run_as_it_is_planned_then_and_stay(
+    plan: list[tuple[int, int]], shallow: int
+) -> None:
+    length = Length(SimpleNamespace(recipe=load(QUICKSTART, ["train.hours=1", "train.shallow=100"])))  # type: ignore[arg-type]
+    assert length.budget is not None
+    length.budget.plan = plan
+    assert length.shallow_steps() == shallow
 
 
 def test_it_is_for_models_that_begin_at_random(tmp_path: Path, text: Path) -> None:

@@ -71,7 +71,9 @@ def _check_sources(recipe: Recipe) -> None:
 def check_lengths(said: Sequence[str]) -> None:
     """RecipeError unless one length alone is said."""
     if len(said) != 1:
-        raise RecipeError(f"{' and '.join(said) or 'no length'} given: a run needs exactly one of {', '.join(LENGTHS)}")
+        mend = ": keep one of them" if said else ""
+        given = " and ".join(said) or "no length"
+        raise RecipeError(f"{given} given: a run needs exactly one of {', '.join(LENGTHS)}{mend}")
 
 
 def check_rule(key: str, name: str) -> None:

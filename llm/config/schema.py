@@ -63,7 +63,7 @@ class TextSource:
         "share of the windows, in proportion to the other weights", None, least=1e-6, below=1e6
     )
     epochs: float | None = setting(
-        "passes over this text in the whole run: its share follows; beside a weight, the most that it may come to",
+        "times that the run reads this text, from which its share follows; beside a weight: at most so many",
         None, least=1e-6, below=1e6,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ class Train:
         below=1e12,
     )
     teachers: tuple[str, ...] = setting(
-        "finished runs with the same pieces, as runs/NAME/best, whose probabilities are learnt beside the text", ()
+        "finished runs with the same tokenizer, as runs/NAME/best, whose probabilities are learnt beside the text", ()
     )
     teachers_share: float = setting("share of the teachers in each target while the rate is full", 0.6, least=0, most=1)
     teachers_last: float = setting(
@@ -142,7 +142,7 @@ class Train:
 class Evaluate:
     every: int = setting("steps", 500, least=1, below=1e12)
     also: tuple[str, ...] = setting(
-        "more texts whose held-out side is evaluated too, also before the first step, to show what the model forgets",
+        "other texts to evaluate on, also before the first step, to show what the model forgets",
         (),
     )
     prompts: tuple[str, ...] = setting(
@@ -186,7 +186,7 @@ class Recipe:
     """One run. The attribute `from_` is the key `from`, here and under `model`."""
 
     run: str = setting("name of the folder under runs/")
-    seed: int = setting("any whole number", 1, least=0, below=1 << 32)
+    seed: int = setting("a whole number, 0 or more", 1, least=0, below=1 << 32)
     from_: str | None = setting("RUN/step-N: start from that checkpoint", None)
     text: Text
     tokenizer: Tokenizer = field(default_factory=Tokenizer)

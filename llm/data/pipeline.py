@@ -36,7 +36,7 @@ from llm.data.shards import Shards
 from llm.data.sharing import Shared, Team
 from llm.data.sources import Source
 from llm.data.survey import SAMPLE, Survey, alone, check, cut_smaller, read_only, survey_of, survey_path, surveyed
-from llm.data.tokenizer import MANIFEST, SETTINGS, Tokenizer
+from llm.data.tokenizer import MANIFEST, SETTINGS, SPACE, Tokenizer
 from llm.distributed.threads import cores
 
 LARGE = 16 << 20  # bytes of text from which it pays to start processes that encode it, and to share it
@@ -49,6 +49,16 @@ class Prepared:
 
     tokenizer: Tokenizer
     shards: Shards
+
+
+def given_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of tokenizer.path. RecipeError where it would split one of tokenizer.terms."""
+    tokenizer = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path or ""))
+    for term in recipe.tokenizer.terms:
+        if tokenizer.id_of(term.replace(" ", SPACE)) is None:
+            fault = f"tokenizer.terms: {recipe.tokenizer.path} has no piece {term!r:.60}, so it would split it"
+            raise RecipeError(f"{fault}: leave the term out, or train a tokenizer without tokenizer.path")
+    return tokenizer
 
 
 def prepare(
@@ -78,7 +88,7 @@ def prepare(
     _say_text(corpus, survey, recipe, say, own)
     given = tokenizer
     if tokenizer is None and recipe.tokenizer.path:
-        tokenizer = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path))
+        tokenizer = given_tokenizer(recipe)
     made = None
     if tokenizer is None:
         folder = cache / "tokenizers" / grown.tokenizer if grown else tokenizer_folder(cache, recipe, survey)

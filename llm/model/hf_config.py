@@ -30,7 +30,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json, completed by its family's defaults. RefusedError names a field that our model does not support."""
     path = folder / "config.json"
     if not os.path.isfile(path):  # noqa: PTH113  # pathlib raises where a name is too long
-        raise RecipeError(f"{path} is not there: name a model folder with config.json and safetensors")
+        raise RecipeError(
+            f"{path} is not there: name a model folder with config.json and safetensors, or a run, as runs/NAME/best"
+        )
     config = atomic_io.read_json(path, most_bytes=1 << 20)
     if not isinstance(config, dict):
         raise RefusedError(f"{path} is not the configuration of a model")

@@ -18,7 +18,7 @@ from llm.config.reading import load
 from llm.config.schema import Recipe
 from llm.model import cost
 
-METRICS = "metrics.jsonl"
+METRICS, PLAN = "metrics.jsonl", "plan.json"
 FILES = (METRICS, "recipe.yaml", "status.json")
 TRAIN_ONE = "train one with `python launch/train.py recipes/quickstart.yaml`"
 ENDINGS = {0: "finished", 2: "refused", 3: "diverged", 4: "refused", 5: "disk failed", 6: "group failed", 75: "stopped",
@@ -80,6 +80,9 @@ class Record:
 
     @property
     def planned_steps(self) -> int | None:
+        """Updates of the whole run; under train.hours as planned last."""
+        if self.recipe and self.recipe.train.hours and (steps := _last_plan(self.folder / PLAN)):
+            return steps
         if (steps := self.fact("planned_steps")) is not None:
             return int(steps)
         return self.recipe.train.steps or None if self.recipe else None
@@ -126,6 +129,14 @@ class Record:
         """When the record, or else the folder, last changed: seconds since the epoch."""
         paths = (self.folder / METRICS, self.folder)
         return next((path.stat().st_mtime for path in paths if path.exists()), 0.0)
+
+
+def _last_plan(path: Path) -> int | None:
+    try:
+        steps = atomic_io.read_checksummed(path)["plan"][-1][1]
+    except (LLMError, OSError, LookupError, TypeError):  # the record has the plans of its starts
+        return None
+    return steps if type(steps) is int and 0 < steps < MOST else None
 
 
 def short_name(text: str) -> str:

@@ -1,5 +1,6 @@
 """How many steps the run has: the recipe's number, or a plan that train.hours revises as the speed shows."""
 
+import math
 from typing import Any
 
 from llm.base import atomic_io
@@ -27,6 +28,12 @@ class Length:
     def steps(self, step: int) -> int:
         """Updates of the whole run, as planned when `step` of them are done; 0 if nothing is planned yet."""
         return planned(step, self.plan) if self.plan else 0
+
+    def shallow_steps(self) -> int:
+        """Updates of a shallow start: at most half of the run, as planned when its blocks join; they never part."""
+        ends = [*(begin for begin, _ in self.plan[1:]), math.inf]
+        halves = ((max(begin, steps // 2), end) for (begin, steps), end in zip(self.plan, ends, strict=False))
+        return min([self.context.recipe.train.shallow, *(half for half, end in halves if half < end)])
 
     def lr_factor(self, step: int) -> float:
         train = self.context.recipe.train

@@ -109,7 +109,7 @@ class Trainer:
         All, too, where the second half may not be the identity: after `from`, and in a caller's own model.
         """
         layers, fresh = self.recipe.model.layers, self.recipe.from_ is None and self.context.parts.model is None
-        return -(-layers // 2) if fresh and step < cost.shallow_steps(self.recipe.train) else layers
+        return -(-layers // 2) if fresh and step < self.length.shallow_steps() else layers
 
     def advance(self) -> None:
         """Count the update that was just done."""

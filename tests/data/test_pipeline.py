@@ -171,6 +171,16 @@ def test_whatever_changes_the_tokens_makes_other_shards_and_the_rest_does_not(tm
     assert len(fingerprints) == 1 + len(others) and not any("made before" in said for _, said in others)
 
 
+def test_a_term_that_the_given_tokenizer_splits_is_refused(tmp_path: Path) -> None:
+    text_file(tmp_path)
+    first, _ = told(tmp_path, tokenizer__terms="[qrs]")
+    path = next(tmp_path.rglob("tokenizer.model"))
+    again, _ = told(tmp_path, tokenizer__path=path, tokenizer__terms="[qrs]")
+    assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
+    with pytest.raises(RecipeError, match="has no piece 'zzz'"):
+        told(tmp_path, tokenizer__path=path, tokenizer__terms="[qrs,zzz]")
+
+
 def test_a_tokenizer_of_others_is_used_and_told_to_lose_text(tmp_path: Path) -> None:
     from tests.data.test_tokenizer import trained
 
