@@ -10,7 +10,8 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from llm.base.errors import RecipeError, RefusedError
+from llm.base.errors import LLMError, RecipeError, RefusedError
+from llm.config.packaged import load_recipe
 from llm.config.reading import dump, load, with_checksum
 from llm.config.resolving import MANY_EPOCHS_DROPOUT, MAX_DECAY, with_steps
 from llm.config.schema import Evaluate, Recipe, Text, Train, flat, science
@@ -743,3 +744,15 @@ def test_skip_counts_steps_from_1_but_in_what_runs_kept_before(tmp_path: Path) -
 def test_a_list_that_aliases_make_huge_is_refused_in_no_time(tmp_path: Path) -> None:
     items = ", ".join(["&a " + "x" * 30_000, *["*a"] * 6_000])
     assert "shorten" in refused(tmp_path, f"text: {{files: [{items}]}}\ntrain: {{steps: 20}}\n")
+
+
+def test_a_flipped_bit_in_the_line_of_the_digest_is_noticed_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    whole = with_checksum(dump(load_recipe("quickstart"))).encode()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for bit in range(8 * last, 8 * (len(whole) - 1)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with pytest.raises(LLMError, match=r"recipe\.yaml"):
+            load(path)
