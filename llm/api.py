@@ -127,9 +127,8 @@ class Run:
         names = ("loss", "bits_per_byte", "token_perplexity", "word_perplexity", "targets")
         with usual_modes():
             if texts:
-                scores = [
-                    ("", scoring.score(self.loaded, scoring.encode_files(self.loaded, list(map(str, texts))), rows))
-                ]
+                text = scoring.encode_files(self.loaded, list(map(str, texts)))
+                scores = [("", scoring.score(self.loaded, text, rows))]
             else:
                 scores = list(scoring.score_held_out(self.loaded, rows))
         sources = [f"{source.name}/" for source in self.recipe.text.sources] if not texts else []

@@ -335,15 +335,25 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 class Lines:
-    """A growing file of JSON lines. Opening it drops a line that a killed process left unfinished."""
+    """A growing file of JSON lines. Opening it drops a line that a killed process left unfinished.
+
+    `invalid`: lines that were complete but held no JSON object, and were dropped too.
+    """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> None:
-        """Open `path`, keeping its complete lines for which `keep` is true."""
+        """Open `path`, keeping its valid lines for which `keep` is true."""
         make_folder(path.parent)
+        self.invalid = 0
         if path.exists():
-            text = "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line)).encode()
-            if text != path.read_bytes():
-                write_bytes(path, text)
+            kept = []
+            with path.open(encoding="utf-8", errors="replace") as file:
+                for text in file:
+                    if (line := _object(text)) is None:
+                        self.invalid += text.endswith("\n")
+                    elif keep(line):
+                        kept.append(json.dumps(line) + "\n")
+            if (data := "".join(kept).encode()) != path.read_bytes():
+                write_bytes(path, data)
         self.path, self.file = path, path.open("a", encoding="utf-8", newline="\n")
 
     def append(self, line: dict[str, Any]) -> None:
@@ -365,12 +375,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The valid lines of a file of JSON objects."""
     with path.open(encoding="utf-8", errors="replace") as file:
         yield from (line for text in file if (line := _object(text)) is not None)
-
-
-def count_invalid(path: Path) -> int:
-    """How many lines `read_lines` leaves out, but for a last one that a killed process left unfinished."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return sum(text.endswith("\n") and _object(text) is None for text in file)
 
 
 def _object(text: str) -> dict[str, Any] | None:

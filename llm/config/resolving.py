@@ -113,7 +113,7 @@ def _check_sizes(recipe: Recipe) -> None:
         raise RecipeError(f"{fault}: try {max(1, round(tokens / context)) * context}")
     windows = recipe.windows_per_step
     if isinstance(micro_batch, int) and windows % micro_batch:
-        fault = f"machine.micro_batch = {micro_batch} does not divide the windows of a step, {windows}"
+        fault = f"machine.micro_batch = {micro_batch} does not divide the number of windows in a step, {windows}"
         nearest = max(n for n in divisors(windows) if n <= micro_batch)
         raise RecipeError(f"{fault} (train.tokens_per_step / model.context): try {nearest}")
     vocab_size, terms = recipe.tokenizer.vocabulary, len(recipe.tokenizer.terms)

@@ -63,7 +63,7 @@ class TextSource:
         "share of the windows, in proportion to the other weights", None, least=1e-6, below=1e6
     )
     epochs: float | None = setting(
-        "times that the run reads this text, from which its share follows; beside a weight: at most so many",
+        "passes over this text in the whole run, which set its share; with a weight as well, an upper limit",
         None, least=1e-6, below=1e6,
     )  # fmt: skip
 

@@ -21,7 +21,10 @@ FILE = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-OWN = ("extra_special_tokens", "model_specific_special_tokens")  # by names of a model's own, by transformers 4 and 5
+OWN = (
+    "extra_special_tokens",
+    "model_specific_special_tokens",
+)  # a model's own names, as transformers 4 and 5 save them
 
 
 class HFTokenizer(Tokenizer):
@@ -84,10 +87,10 @@ class HFTokenizer(Tokenizer):
     @cached_property
     def special_names(self) -> dict[str, str]:
         """The texts of the special tokens that a chat template may name."""
-        about = _settings(self.files, EXTRA_FILES[1]) | _settings(self.files, EXTRA_FILES[0])
+        about = _merged_settings(self.files)
         own = next((each for each in map(about.get, OWN) if each and isinstance(each, dict)), {})
         named = own | {name: about.get(name) for name in NAMED}
-        contents = {name: each.get("content") if isinstance(each, dict) else each for name, each in named.items()}
+        contents = {name: _content(each) for name, each in named.items()}
         return {name: str(each) for name, each in contents.items() if each is not None}
 
     def piece(self, id: int) -> str:
@@ -144,7 +147,7 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
             data.decode()
         except UnicodeDecodeError as error:
             raise RefusedError(f"{folder / name} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
-    about = _settings(files, EXTRA_FILES[1]) | _settings(files, EXTRA_FILES[0])
+    about = _merged_settings(files)
     if "auto_map" in about:
         raise RefusedError(f"{folder / EXTRA_FILES[0]} asks for code of its own (auto_map), which is not run here")
     generation = folder / "generation_config.json"
@@ -154,8 +157,7 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
     def piece(name: str, id_of: Callable[[str], int | None]) -> list[int]:
         """The id of the tokenizer's bos or eos, in a list that is empty if there is none."""
-        content = about.get(f"{name}_token")
-        content = content.get("content") if isinstance(content, dict) else content
+        content = _content(about.get(f"{name}_token"))
         id = id_of(content) if isinstance(content, str) else None
         return [] if id is None else [id]
 
@@ -185,7 +187,7 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
     added = library.get_added_tokens_decoder()
     known = {each.content for each in added.values()}
     if lost := [name for name in _names_added(files) if name not in known]:
-        mend = "save it anew by transformers 5 (AutoTokenizer, save_pretrained), or take the token out there"
+        mend = "save the folder again with transformers 5 (AutoTokenizer), or remove the token from that file"
         raise RefusedError(f"{folder / FILE} lacks the added token {lost[0]!r:.60} that a file beside it names: {mend}")
     ends = [*piece("eos", library.token_to_id), *stated_ids("eos")]
     # A configuration may have inherited its family's ids, which are ordinary pieces in this tokenizer.
@@ -199,13 +201,21 @@ def borrow(folder: Path, config: dict[str, Any]) -> Tokenizer:
 def _names_added(files: dict[str, bytes]) -> list[str]:
     """The tokens that the files beside tokenizer.json name, which transformers adds where it lacks them."""
     keys = ("added_tokens_decoder", "additional_special_tokens", *OWN)
-    about = _settings(files, EXTRA_FILES[1]) | _settings(files, EXTRA_FILES[0])
-    values: list[Any] = [list(_settings(files, EXTRA_FILES[2])), [about.get(name) for name in NAMED]]
+    values: list[Any] = [list(_settings(files, EXTRA_FILES[2])), list(map(_merged_settings(files).get, NAMED))]
     values += [_settings(files, name).get(key) for name in EXTRA_FILES[:2] for key in keys]
     lists = [list(each.values()) if isinstance(each, dict) else each for each in values]
     named = [each for some in lists if isinstance(some, list) for each in some]
-    contents = [each.get("content") if isinstance(each, dict) else each for each in named]
-    return [each for each in contents if isinstance(each, str)]
+    return [content for content in map(_content, named) if isinstance(content, str)]
+
+
+def _content(token: Any) -> Any:
+    """The text of a token as these files write it: alone, or with its settings."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _merged_settings(files: dict[str, bytes]) -> dict[str, Any]:
+    """Those of tokenizer_config.json, completed by special_tokens_map.json."""
+    return _settings(files, EXTRA_FILES[1]) | _settings(files, EXTRA_FILES[0])
 
 
 def _settings(files: dict[str, bytes], name: str = EXTRA_FILES[0]) -> dict[str, Any]:

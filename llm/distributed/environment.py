@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 import accelerate
@@ -53,9 +52,7 @@ DECIDED = {
     "USE_MEGATRON_LM": ("false", "machine.shard"),
     "USE_PARALLELISM_CONFIG": ("false", "machine.shard"),
 }
-ALONE = Lock()  # held by the one run that trains in this process
-if hasattr(os, "register_at_fork"):  # no run trains in a child
-    os.register_at_fork(after_in_child=ALONE._at_fork_reinit)  # type: ignore[attr-defined]
+TRAINING: dict[int, object] = {}  # the run that trains in a process, by its id, since forked children inherit this
 KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 
@@ -273,22 +270,20 @@ def _store(rank: int, world: int) -> torch.distributed.Store:
 
 
 @contextmanager
-def as_it_was() -> Iterator[None]:
-    """Leave the process as it was found: variables, signal handlers, threads, modes of torch, Accelerate's state.
-
-    All of these are the process's, so RecipeError where another run trains in it at that moment.
-    """
-    if not ALONE.acquire(blocking=False):
+def alone() -> Iterator[None]:
+    """RecipeError while another run trains in this process: variables, modes and Accelerate's state are shared."""
+    run, here = object(), os.getpid()
+    if TRAINING.setdefault(here, run) is not run:
         raise RecipeError("another run trains in this process: wait for its end, or train in a process of its own")
     try:
-        with _as_it_was():
-            yield
+        yield
     finally:
-        ALONE.release()
+        del TRAINING[here]
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
+def as_it_was() -> Iterator[None]:
+    """Leave the process as it was found: variables, signal handlers, threads, modes of torch, Accelerate's state."""
     states = (PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state)
     environment, theirs = dict(os.environ), [dict(state) for state in states]
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}

@@ -138,12 +138,13 @@ def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan
 
 def saves(recipe: Recipe, *, evaluated: bool) -> int:
     """How often a run is saved: every checkpoint.every steps, before each evaluation, and at its end; 0: unknown."""
-    first, last, every = recipe.from_step, recipe.train.steps, recipe.checkpoint.every
-    paces = [every]
+    first, last, paces = recipe.from_step, recipe.train.steps, [recipe.checkpoint.every]
+    saved = last // paces[0] - first // paces[0]
     if evaluated or recipe.evaluate.prompts:
         paces.append(recipe.evaluate.every)
-    both = [last // pace - first // pace for pace in (*paces, math.lcm(*paces))]
-    return sum(both[:-1]) - both[-1] * (len(paces) - 1) + all(last % pace for pace in paces)
+        both = math.lcm(*paces)  # steps of both kinds are saved once
+        saved += last // paces[1] - first // paces[1] - (last // both - first // both)
+    return saved + all(last % pace for pace in paces)
 
 
 def sized(recipe: Recipe) -> Recipe:

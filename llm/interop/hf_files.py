@@ -18,7 +18,7 @@ from llm.inference.sampling import Sampling
 from llm.model.hf_config import FAMILIES
 from llm.model.transformer import Family
 
-# As generation takes a batch: transformers 4 adds token_type_ids, which no model here does, and pads on the right.
+# For generation in batches: transformers pads on the right, and 4 adds token_type_ids, which our models do not take.
 BATCHES = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
 
 
@@ -53,7 +53,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, chat: bool = False) -> dict[str, by
     and so takes "<|user|>" in a message for one too: it renders to text first. Elsewhere no text is a marker.
     """
     if isinstance(tokenizer, HFTokenizer):
-        # Its classes for Llama and others replace the rules by which tokenizer.json splits a text with their own.
+        # Some of its classes, as Llama's, replace the rules by which tokenizer.json splits a text with their own.
         about = BATCHES | json.loads(tokenizer.files.get(EXTRA_FILES[0], b"{}"))
         about["tokenizer_class"] = "PreTrainedTokenizerFast"
         return tokenizer.files | {EXTRA_FILES[0]: json.dumps(about, indent=1).encode()}

@@ -74,7 +74,7 @@ def shaped(recipe: Recipe) -> Recipe:
     for name, value in theirs.items():
         said = getattr(shape, name)
         if said not in (value, getattr(plain, name), getattr(resolved, name)):
-            raise RecipeError(f"model.{name} = {said}, but {shape.from_} has {value}: leave sizes of the model out")
+            raise RecipeError(f"model.{name} = {said}, but {shape.from_} has {value}: leave the model's sizes out")
     recipe = resolve(replace(recipe, model=replace(shape, **theirs)))
     refuse_unfit(recipe.model, folder, config)
     return recipe

@@ -31,14 +31,8 @@ from llm.run_folder.panel import Panel
 from llm.run_folder.record import METRICS, MOST
 
 EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evaluation
-NUMBERS = (
-    "loss",
-    "val_loss",
-    "bits_per_byte",
-    "epochs_seen",
-    "bytes_per_token",
-    "seconds",
-)  # read by a resumed run
+SCORES = ("val_loss", "bits_per_byte", "epochs_seen")  # of an evaluation
+NUMBERS = ("loss", *SCORES, "bytes_per_token", "seconds")  # that a run which goes on reads
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
 RECENT = 0.1  # of the steps up to an evaluation: their losses are the training loss beside it
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
@@ -74,20 +68,28 @@ class Tracker:
         again: bool = False,
         on_log: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
+        steps, lines, damaged = [0], list[dict[str, Any]](), 0  # steps of all lines, and those that are kept
+
         def keep(line: dict[str, Any]) -> bool:
-            at = line.get("step", 0)
-            return _is_whole(line) and (at < step or (at == step and not (again and EVALUATION & line.keys())))
+            nonlocal damaged
+            if not _is_whole(line):
+                damaged += 1
+                return False
+            steps.append(line["step"])
+            if line["step"] > step:
+                return False
+            if line["step"] == step and again and EVALUATION & line.keys():
+                return False
+            lines.append(line)
+            return True
 
         path = run / METRICS
-        found, invalid = (list(atomic_io.read_lines(path)), atomic_io.count_invalid(path)) if path.exists() else ([], 0)
-        lines = list(filter(_is_whole, found))
-        if damaged := len(found) - len(lines) + invalid:
+        self.record, self.on_log = atomic_io.Lines(path, keep=keep), on_log
+        if damaged := damaged + self.record.invalid:
             warn(f"{path} was damaged: {damaged} of its lines are left out")
         # Steps that a killed run logged after its checkpoint are repeated with the same values, so trackers get values
         # from this step on only. W&B may have lost its last ones; `_start_wandb` asks it.
-        self.told = dict.fromkeys(("tensorboard", "wandb"), max((line.get("step", 0) for line in lines), default=0))
-        self.record, self.on_log = atomic_io.Lines(path, keep=keep), on_log
-        lines = list(filter(keep, lines))
+        self.told = dict.fromkeys(("tensorboard", "wandb"), max(steps))
         self.steps = recipe.train.steps
         self.panel = Panel(recipe.run, lines, recipe.from_step) if panel.has_room() else None
         # Seconds of training before this start and the clock of this one; evaluations and checkpoints count.
@@ -99,8 +101,7 @@ class Tracker:
         for line in lines:
             self._remember(line.get("step", 0), line.get("loss"))
         self.first = recipe.from_step  # an evaluation at this step is of the weights that the run begins with
-        scores = ("val_loss", "bits_per_byte", "epochs_seen")
-        finite = (line for line in lines if all(_is_finite(line.get(name)) for name in scores))
+        finite = (line for line in lines if all(_is_finite(line.get(name)) for name in SCORES))
         self.evaluations = [line for line in finite if line["step"] > self.first]
         config = {**flat(recipe), **shown}
         if recipe.tracking.tensorboard:
@@ -148,12 +149,10 @@ class Tracker:
         if "loss" in numbers:
             self._look_for_spike(step, numbers["loss"])
         if "val_loss" in numbers:
-            if step == self.first:
-                place = "before its first step"
-            else:
+            if step > self.first:
                 self.evaluations.append({"step": step, **numbers})
-                best = min(self.evaluations, key=lambda each: each["bits_per_byte"])
-                place = f"best: {best['bits_per_byte']:.4f} at step {best['step']}"
+            best = min(self.evaluations, key=lambda each: each["bits_per_byte"], default=None)
+            place = f"best: {best['bits_per_byte']:.4f} at step {best['step']}" if best else "before its first step"
             place = "best so far" if numbers.get("best") else place
             trained = f" (training {numbers['train_loss']:.4f})" if "train_loss" in numbers else ""
             also = f", {numbers['also_bits_per_byte']:.4f} of evaluate.also" if "also_bits_per_byte" in numbers else ""

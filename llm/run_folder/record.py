@@ -17,8 +17,9 @@ from llm.base.errors import LLMError, RecipeError, reason
 from llm.config.reading import load
 from llm.config.schema import Recipe
 from llm.model import cost
+from llm.optim.time_budget import RECORD as PLAN
 
-METRICS, PLAN = "metrics.jsonl", "plan.json"
+METRICS = "metrics.jsonl"
 FILES = (METRICS, "recipe.yaml", "status.json")
 TRAIN_ONE = "train one with `python launch/train.py recipes/quickstart.yaml`"
 ENDINGS = {0: "finished", 2: "refused", 3: "diverged", 4: "refused", 5: "disk failed", 6: "group failed", 75: "stopped",

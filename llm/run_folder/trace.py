@@ -55,7 +55,7 @@ class Trace(atomic_io.Lines):
     def __init__(self, run: Path, step: int, begin: int = 0) -> None:
         self.chain, self.step = "", begin
         before: Any = ""
-        dropped = atomic_io.count_invalid(run / FILE) if (run / FILE).exists() else 0
+        dropped = 0
 
         def keep(line: dict[str, Any]) -> bool:
             nonlocal before, dropped
@@ -69,7 +69,7 @@ class Trace(atomic_io.Lines):
             return True
 
         super().__init__(run / FILE, keep=keep)
-        if dropped:
+        if dropped := dropped + self.invalid:
             warn(f"{run / FILE} was damaged: {dropped} of its lines are left out")
 
     def add(self, step: int, **values: Any) -> None:
@@ -103,7 +103,7 @@ def _is_whole(line: dict[str, Any]) -> bool:
     """Whether a line has its values, each of its type."""
     try:
         float.fromhex(line["loss"])
-        atomic_io.digest_of(line)  # which there is of no NaN
+        atomic_io.digest_of(line)  # refuses NaN
         return type(line["step"]) is int and all(isinstance(line[name], str) for name in VALUES - {"step"})
     except (KeyError, TypeError, ValueError, OverflowError):
         return False

@@ -21,7 +21,7 @@ from llm.data.sources import refuse_missing
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
-from llm.distributed.environment import DTYPES, as_it_was, die_with_parent, has_accelerator, start_group
+from llm.distributed.environment import DTYPES, alone, as_it_was, die_with_parent, has_accelerator, start_group
 from llm.distributed.sharding import Sharding
 from llm.distributed.team import meet
 from llm.interop.pretrained import ready
@@ -63,7 +63,7 @@ def train(
     except FileNotFoundError:
         raise RecipeError("the working folder was removed: change to one that is there") from None
     try:
-        with as_it_was():
+        with alone(), as_it_was():
             return _train(recipe, prepare, until, runs / recipe.run, parts or Parts())
     except (LLMError, KeyboardInterrupt) as error:
         clear_tracebacks(error)  # a notebook keeps the last one, and with it the model

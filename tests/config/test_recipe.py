@@ -513,7 +513,7 @@ def test_an_ordinary_name_of_a_run_is_taken(tmp_path: Path, name: str) -> None:
             "train.tokens_per_step=1024",
         ),
         (["train.tokens_per_step=1"], "try 512", "train.tokens_per_step=512"),
-        (["machine.micro_batch=3"], "does not divide the windows of a step, 16", "machine.micro_batch=2"),
+        (["machine.micro_batch=3"], "does not divide the number of windows in a step, 16", "machine.micro_batch=2"),
         (["machine.micro_batch=100"], "try 16", "machine.micro_batch=16"),
         (["model.context=2", "train.tokens_per_step=9999999986", "machine.micro_batch=999999999"], "try", None),
         (["tokenizer.vocabulary=268", "tokenizer.terms=[a, b]"], "at least 270", "tokenizer.vocabulary=270"),
