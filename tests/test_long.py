@@ -26,7 +26,7 @@ def looks(folder: Path, steps: int, micro_batch: int) -> list[dict[str, float]]:
         "machine.micro_batch": micro_batch,
     }
     recipe = write_recipe(folder, write_text(folder / "text.txt"), **changes)
-    every = min(100, steps // 20)  # never while a checkpoint that began between two looks is written
+    every = min(100, steps // 20)
     seen = folder / "looks.jsonl"
 
     def watched() -> None:
@@ -63,12 +63,14 @@ def flat(folder: Path, steps: int, micro_batch: int, cpu: bool) -> None:
         statistics.median((b["cpu"] - a["cpu"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(part))
         for part in (warm, end)
     ]
+    # A checkpoint that is still being written holds some more for a moment; a leak would raise the least.
+    least = [min(look["files"] for look in part) for part in (warm, end)]
     print(
         f"{steps} steps: {memory[0] / 1e6:.1f} -> {memory[1] / 1e6:.1f} MB ({memory[1] / memory[0] - 1:+.2%}), "
-        f"{warm[0]['files']} -> {end[-1]['files']} files, "
+        f"{least[0]} -> {least[1]} files, "
         f"{1e3 * seconds[0]:.3f} -> {1e3 * seconds[1]:.3f} ms of CPU a step ({seconds[1] / seconds[0] - 1:+.2%})"
     )
-    assert {look["files"] for look in [*warm, *end]} == {warm[0]["files"]}
+    assert least[1] <= least[0]
     assert memory[1] <= 1.05 * memory[0]
     if cpu:
         assert seconds[1] <= 1.05 * seconds[0]
