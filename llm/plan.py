@@ -26,9 +26,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--text", metavar="FILE", help="propose recipes for this text: a file, or a packaged text")
     parser.add_number("--hours", kind=float, least=1e-3, most=1e4, help="training time that --text may plan with")
-    parser.add_argument(
-        "--ladder", action="store_true", help="train three tiny models on the text first, for narrower expectations"
-    )
+    ladder_help = "train three tiny models on the text first, for narrower expectations; their time is not in --hours"
+    parser.add_argument("--ladder", action="store_true", help=ladder_help)
     given = parser.parse_args(arguments)
     if given.text and given.recipe and "=" in str(given.recipe):
         raise RecipeError(f"{given.recipe}: overrides belong to a recipe; --text takes none")

@@ -81,14 +81,14 @@ def prepare(
     show = Show(say, True)
 
     past = None if own or anew else growth.find(cache, recipe, tokenizer)
+    given = tokenizer
+    if tokenizer is None and recipe.tokenizer.path:
+        tokenizer = given_tokenizer(recipe)
     grown = past and growth.follow(past, recipe.text, cache, show, verify=verify)
     corpus, survey, sample = (
         (grown.corpus, grown.survey, []) if grown else surveyed(recipe.text, cache, show, verify=verify, own=own)
     )
     _say_text(corpus, survey, recipe, say, own)
-    given = tokenizer
-    if tokenizer is None and recipe.tokenizer.path:
-        tokenizer = given_tokenizer(recipe)
     made = None
     if tokenizer is None:
         folder = cache / "tokenizers" / grown.tokenizer if grown else tokenizer_folder(cache, recipe, survey)

@@ -189,8 +189,11 @@ def test_a_tokenizer_of_others_is_used_and_told_to_lose_text(tmp_path: Path) -> 
     prepared, said = told(tmp_path, tokenizer__path=tmp_path / "other.model")
     assert prepared.tokenizer.vocab_size == 100
     assert "does not give every text back" in said and "training" not in said
+    path = next(tmp_path.rglob("surveys"))
+    shutil.rmtree(path)
     with pytest.raises(RecipeError, match=r"none\.model is not there"):
         told(tmp_path, tokenizer__path=tmp_path / "none.model")
+    assert not path.exists(), "the text was read before the tokenizer was looked for"
 
 
 def test_the_sample_of_a_large_text_is_drawn_over_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

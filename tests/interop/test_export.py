@@ -84,10 +84,13 @@ def test_the_mean_of_runs_is_exported_and_scored(here: Path, tmp_path: Path) -> 
     gguf.write(tmp_path, open_mean(str(here / "runs/tiny"), [str(here / "runs/branch")]), "f32")
     for card in (tmp_path / "out/README.md", tmp_path / "README.md"):
         assert "the mean of tiny/step-000030, branch/step-000005" in card.read_text()
+    apart = "branch/step-000005 and tiny/step-000030 have not gone on from one checkpoint"
     scored = run(script("module:llm.evaluate", "tiny", "--mean", "branch"), here)
+    assert apart in scored.err
     assert scored.status == 0 and "the mean of tiny/step-000030, branch/step-000005" in scored.out, scored.err
     shutil.copytree(here / "runs/tiny", tmp_path / "twin")
     both = run(script("module:llm.evaluate", "tiny", "--mean", tmp_path / "twin"), here)
+    assert "have not gone on" not in both.err
     alone = run(script("module:llm.evaluate", "tiny"), here)
     assert both.out.splitlines()[1:] == alone.out.splitlines()[1:]  # of equals it is the same to the bit
 
