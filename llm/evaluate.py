@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_run()
     add = parser.add_argument
     add("--mean", action="append", default=[], metavar="RUN", help=MEAN_HELP)
-    add("--text", action="append", metavar="FILE", help="a text, glob or named text instead of the validation side")
+    add("--text", action="append", metavar="FILE", help="a text, conversations, glob or name; not the validation side")
     add("--alone", action="store_true", help="each document alone, as lm-eval reads them, not joined")
     add("--yardsticks", action="store_true", help="also the bits per byte of gzip, xz and a byte 5-gram on that text")
     add("--pairs", type=Path, metavar="FILE", help="GOOD, a tab and BAD on a line, or .jsonl with good and bad")
@@ -65,9 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
             print_score(name, score)
     elif given.text or own:
         text = scoring.encode_files(opened, given.text) if given.text else scoring.validation_text(opened)
+        if text.is_chat and (given.yardsticks or given.alone):
+            raise RecipeError(f"--yardsticks and --alone are for texts, and {text.name} holds conversations")
         score = scoring.score(opened, text, given.rows, alone=given.alone)
+        kind = "conversations, their answers" if text.is_chat else "documents"
         each = ", each alone" if given.alone else ""
-        print_score(f"{text.name}: {len(text.documents):,} documents{each}", score)
+        print_score(f"{text.name}: {len(text.documents):,} {kind}{each}", score)
         if given.yardsticks:
             print_yardsticks(opened, text, score)
 

@@ -13,8 +13,10 @@ import pytest
 import llm.chat
 import llm.inference.chat
 from llm.base.errors import RecipeError, TextError
+from llm.config.reading import load
 from llm.data.chat_template import OwnTemplate
-from llm.data.conversations import checked
+from llm.data.conversations import checked, messages_of
+from llm.data.documents import Corpus, key_of
 from llm.inference.chat import Conversation
 from llm.inference.sampling import Sampling
 from llm.run_folder.loaded_run import open_run
@@ -254,7 +256,7 @@ def test_an_answer_may_end_its_turn_and_a_text_may_not(talk: Path) -> None:
     assert set(opened.tokenizer.banned) - {template.end} == set(template.banned)
 
 
-def test_evaluate_scores_the_answers_as_training_did(talk: Path) -> None:
+def test_evaluate_scores_the_answers_as_training_did(talk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = run(script("module:llm.evaluate", "talk/newest"), talk)
     assert ended.status == 0, ended.err
     lines = map(json.loads, (talk / "runs/talk/metrics.jsonl").read_text().splitlines())
@@ -263,5 +265,16 @@ def test_evaluate_scores_the_answers_as_training_did(talk: Path) -> None:
         f"loss                  {last['val_loss']:.4f} nats a token\nbits per byte         {last['bits_per_byte']:.4f}"
         in ended.out
     )
-    both = run(script("module:llm.evaluate", "talk", "--text", "chat.jsonl"), talk)
-    assert both.status == 2 and "holds conversations" in both.err
+    # Conversations in a file are scored as those that the run holds out.
+    monkeypatch.chdir(talk)
+    text = load(Path("runs/talk/recipe.yaml")).text
+    held = [messages_of(each) for each in Corpus(text).documents() if key_of(each) / 2**64 < text.validation]
+    (talk / "held.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in held))
+    again = run(script("module:llm.evaluate", "talk/newest", "--text", "held.jsonl"), talk)
+    assert again.out.splitlines()[2:] == ended.out.splitlines()[2:], again.err
+    assert f"held.jsonl: {len(held)} conversations, their answers" in again.out
+    refused = run(script("module:llm.evaluate", "talk", "--text", "held.jsonl", "--alone"), talk)
+    assert refused.status == 2 and "holds conversations" in refused.err
+    (talk / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+    unanswered = run(script("module:llm.evaluate", "talk", "--text", "asked.jsonl"), talk)
+    assert unanswered.status == 2 and len(unanswered.err.splitlines()) == 1, unanswered.err

@@ -7,6 +7,7 @@ step) alone. Where conversations share a window, none sees another: `segments` t
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,32 @@ from llm.data.shards import Shards, Split
 from llm.data.shuffle import Row, WindowShuffle, permuted
 
 OPEN = 64  # windows that a conversation may still be put into: the oldest is closed first
+
+
+class Side(Protocol):
+    """Conversations end to end, as a Split has them."""
+
+    tokens: int
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...
+    def parts(self, start: int, stop: int) -> np.ndarray: ...
+    def document_starts(self) -> np.ndarray: ...
+
+
+class Conversations:
+    """A Side in memory: ids, the part of each, and where each conversation begins."""
+
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, parts: np.ndarray) -> None:
+        self._ids, self._starts, self._parts, self.tokens = ids, starts, parts, len(ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._ids[start:stop]
+
+    def parts(self, start: int, stop: int) -> np.ndarray:
+        return self._parts[start:stop]
+
+    def document_starts(self) -> np.ndarray:
+        return self._starts
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,7 @@ class Piece:
 class WindowTable:
     """The windows of one side, each of a few pieces. `everything` makes targets of all tokens, not of answers only."""
 
-    side: Split
+    side: Side
     context: int
     everything: bool
 
@@ -203,7 +230,7 @@ class PackedShuffle:
         return self.table.rows(self.indices(positions))
 
 
-def table_of(recipe: Recipe, side: Split) -> WindowTable:
+def table_of(recipe: Recipe, side: Side) -> WindowTable:
     return WindowTable(side, recipe.model.context, recipe.train.on == "all")
 
 

@@ -17,8 +17,9 @@ from llm.base.constants import IGNORED
 from llm.base.errors import TextError
 from llm.data.batches import Batch, Tokens, eval_batches, packed_batches
 from llm.data.documents import Corpus
-from llm.data.packing import table_of
-from llm.data.shards import AnyShards, Shards, Split, of_run
+from llm.data.encoding import ConversationEncoder
+from llm.data.packing import Conversations, WindowTable, table_of
+from llm.data.shards import AnyShards, Split, of_run
 from llm.data.text_files import JSON_LINES, suffix_of
 from llm.distributed.process import warn
 from llm.inference.fast_decode import PREPARED
@@ -29,13 +30,20 @@ PAIR_KEYS = (("good", "bad"), ("sentence_good", "sentence_bad"))  # of a pair in
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text in the tokens of a run: all documents joined, the start of each, and their own bytes."""
+    """A text in the tokens of a run: all documents joined, the start of each, and their own bytes.
+
+    The tokens of conversations are a WindowTable of them instead.
+    """
 
     name: str
-    tokens: Split | Tokens
+    tokens: Split | Tokens | WindowTable
     starts: list[int]
     size: int  # bytes
     documents: list[bytes]
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.tokens, WindowTable)
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,11 @@ class Score:
 def score(run: LoadedRun, text: EncodedText, rows: int, *, alone: bool = False) -> Score:
     """The loss of `text`, `rows` windows at once; with `alone`, no document sees the one before it.
 
-    BOS is a target only where documents are joined. TextError where there is nothing to predict.
+    BOS is a target only where documents are joined. Of conversations, the answers are scored, each conversation alone.
+    TextError where there is nothing to predict.
     """
+    if isinstance(text.tokens, WindowTable):
+        return score_answers(run, text.tokens, rows, text.name)
     if alone:
         documents = [text.tokens.read(*bounds) for bounds in pairwise([*text.starts, text.tokens.tokens])]
         nats = sum(_nats_alone(run, document, rows) for document in documents)
@@ -88,36 +99,40 @@ def score_held_out(run: LoadedRun, rows: int) -> Iterator[tuple[str, Score]]:
     for name, shards in of_run(run.folder).sources.items():
         about = f"{name}: " if name else ""
         if shards.is_chat:
-            yield f"{about}held-out answers", score_answers(run, shards, rows)
+            table = table_of(run.recipe, shards.validation.verified())
+            yield f"{about}held-out answers", score_answers(run, table, rows, f"the held-out side of {run.folder.name}")
         else:
             text = validation_text(run, shards)
             yield f"{about}{text.name}: {len(text.documents):,} documents", score(run, text, rows)
 
 
-def score_answers(run: LoadedRun, shards: Shards, rows: int) -> Score:
-    """The loss on the answers (of all, under train.on = all) of the conversations that are held out."""
-    table = table_of(run.recipe, shards.validation.verified())
+def score_answers(run: LoadedRun, table: WindowTable, rows: int, name: str) -> Score:
+    """The loss on the answers (of all, under train.on = all) of a table of conversations, which errors call `name`."""
     if not table.targets:
-        raise TextError(f"run {run.folder.name} holds no answers out: name a text with --text")
+        raise TextError(f"{name} holds no answers: name conversations that do with --text")
     pieces = [run.tokenizer.bytes_of(id) for id in table.target_ids().tolist()]
     words = b"".join(piece or b" " for piece in pieces).split()
     return Score(_total(run, packed_batches(table, rows)), table.targets, sum(map(len, pieces)), len(words))
 
 
 def encode_files(run: LoadedRun, files: list[str]) -> EncodedText:
-    """Texts, split into documents as the run's own text was."""
+    """Texts, split into documents as the run's own text was; or conversations."""
     corpus = Corpus(replace(run.recipe.text, files=tuple(files)))
     for line in corpus.repeated:
         warn(f"text: {line}")
     documents = list(corpus.documents())
-    if corpus.is_chat:
-        raise TextError(f"{', '.join(files)} holds conversations: only those that a run holds out are scored")
     if not documents:
         raise TextError(f"{', '.join(files)}: nothing to predict: name a longer text")
+    size = sum(map(len, documents))
+    if corpus.is_chat:
+        encoder = ConversationEncoder(run.tokenizer, np.dtype(np.uint32))
+        ids, begins, parts = encoder.encode(b"".join(documents), np.array([len(each) for each in documents]))
+        table = table_of(run.recipe, Conversations(ids, begins, parts))
+        return EncodedText(", ".join(files), table, begins.tolist(), size, documents)
     encoded = [_encode(run, document.decode()) for document in documents]
     starts = np.cumsum([0, *map(len, encoded[:-1])]).tolist()
     tokens = Tokens(np.concatenate([np.empty(0, np.uint32), *encoded]))
-    return EncodedText(", ".join(files), tokens, starts, sum(map(len, documents)), documents)
+    return EncodedText(", ".join(files), tokens, starts, size, documents)
 
 
 def validation_text(run: LoadedRun, shards: AnyShards | None = None) -> EncodedText:
