@@ -128,12 +128,11 @@ class Run:
         with usual_modes():
             if texts:
                 text = scoring.encode_files(self.loaded, list(map(str, texts)))
-                scores = [("", scoring.score(self.loaded, text, rows))]
+                scores = {"": scoring.score(self.loaded, text, rows)}
             else:
-                scores = list(scoring.score_held_out(self.loaded, rows))
-        sources = [f"{source.name}/" for source in self.recipe.text.sources] if not texts else []
+                scores = {source: score for source, _, score in scoring.score_held_out(self.loaded, rows)}
         return {
-            f"{source}{name}": getattr(score, name)
-            for source, (_, score) in zip(sources or [""], scores, strict=True)
+            f"{source}/{name}" if source else name: getattr(score, name)
+            for source, score in scores.items()
             for name in names
         }

@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     if own and (opened.is_chat or opened.recipe.text.sources):
         if given.yardsticks or given.alone:
             raise RecipeError("--yardsticks and --alone are for texts: name one with --text")
-        for name, score in scoring.score_held_out(opened, given.rows):
-            print_score(name, score)
+        for _, title, score in scoring.score_held_out(opened, given.rows):
+            print_score(title, score)
     elif given.text or own:
         text = scoring.encode_files(opened, given.text) if given.text else scoring.validation_text(opened)
         if text.is_chat and (given.yardsticks or given.alone):

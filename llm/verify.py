@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llm.base.command import Parser
 from llm.base.errors import RecipeError, RefusedError, run
+from llm.config import packaged
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -13,14 +14,15 @@ def main(arguments: list[str] | None = None) -> None:
         "compare. A run: read every file of it again, against its sha256.",
     )
     add = parser.add_argument
-    add("what", metavar="RECIPE|RUN", help="a recipe (.yaml), or a run under runs/")
+    add("what", metavar="RECIPE|RUN", help="a recipe (.yaml, or the name of a packaged one), or a run under runs/")
     add("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe, such as machine.exact=true")
     parser.add_number("--steps", default=8, least=4, help="steps to train each time (default 8)")
     given = parser.parse_args(arguments)
-    if given.what.endswith((".yaml", ".yml")):
+    recipe = given.what if given.what.endswith((".yaml", ".yml")) else packaged.names().get(given.what)
+    if recipe and not (Path("runs") / given.what).is_dir():
         from llm.training.proof import verify_recipe
 
-        verdicts = verify_recipe(Path(given.what), given.overrides, given.steps)
+        verdicts = verify_recipe(Path(recipe), given.overrides, given.steps)
     elif given.overrides:
         raise RecipeError(
             f"{given.overrides[0]}: overrides are for a recipe, and {given.what} names a run: leave them out"

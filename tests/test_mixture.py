@@ -1,11 +1,14 @@
 """A run on several texts: the same bits after a stop and on any world, each source's figures in the record."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm.config.schema import Text
+from llm.data.documents import Corpus, fraction
 from llm.run_folder import checkpoint
 from llm.run_folder.loaded_run import open_run
 from tests.data.test_conversations import said
@@ -195,3 +198,31 @@ def test_a_source_over_its_cap_says_so_before_the_run(here: Path, tmp_path: Path
     assert "talk would be read more than text.sources.talk.epochs = 0.05 times" in before
     last = [line for line in lines(tmp_path) if "sources" in line][-1]
     assert last["sources"]["talk"]["epochs"] <= 0.05 + 0.01
+
+
+def test_a_source_that_holds_out_no_answer_leaves_the_others_measured(here: Path, tmp_path: Path) -> None:
+    """In training, in llm.evaluate, and in llm.runs once it is finished; so too where a source holds nothing out."""
+    rows = [json.loads(line) for line in (here / "chat.jsonl").read_text().splitlines()]
+    asked = [{"messages": [{"role": "user", "content": f"And number {number}? " * 40}]} for number in range(100)]
+    kept = []
+    for row in [*rows, *asked]:
+        (tmp_path / "one.jsonl").write_text(json.dumps(row))
+        (document,) = Corpus(Text(files=(str(tmp_path / "one.jsonl"),))).documents()
+        if (fraction(document) < 0.2) == (row in asked):  # a tenth of the bytes is held out
+            kept.append(json.dumps(row))
+    (tmp_path / "chat.jsonl").write_text("\n".join(kept))
+    shutil.copy(here / "text.txt", tmp_path)
+    recipe = mixed_recipe(tmp_path, tmp_path)
+    assert run(train(recipe), tmp_path).status == 0
+    measured = [line for line in lines(tmp_path) if "val_loss" in line]
+    assert [list(line["sources"]) for line in measured] == [["base"]] * 2
+    again = run(train(recipe), tmp_path)
+    assert again.status == 0 and "is finished" in again.out, again.err
+    scored = run(script("module:llm.evaluate", "tiny"), tmp_path)
+    assert scored.status == 0 and "base: " in scored.out and "talk" not in scored.out, scored.err
+    assert f"loss                  {measured[-1]['sources']['base']['val_loss']:.4f}" in scored.out
+
+    nothing = run(train(recipe, "run=less", "text.sources.base.validation=0"), tmp_path)
+    assert nothing.status == 0, nothing.err
+    scored = run(script("module:llm.evaluate", "less"), tmp_path)
+    assert scored.status == 2 and "holds nothing out to score" in scored.err

@@ -14,6 +14,7 @@ import pytest
 from llm import verify
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError
+from llm.config import packaged
 from llm.run_folder import checkpoint, loaded_run, verification
 from llm.run_folder.step_texts import step_texts
 from llm.run_folder.trace import compare_runs
@@ -244,3 +245,20 @@ def test_a_run_extended_from_its_stable_phase_is_the_longer_run(tmp_path: Path, 
     ):
         next(step_texts(tmp_path / "runs/extended", 4))
     assert next(step_texts(tmp_path / "runs/extended", 5)) == "step 5 of extended reads:"
+
+
+def test_a_trial_ends_as_its_cause_says_and_a_packaged_recipe_is_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, tmp_path / "none.txt")
+    with pytest.raises(RecipeError, match=r"ended with status 2: .*none\.txt is not there") as error:
+        proof.verify_recipe(recipe, [], 4)
+    assert "error:" not in str(error.value)
+    asked: list[Any] = []
+    monkeypatch.setattr(proof, "verify_recipe", lambda *given: asked.append(given) or [])
+    verify.main(["quickstart", "train.steps=9"])
+    assert asked == [(packaged.recipes("quickstart"), ["train.steps=9"], 8)]
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="overrides are for a recipe"):  # then the run is meant
+        verify.main(["quickstart", "train.steps=9"])

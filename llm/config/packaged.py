@@ -12,13 +12,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGED = (ROOT / "_recipes", ROOT.parent / "recipes")  # in a wheel, in a checkout
 
 
+def names() -> dict[str, Path]:
+    """The packaged recipes' files by their names."""
+    folder = next(folder for folder in PACKAGED if folder.is_dir())
+    return {each.stem: each for each in sorted(folder.glob("*.yaml"))}
+
+
 def recipes(name: str) -> Path:
     """The file of a packaged recipe, such as "quickstart". RecipeError names those that there are."""
-    folder = next(folder for folder in PACKAGED if folder.is_dir())
-    known = sorted(each.stem for each in folder.glob("*.yaml"))
+    known = names()
     if name not in known:
         raise RecipeError(f"there is no packaged recipe {name!r}: there are {', '.join(known)}")
-    return folder / f"{name}.yaml"
+    return known[name]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -15,6 +15,7 @@ from llm.config.schema import Epochs
 SCALES = {"": "1", "k": "1e3", "m": "1e6", "b": "1e9", "g": "1e9", "%": "0.01"}
 TIMES = {"s": 1 / 3600, "m": 1 / 60, "min": 1 / 60, "h": 1, "d": 24}  # in hours
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+TIME = "expected a time such as 8h, 90min or 2d"
 NUMBER = r"[+-]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:e[+-]?\d{1,4})?"
 
 
@@ -72,8 +73,13 @@ def _bounded(name: str, value: str, *, whole: bool, words: list[str], each: "Fie
     most = each.metadata.get("most", inf)
     time = re.fullmatch(r"(.*?) ?([a-z%]+)", value.lower()) if described.startswith("hours") else None
     if time and (time[2] not in TIMES or not re.fullmatch(r"[\d.,_e+-]+", time[1])):
-        raise RecipeError(f"{name} = {_short(value)!r}: expected a time such as 8h, 90min or 2d")
-    number = _number(name, time[1] if time else value, whole=whole, words=words)
+        raise RecipeError(f"{name} = {_short(value)!r}: {TIME}")
+    try:
+        number = _number(name, time[1] if time else value, whole=whole, words=words)
+    except RecipeError:
+        if not described.startswith("hours"):
+            raise
+        raise RecipeError(f"{name} = {_short(value)!r}: {TIME}") from None
     number = number * TIMES[time[2]] if time else number
     if not least <= number < below or number > most:
         upper = f"below {below:,.10g}" if below < inf else f"at most {most:,.10g}"

@@ -239,7 +239,7 @@ def trained(recipe: Recipe, survey: Survey, folder: Path, say: Say, sample: Call
         if not folder.is_dir():
             documents = [text_of(each) for each in sample()] if survey.is_chat else sample()
             sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
-            part = f"a sample of {sampled / 1e6:,.1f} MB of " if sampled < whole else ""
+            part = f"a sample of {sampled / 1e6:,.1f} MB of " if whole > SAMPLE else ""
             say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
             tokenizer = Tokenizer.train(documents, vocab_size=wanted.vocabulary, terms=wanted.terms)
             with atomic_io.draft_folder(folder) as draft:

@@ -80,7 +80,9 @@ def score(run: LoadedRun, text: EncodedText, rows: int, *, alone: bool = False) 
     TextError where there is nothing to predict.
     """
     if isinstance(text.tokens, WindowTable):
-        return score_answers(run, text.tokens, rows, text.name)
+        if not text.tokens.targets:
+            raise TextError(f"{text.name} holds no answers: name conversations that do")
+        return score_answers(run, text.tokens, rows)
     if alone:
         documents = [text.tokens.read(*bounds) for bounds in pairwise([*text.starts, text.tokens.tokens])]
         nats = sum(_nats_alone(run, document, rows) for document in documents)
@@ -94,22 +96,26 @@ def score(run: LoadedRun, text: EncodedText, rows: int, *, alone: bool = False) 
     return Score(nats, targets, text.size, words)
 
 
-def score_held_out(run: LoadedRun, rows: int) -> Iterator[tuple[str, Score]]:
-    """The name and the loss of all that the run held out: its text or answers, or those of each of text.sources."""
+def score_held_out(run: LoadedRun, rows: int) -> Iterator[tuple[str, str, Score]]:
+    """Of all that the run held out, its text or answers or those of each of text.sources: source, title and loss.
+
+    A source that holds nothing out is passed over; TextError if none is left.
+    """
+    found = False
     for name, shards in of_run(run.folder).sources.items():
-        about = f"{name}: " if name else ""
-        if shards.is_chat:
-            table = table_of(run.recipe, shards.validation.verified())
-            yield f"{about}held-out answers", score_answers(run, table, rows, f"the held-out side of {run.folder.name}")
-        else:
-            text = validation_text(run, shards)
-            yield f"{about}{text.name}: {len(text.documents):,} documents", score(run, text, rows)
+        about, side = f"{name}: " if name else "", shards.validation.verified()
+        if shards.is_chat and (table := table_of(run.recipe, side)).targets:
+            found = True
+            yield name, f"{about}held-out answers", score_answers(run, table, rows)
+        elif not shards.is_chat and side.tokens > 1:
+            found, text = True, validation_text(run, shards)
+            yield name, f"{about}{text.name}: {len(text.documents):,} documents", score(run, text, rows)
+    if not found:
+        raise TextError(f"run {run.folder.name} holds nothing out to score: name a text with --text")
 
 
-def score_answers(run: LoadedRun, table: WindowTable, rows: int, name: str) -> Score:
-    """The loss on the answers (of all, under train.on = all) of a table of conversations, which errors call `name`."""
-    if not table.targets:
-        raise TextError(f"{name} holds no answers: name conversations that do with --text")
+def score_answers(run: LoadedRun, table: WindowTable, rows: int) -> Score:
+    """The loss on the answers (of all, under train.on = all) of a table of conversations."""
     pieces = [run.tokenizer.bytes_of(id) for id in table.target_ids().tolist()]
     words = b"".join(piece or b" " for piece in pieces).split()
     return Score(_total(run, packed_batches(table, rows)), table.targets, sum(map(len, pieces)), len(words))

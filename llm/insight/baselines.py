@@ -91,7 +91,7 @@ def ngram_bits(train: bytes, text: bytes) -> float:
     for length in range(1, ORDER + 1):
         grams, counts = np.unique(_codes(train, length), return_counts=True)
         contexts, first = np.unique(grams >> 8, return_index=True)
-        kinds = np.diff([*first, len(grams)])
+        kinds = np.diff(first, append=len(grams))
         totals = np.add.reduceat(counts, first) if len(first) else counts
         seen = _codes(text, length)
         at = slice(len(text) - len(seen), None)  # the first bytes have no context of this length

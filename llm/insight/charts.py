@@ -74,7 +74,7 @@ def chart(
     settled = _settled(series, levels or {}, most)
     log = log and min(settled) > 0 and max(settled) > 20 * min(settled)
     scale = math.log10 if log else float
-    right = max(x for each in series for x, _ in each.points) or 1.0
+    right = max(0.0, *(x for each in series for x, _ in each.points)) or 1.0
     low, high = (scale(f(settled)) for f in (min, max))
     low = min(low, 0.0) if from_zero and not log else low
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0

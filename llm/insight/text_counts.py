@@ -152,12 +152,9 @@ class Lines:
         """How often each repeated line came, the bytes of all of them, and samples of those that take most room."""
         often = np.flatnonzero(self.counts >= REPEATED)
         room = self.counts[often] * self.sizes[often]
-        order = often[np.argsort(-room)]
-        samples = [
-            f"{self.counts[at]:,} times: {self.texts[int(self.keys[at])]}"
-            for at in order
-            if int(self.keys[at]) in self.texts
-        ]
+        texts = [self.texts.get(key, "") for key in self.keys[often].tolist()]
+        ranked = sorted(zip((-room).tolist(), texts, self.counts[often].tolist(), strict=True))  # ties by their text
+        samples = [f"{count:,} times: {text}" for _, text, count in ranked if text]
         return self.counts[often].tolist(), int(room.sum()), samples[:SHOWN]
 
 

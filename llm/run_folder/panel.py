@@ -135,7 +135,7 @@ class Panel:
             return Text("\n" * (HEIGHT - 1))
         low, high = min(settled), max(settled)
         span, labels = (high - low) or 1.0, 7
-        columns, dots = width - labels, (2, 4) if unicode else (1, 1)
+        columns, dots = max(1, width - labels), (2, 4) if unicode else (1, 1)
 
         def dot(cell: int) -> str:
             if unicode:

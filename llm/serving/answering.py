@@ -170,9 +170,9 @@ async def _events(
     begun: set[int] = set()
     try:
         async for choice, piece in grown:
-            is_first = choice.index not in begun
-            begun.add(choice.index)
             if piece.text or piece.tokens or choice.finish:
+                is_first = choice.index not in begun
+                begun.add(choice.index)
                 yield writer.event(choice, piece, choice.finish or None, is_first=is_first)
     except ApiError as error:
         yield writer.sent(error.as_json())

@@ -185,9 +185,10 @@ async def model(server: Server, request: Request) -> Response:
 
 
 def _model(server: Server) -> dict[str, Any]:
-    run = server.run
-    about = {"id": run.folder.name, "object": "model", "created": int(run.checkpoint.folder.stat().st_mtime)
-             if run.checkpoint.folder.exists() else 0, "owned_by": "local"}  # fmt: skip
+    run, created = server.run, 0
+    with suppress(OSError):  # training may have removed it
+        created = int(run.checkpoint.folder.stat().st_mtime)
+    about = {"id": run.folder.name, "object": "model", "created": created, "owned_by": "local"}
     return about | {"checkpoint": run.name, "context": run.model.shape.context, "chat": run.is_chat}
 
 

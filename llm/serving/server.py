@@ -126,8 +126,11 @@ def configured(app: Any) -> uvicorn.Config:
     )  # fmt: skip
 
 
-async def follow(server: Server, seconds: float = 1.0) -> None:
-    """Serve the newest good checkpoint of the run, as soon as it is there. A damaged one is passed over, by name."""
+async def follow(server: Server, seconds: float = 1.0, retry: float = 30.0) -> None:
+    """Serve the newest good checkpoint of the run, as soon as it is there. A damaged one is passed over, by name.
+
+    One that this machine cannot open now, as files or memory have run out, is tried again after `retry` seconds.
+    """
     folder, seen = server.run.folder, ""
     while True:
         await asyncio.sleep(seconds)
@@ -137,8 +140,13 @@ async def follow(server: Server, seconds: float = 1.0) -> None:
                 continue
             seen = there[0].name
             newest = await asyncio.to_thread(open_run, str(folder.absolute() / "newest"))
-        except (LLMError, OSError, RuntimeError, MemoryError) as error:  # such as memory that ran out
+        except LLMError as error:
             tell(f"{seen or folder} is not served: {reason(error)}", sys.stderr)
+            continue
+        except (OSError, RuntimeError, MemoryError) as error:  # may pass, such as memory that ran out
+            tell(f"{seen or folder} is not served yet, tried again in {retry:g} s: {reason(error)}", sys.stderr)
+            seen = ""
+            await asyncio.sleep(retry)
             continue
         if newest.name != server.run.name:
             server.engine.swap(newest)

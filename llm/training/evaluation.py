@@ -33,6 +33,7 @@ class Evaluator:
 
     def __init__(self, context: RunContext, state: TrainState, monitor: Monitor) -> None:
         self.context, self.state, self.monitor = context, state, monitor
+        self._tables: dict[Shards, WindowTable | None] = {}  # of held-out conversations: made once
         self.metrics: dict[str, Any] = {}
         self.best = math.inf  # bits per byte
         self.curve: list[list[float]] = []  # step and bits per byte of the evaluations, for the model card
@@ -75,12 +76,15 @@ class Evaluator:
             self.metrics = {"bits_per_byte": None}
             return
         also: dict[str, Any] = {}
-        if shards.also is not None and (there := self._held_out(shards.also, micro_batch)) is not None:
+        if shards.also is not None and (there := self._held_out(shards.also, micro_batch)) and there[1]:
             also = {"also_bits_per_byte": there[0] / there[2] / math.log(2)}
         found = {name: self._held_out(each, micro_batch) for name, each in shards.sources.items()}
-        measured = {name: each for name, each in found.items() if each is not None}
-        if any(each.validation.tokens and name not in measured for name, each in shards.sources.items()):
+        measured = {name: each for name, each in found.items() if each is not None and each[1]}
+        if None in found.values():
             return  # an event says why
+        if not measured:
+            self.metrics = {"bits_per_byte": None}
+            return
         if isinstance(order, MixedShuffle):
             also["sources"] = self._of_sources(order, measured)
             # Of the held-out windows, mixed as those of the training side are.
@@ -107,14 +111,16 @@ class Evaluator:
     def _held_out(self, shards: Shards, micro_batch: int) -> HeldOut | None:
         """Loss (a sum in nats) of the validation side, with the number of targets, their bytes, and windows.
 
-        None, and an event, if it cannot be measured.
+        Zeros where it holds no targets; None, and an event, if it cannot be measured.
         """
         held_out = self._attempt("no evaluation", shards.validation.verified)
-        if held_out is None or not held_out.tokens:
+        if held_out is None:
             return None
-        table = table_of(self.context.recipe, held_out) if shards.is_chat else None
-        if table is not None and not table.targets:
-            return None
+        if shards not in self._tables:
+            self._tables[shards] = table_of(self.context.recipe, held_out) if shards.is_chat else None
+        table = self._tables[shards]
+        if not (table.targets if table else held_out.tokens > 1):
+            return 0.0, 0, 0, 0.0
         nats = self._attempt("no evaluation", lambda: self._nats(held_out, table, micro_batch))
         if nats is None:
             return None

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from llm.base.errors import RefusedError, run
+from llm.base.errors import DiskError, DivergedError, GroupError, RecipeError, RefusedError, run
 from llm.config.reading import key_of, load
 from llm.config.schema import LENGTHS, Recipe
 from llm.distributed.environment import measured_flops
@@ -25,6 +25,7 @@ from llm.run_folder.verification import Verdict
 # amplifies, and low precision rounds coarsely.
 TOLERANCES = {"adamw": 1e-5, "muon": 1e-4}
 LOW_PRECISION_TOLERANCE = 2e-2
+KINDS = {kind.status: kind for kind in (RecipeError, DivergedError, DiskError, GroupError)}  # of a trial that fails
 Start = Callable[[list[str], int, int], None]  # arguments of `child`, number of processes, their expected exit status
 
 
@@ -63,7 +64,10 @@ class Trials:
 
 
 def start_processes(arguments: list[str], world: int, status: int) -> None:
-    """Run `child` in `world` processes; RefusedError with their last line unless each ends with `status`."""
+    """Run `child` in `world` processes; an error with their last line unless each ends with `status`.
+
+    Of the kind of their own where the recipe, the text, the disk or the group is at fault; otherwise RefusedError.
+    """
     command = [sys.executable, "-c", "from llm.training import proof; proof.child()", *arguments]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,7 +85,8 @@ def start_processes(arguments: list[str], world: int, status: int) -> None:
             lines = process.communicate()[1].strip().splitlines()
             if process.returncode != status:
                 last = lines[-1] if lines else "without a message"
-                raise RefusedError(f"a run of the recipe ended with status {process.returncode}: {last}")
+                fault = f"a run of the recipe ended with status {process.returncode}: {last.removeprefix('error: ')}"
+                raise KINDS.get(process.returncode, RefusedError)(fault)
     finally:
         for process in processes:
             with process:  # waits for it

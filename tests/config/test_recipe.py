@@ -333,6 +333,7 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path: Path, override: s
         ("seed=many", "seed = 'many': expected a whole number, such as 1000 or 10M"),
         ("machine.stop_after=8h30m", "machine.stop_after = '8h30m': expected a time such as 8h, 90min or 2d"),
         ("machine.stop_after=h", "expected a time"),
+        ("train.hours=1h30", "train.hours = '1h30': expected a time such as 8h, 90min or 2d"),
         ("train.weight_decay=1e9epochs", "expected a time constant of 0.001 to 1,000,000 epochs"),
         ("seed=1.5", "seed = 1.5: expected a whole number"),
         ("seed=1e-3", "expected a whole number"),

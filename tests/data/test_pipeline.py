@@ -19,7 +19,7 @@ from llm.base import atomic_io
 from llm.base.errors import DiskError, LLMError, RecipeError, RefusedError, TextError
 from llm.config.reading import load
 from llm.config.schema import Recipe
-from llm.data import survey, text_files
+from llm.data import pipeline, survey, text_files
 from llm.data.documents import Corpus
 from llm.data.pipeline import Prepared, prepare
 from llm.data.progress import Show
@@ -213,7 +213,8 @@ def test_the_sample_of_a_large_text_is_drawn_over_all_of_it(tmp_path: Path, monk
 
 def test_a_large_text_is_sampled_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text_file(tmp_path)
-    monkeypatch.setattr(survey, "SAMPLE", 30_000)
+    for module in (survey, pipeline):
+        monkeypatch.setattr(module, "SAMPLE", 30_000)
     prepared, said = told(tmp_path)
     assert "on a sample of 0.0 MB of 0.1 MB of text" in said and prepared.tokenizer.vocab_size == 320
     shutil.rmtree(tmp_path / "data" / "tokenizers")

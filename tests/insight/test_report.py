@@ -88,6 +88,7 @@ def page_of(*folders: Path) -> str:
 
 def test_a_run_that_diverged_leaves_room_for_the_others() -> None:
     good, bad = Series("good", [(0, 3.0), (1, 2.5)]), Series("bad", [(0, 300.0), (1, 90.0)])
+    assert chart("x", [Series("damaged", [(-9.0, 1.0), (-3.0, 2.0)], "red")], "seconds") is not None
     both, alone = (chart("x", each, "tokens", most=8.0) for each in ([good, bad], [bad]))
     assert both is not None and alone is not None
     assert {float(text) for _, text in both.y_ticks} <= {2.4, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0}

@@ -168,6 +168,11 @@ LINES = [
 ]
 
 
+@pytest.mark.parametrize("width", [1, 20, 38, 41, 42])
+def test_a_narrow_terminal_gets_a_panel(width: int) -> None:
+    assert "tiny" in frame(width, LINES) or width < 10
+
+
 def test_no_text_of_a_sample_acts_on_the_terminal() -> None:
     sample = {"step": 5, "prompt": "\x1b]0;title\x07", "sample": "[red]a\x1b[2J\x9b31m\u202e" + "b" * 4000}
     said = frame(80, [*LINES, sample])

@@ -1,5 +1,7 @@
 """Texts as they grow: a stop is found wherever tokens split it, and no half of a character is shown."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from llm.data.tokenizer import Tokenizer
 from llm.inference.stop import Stop
-from llm.serving.answers import Choice, Writer
+from llm.serving.answering import _events
+from llm.serving.answers import Choice, Piece, Writer
 from llm.serving.engine import Token
 from tests.forks import SENTENCES
 
@@ -74,3 +77,24 @@ def test_an_event_is_one_line_to_every_reader() -> None:
     for text in ("a\u2028b\u2029c\x85d", "\x0b\x0c\x1c\r\n", "🎉 é"):
         data = Writer.sent({"text": text}).decode()
         assert len(data.splitlines()) == 2 and data.isascii()
+
+
+def test_a_stream_begins_with_its_role_though_its_first_token_may_begin_a_stop(tokenizer: Tokenizer) -> None:
+    choice = choice_of(tokenizer, ["XY"])
+    choice.job.row, choice.job.prompt, choice.job.echoed = 0, [], []
+
+    async def fed() -> AsyncIterator[tuple[Choice, Piece]]:
+        for id in tokenizer.encode("Xab")[-3:]:
+            yield choice, choice.feed(Token(id))
+
+    class Noting:
+        def event(self, choice: Choice, piece: Piece, finish: str | None, *, is_first: bool) -> bytes:
+            return f"{is_first} {piece.text}".encode()
+
+    async def events() -> list[bytes]:
+        writer: Any = Noting()
+        return [each async for each in _events(writer, fed(), [choice], wants_usage=False)]
+
+    *said, done = asyncio.run(events())
+    assert said[0].startswith(b"True") and not any(each.startswith(b"True") for each in said[1:]), said
+    assert b"XY" not in b"".join(said) and done.startswith(b"data: [DONE]")

@@ -1,5 +1,6 @@
 """The command: who may reach it, how it ends, and a run that is served while it trains."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+import llm.serving.server
 import llm.training.trainer
 from llm.base.errors import RecipeError
 from llm.inference.generation import continuations
@@ -286,3 +288,26 @@ def test_a_damaged_checkpoint_is_passed_over(here: Path, tmp_path: Path, capfd: 
         assert server.server.run.name == before != f"tiny/{folders[0].name}"
         assert httpx.get(f"{server.url}/health").json()["checkpoint"] == before
     assert folders[0].name in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_could_not_be_opened_for_a_moment_is_tried_again(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(here / "runs/tiny", tmp_path / "tiny", symlinks=True)
+    newest, *_, older = checkpoint.folders(tmp_path / "tiny")
+    calls = []
+
+    def opened(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open_run(*given)
+
+    monkeypatch.setattr(llm.serving.server, "open_run", opened)
+    run = open_run(str(tmp_path / "tiny" / older.name), CPU)
+    with served(run, also=lambda server: follow(server, 0.02, retry=0.05)) as server:
+        until = time.monotonic() + 20
+        while server.server.run.name != f"tiny/{newest.name}":
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    assert len(calls) == 3 and "tried again in 0.05 s" in capfd.readouterr().err
