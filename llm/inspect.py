@@ -83,7 +83,7 @@ def _finding(finding: "Finding") -> Iterator[str]:
 
 
 def _models(found: "Survey") -> Iterator[str]:
-    from llm.insight.text_survey import advised
+    from llm.insight.text_survey import READS, advised
 
     sampled = found.sampled
     yield (
@@ -96,13 +96,15 @@ def _models(found: "Survey") -> Iterator[str]:
         yield "  the text is too small for a vocabulary of 1,024 pieces: use more text"
         return
     yield "  in a model of quickstart's shape (192 wide, 4 layers, 256 tokens of context):"
-    yield "  pieces  bytes a token  parameters  of them pieces  context in characters"
+    yield "  pieces  bytes a token  parameters  in embeddings  context in characters"
     for each in found.vocabularies:
         yield (
             f"  {each.pieces:>6,}  {each.bytes_per_token:>13.2f}  {each.parameters / 1e6:>8.2f} M  "
             f"{each.share:>14.0%}  {each.context:>21,}"
         )
-    yield f"  begin with tokenizer.vocabulary={advised(found)}, as many pieces as this text can fill with sense"
+    pieces, is_enough = advised(found)
+    reason = f"the most with {READS} tokens of text a piece" if is_enough else "the least tried: the text is short"
+    yield f"  begin with tokenizer.vocabulary={pieces}, {reason}"
 
 
 if __name__ == "__main__":

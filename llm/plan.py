@@ -15,11 +15,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "With a recipe: its parameters, memory, micro-batch, tokens, disk and time, without training. With --text: "
         "recipes for that text, written to this folder, and what to expect of each.",
     )
-    parser.add_argument("recipe", nargs="?", type=Path, help="a recipe, as recipes/quickstart.yaml")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings instead of the recipe's"
+        "recipe", nargs="?", type=Path, help="a recipe, or the name of a packaged one, such as quickstart"
     )
-    parser.add_argument("--gpu", metavar="NAME", help="a card of the table, as 3080ti; default: this machine's CPU")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe to override")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="a card of the table, such as 3080ti; default: this machine's CPU"
+    )
     parser.add_argument("--memory", metavar="SIZE", help="memory of the card, such as 12GB, instead of the table's")
     parser.add_argument(
         "--probe", action="store_true", help="measure the speed here: train 20 steps in a temporary run"

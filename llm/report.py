@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     with naming("--out"):
         atomic_io.check_writable(out)
     atomic_io.write_bytes(out, page(folders))
-    print(harmless(f"the report lies in {out}"))
+    print(harmless(f"the report is in {out}"))
 
 
 def page(folders: Sequence[Path], watch: str = "", nonce: str = "") -> bytes:

@@ -265,10 +265,10 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
     """
     save = Checkpoints.save
 
-    def split(self: Checkpoints, *, evaluation_due: bool, beside: bool) -> None:
+    def split(self: Checkpoints, *, evaluation_due: bool, in_background: bool) -> None:
         if self.state.step != 2 * EVERY:
-            return save(self, evaluation_due=evaluation_due, beside=beside)
-        assert beside
+            return save(self, evaluation_due=evaluation_due, in_background=in_background)
+        assert in_background
         self.writing.wait()
 
         def in_copy(plan: Plan) -> Path:
@@ -281,7 +281,7 @@ def save_with(folder: Path, recipe: Path, copies: Path, plans: Callable[[int], l
                 def status() -> None:
                     with llm.training.session._status(self.context.folder, llm.training.session.Start(begun=True)):
                         begun = faulty(*plan)
-                        save(self, evaluation_due=evaluation_due, beside=beside)
+                        save(self, evaluation_due=evaluation_due, in_background=in_background)
                         self.writing.wait()
                         (copy / "begun.json").write_text(json.dumps(begun))
 

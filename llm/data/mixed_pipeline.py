@@ -58,7 +58,7 @@ def prepare(
         def say_of(line: str, name: str = source.name) -> None:
             say(f"{name}: {line}")
 
-        one = alone(recipe, source)
+        one = recipe_of_source(recipe, source)
         with _naming(source.name):
             prepared = pipeline.prepare(one, say_of, verify, tokenizer, anew=anew, team=team)
         tokenizer, found[source.name] = prepared.tokenizer, prepared.shards
@@ -94,7 +94,7 @@ def _tell_leaks(found: dict[str, Shards], say: Say) -> None:
                     say(f"{name}: {fault}, which holds out less: its bits per byte will look too good")
 
 
-def alone(recipe: Recipe, source: TextSource) -> Recipe:
+def recipe_of_source(recipe: Recipe, source: TextSource) -> Recipe:
     """The recipe of one source. Of conversations the answers are learnt unless train.on = all, of a text everything."""
     on = recipe.train.on if recipe.train.on == "all" else "auto"
     text = replace(source.text, cache=recipe.text.cache)
@@ -103,7 +103,7 @@ def alone(recipe: Recipe, source: TextSource) -> Recipe:
 
 def texts(recipe: Recipe) -> dict[str, Text]:
     """The recipe's texts by the names of their sources; a text without sources has none."""
-    return {each.name: alone(recipe, each).text for each in recipe.text.sources} or {"": recipe.text}
+    return {each.name: recipe_of_source(recipe, each).text for each in recipe.text.sources} or {"": recipe.text}
 
 
 def find_shards(recipe: Recipe) -> AnyShards | None:
@@ -117,7 +117,10 @@ def find_shards(recipe: Recipe) -> AnyShards | None:
         return None
     found: dict[str, Shards] = {}
     for source in recipe.text.sources:
-        shards = pipeline.last_shards(cache, alone(recipe, source), None if path and not found else tokenizer)
+        # As `prepare` records them: the first under the path, the others under the tokenizer that it gave.
+        shards = pipeline.last_shards(
+            cache, recipe_of_source(recipe, source), None if path and not found else tokenizer
+        )
         if shards is None:
             return None
         found[source.name] = shards

@@ -35,7 +35,7 @@ from llm.data.reuse import JOURNAL, KnownTokens, link
 from llm.data.shards import Shards
 from llm.data.sharing import Shared, Team
 from llm.data.sources import Source
-from llm.data.survey import SAMPLE, Survey, alone, check, cut_smaller, read_only, survey_of, survey_path, surveyed
+from llm.data.survey import SAMPLE, Survey, cache_lock, check, cut_smaller, read_only, survey_of, survey_path, surveyed
 from llm.data.tokenizer import MANIFEST, SETTINGS, SPACE, Tokenizer
 from llm.distributed.threads import cores
 
@@ -235,7 +235,7 @@ def _sides(train: int, validation: int) -> str:
 def trained(recipe: Recipe, survey: Survey, folder: Path, say: Say, sample: Callable[[], list[bytes]]) -> Tokenizer:
     """The recipe's tokenizer, trained on the training side of the text or read from the cache."""
     wanted = recipe.tokenizer
-    with alone(folder, "this tokenizer", say):
+    with cache_lock(folder, "this tokenizer", say):
         if not folder.is_dir():
             documents = [text_of(each) for each in sample()] if survey.is_chat else sample()
             sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
@@ -270,7 +270,7 @@ def _sharded(
             found = {"the text's": folder.name[:12], "the tokenizer's": tokenizer.fingerprint[:12]}
             team, old = _together(team, found, folder, sum(survey.text_bytes) >= LARGE, old, held, show)
         if team is None:
-            held.enter_context(alone(folder, SHARDS, show.say))
+            held.enter_context(cache_lock(folder, SHARDS, show.say))
         made = (team is None or team.writes) and (folder / "manifest.json").is_file()
         if made and not read_only(folder):
             atomic_io.sweep(folder)
@@ -294,7 +294,7 @@ def _together(
     prepares, as two teams could wait for each other. GroupError if the text or the tokenizer is not the same.
     """
     with ExitStack() as tried:
-        takes = alone(folder, SHARDS, show.say, wait=False) if large and team.writes else nullcontext(large)
+        takes = cache_lock(folder, SHARDS, show.say, wait=False) if large and team.writes else nullcontext(large)
         mine = tried.enter_context(takes)
         found = sharing.told(team, [made_of, old and old.fingerprint, mine])
         sharing.agree(team, [each[0] for each in found])

@@ -9,10 +9,10 @@ from llm.data.shards import AnyShards, Split
 from llm.data.tokenizer import Tokenizer
 
 MAX_OPENING = 32  # characters
-OPENINGS = {("wiki-leads",): "My self Har"}  # for packaged texts
+OPENINGS = {("wiki-leads",): "My self Har"}  # of packaged texts
 
 
-def settled(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards) -> Recipe:
+def with_prompts(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards) -> Recipe:
     """The recipe with evaluate.prompts = auto replaced by the opening of its text."""
     if recipe.evaluate.prompts != AUTO_PROMPTS:
         return recipe
@@ -20,7 +20,7 @@ def settled(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards) -> Recipe:
 
 
 def example(recipe: Recipe, tokenizer: Tokenizer, shards: AnyShards) -> str:
-    """The first prompt of a settled recipe, or the opening of its text if it has none."""
+    """The first prompt of a recipe, or the opening of its text if it has none."""
     return (recipe.evaluate.prompts or (opening(recipe, tokenizer, shards),))[0]
 
 

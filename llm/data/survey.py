@@ -63,7 +63,7 @@ def cut_smaller(survey: Survey) -> int:
 
 
 @contextmanager
-def alone(path: Path, what: str, say: Say, *, wait: bool = True) -> Iterator[bool]:
+def cache_lock(path: Path, what: str, say: Say, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of a cache entry; a process that has to wait for another says so. A read-only cache needs none.
 
     Without `wait` it yields False if another process holds the lock.
@@ -97,7 +97,7 @@ def surveyed(
     corpus = Corpus(text, most, own)
     path = survey_path(cache, corpus, text)
     sample: list[bytes] = []
-    with alone(path, "this text", show.say):
+    with cache_lock(path, "this text", show.say):
         if path.is_file() and not verify:
             survey = Survey(**atomic_io.read_checksummed(path))
             corpus.known_rules = survey.rules

@@ -270,7 +270,7 @@ def _store(rank: int, world: int) -> torch.distributed.Store:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def one_run_at_a_time() -> Iterator[None]:
     """RecipeError while another run trains in this process: variables, modes and Accelerate's state are shared."""
     run, here = object(), os.getpid()
     if TRAINING.setdefault(here, run) is not run:

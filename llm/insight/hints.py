@@ -128,7 +128,7 @@ def forgetting(run: Facts) -> Hint | None:
     if FORGETS[0] <= 1 / max(per_epoch, 1e-9) <= FORGETS[1]:
         return None
     pace = f"{FORGOTTEN_AFTER}epochs" if train.hours else "auto"  # which takes a time for few epochs
-    return Hint("weights are to forget at the pace of the text", (f"train.weight_decay={pace}",))
+    return Hint("weight decay does not fit the length of an epoch", (f"train.weight_decay={pace}",))
 
 
 def dropout(run: Facts) -> Hint | None:
@@ -232,7 +232,7 @@ def of_run(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int = 
             f"{best['bits_per_byte']:.4f} bits per byte there, which is kept, {last['bits_per_byte']:.4f} now"
         )
     elif len(evaluations) > 1:
-        said = f"the held-out loss fell to the end, epoch {last['epochs_seen']:.2f}"
+        said = f"the held-out loss was still falling at the end, epoch {last['epochs_seen']:.2f}"
     else:
         said = f"one evaluation shows no trend, evaluate.every={max(1, last['step'] // 4)} would"
     return f"{said}\n  Next: {advise(run)[1]}"

@@ -404,6 +404,7 @@ def described(each: Proposal, hours: float) -> str:
     estimated = ", by its size" if plan.text_is_estimated else ""
     seconds = readable(plan.seconds)
     sampled = f"  sampled_softmax: {train.sampled_softmax}  # pieces\n" if train.sampled_softmax else ""
+    # STEM-branch begins from STEM-best/step-N.
     begin = f"from: {recipe.run.removesuffix('branch')}{recipe.from_}\n" if recipe.from_ else ""
     tokens = train.steps * train.tokens_per_step
     name = json.dumps(recipe.text.files[0], ensure_ascii=False)  # but for what YAML does not take as it is

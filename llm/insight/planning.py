@@ -38,7 +38,7 @@ CONTEXT, SLACK = 0.6 * GIB, 1.06  # bytes that CUDA itself takes; what its alloc
 GPU_SHARE = 0.6  # of a card's matrix throughput that large products reach
 GPU_BYTES = 850  # that a block moves per token and feature
 GPU_BLOCK = 0.5e-3  # seconds that a card needs for a block forward and backward, however few its tokens
-EAGER = 2.0  # times as slow with machine.compile=false; with auto only runs of a minute or two are
+EAGER = 2.0  # slowdown of a GPU without compiling; under machine.compile=auto, runs of a minute or two have it too
 CPU_SHARE, CPU_WIDTH = 0.85, 90  # a CPU's share of its product's speed: CPU_SHARE / (1 + CPU_WIDTH / dim)
 CPU_BLOCK = 3e-3  # seconds of a step that a CPU needs for a block, however few its tokens (2026-11-30, AVX2, two cores)
 FORWARD = 3.5  # an evaluation reads so many times more tokens per second than training

@@ -206,11 +206,14 @@ def _merged(name: str, merges: dict[str, int], most: int) -> list[str]:
     return symbols
 
 
-def advised(found: Survey) -> int:
-    """The vocabulary to begin with: the largest one with READS tokens of text for each piece; the least otherwise."""
+def advised(found: Survey) -> tuple[int, bool]:
+    """The vocabulary to begin with, and whether the text is long enough for it.
+
+    That is the largest one with READS tokens of text for each piece, or else the smallest.
+    """
     size = found.text_bytes[0]
     enough = [each.pieces for each in found.vocabularies if size / each.bytes_per_token >= READS * each.pieces]
-    return max(enough, default=min(each.pieces for each in found.vocabularies))
+    return max(enough, default=min(each.pieces for each in found.vocabularies)), bool(enough)
 
 
 # ---------------------------------------------------------------------------------------------- duplicates

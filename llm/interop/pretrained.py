@@ -122,7 +122,7 @@ def ready(
     """
     own = own_source(recipe.text.files[0], documents) if documents else None
     recipe, prepared = prepare_for(recipe, say, own=own, team=team)
-    recipe = prompts.settled(recipe, prepared.tokenizer, prepared.shards)
+    recipe = prompts.with_prompts(recipe, prepared.tokenizer, prepared.shards)
     recipe = with_steps(recipe, tokens_per_epoch(recipe, prepared.shards))
     if any(source.epochs for source in recipe.text.sources):
         order_of(recipe, prepared.shards)  # refuses a mixture that cannot be had

@@ -69,7 +69,7 @@ class TimeBudget:
         if steps != planned(step, self.plan):
             self.plan.append((step, steps))
 
-    def paused(self, seconds: float, beside: float = 0.0) -> None:
-        """Record the `seconds` of an evaluation or a checkpoint; only the end of a run waits for `beside`."""
+    def paused(self, seconds: float, written: float = 0.0) -> None:
+        """Record the `seconds` of an evaluation or a checkpoint; only the end waits for one to be `written`."""
         self.aside += seconds
-        self.tail = max(self.tail, seconds, beside)
+        self.tail = max(self.tail, seconds, written)

@@ -34,7 +34,7 @@ EVALUATION = {"val_loss", "sample"}  # one of these is in each line of an evalua
 SCORES = ("val_loss", "bits_per_byte", "epochs_seen")  # of an evaluation
 NUMBERS = ("loss", *SCORES, "bytes_per_token", "seconds")  # that a run which goes on reads
 SPIKE_SIGMAS, SPIKE_WINDOW = 6, 64  # a loss this far above this many before it is a spike
-RECENT = 0.1  # of the steps up to an evaluation: their losses are the training loss beside it
+RECENT = 0.1  # of the steps so far: their losses (at most SPIKE_WINDOW) are the training loss beside an evaluation
 WANDB_SECONDS = 20  # to reach W&B before the run goes on without it
 
 

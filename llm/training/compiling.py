@@ -30,7 +30,7 @@ def pays(recipe: Recipe, vocab_size: int, *, device: str, number: int, workers: 
     return (3600 * train.hours or flops / (rate * workers)) * saved[number] > taken
 
 
-def settled(
+def with_compile(
     settings: RuntimeSettings, recipe: Recipe, vocab_size: int, device: torch.device, coordinator: Coordinator
 ) -> RuntimeSettings:
     """`settings` with `compile` decided, the same on every rank."""

@@ -30,7 +30,10 @@ class Length:
         return planned(step, self.plan) if self.plan else 0
 
     def shallow_steps(self) -> int:
-        """Updates of a shallow start: at most half of the run, as planned when its blocks join; they never part."""
+        """Updates that train the first half of the blocks: train.shallow, but at most half of the run as planned then.
+
+        A later plan never goes back to half of the blocks.
+        """
         ends = [*(begin for begin, _ in self.plan[1:]), math.inf]
         halves = ((max(begin, steps // 2), end) for (begin, steps), end in zip(self.plan, ends, strict=False))
         return min([self.context.recipe.train.shallow, *(half for half, end in halves if half < end)])

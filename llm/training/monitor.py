@@ -19,7 +19,7 @@ from llm.training.step import FP16_LEAST, GradientStep
 
 
 class Monitor:
-    """Metrics, trace and events. The main rank writes them; on the others every method but `check` does nothing."""
+    """Metrics, trace and events, which the main rank writes. All ranks call `check` and `record`: both communicate."""
 
     def __init__(self, context: RunContext, state: TrainState, gradient_step: GradientStep, length: Length) -> None:
         self.context, self.state, self.gradient_step, self.length = context, state, gradient_step, length

@@ -52,7 +52,7 @@ def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, AnyShards] | Non
         recipe = pretrained.shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
     if recipe.evaluate.also != recorded.evaluate.also or bool(recipe.evaluate.also) != bool(shards.also):
         shards.also = prepare_also(recipe, tokenizer, say) if recipe.evaluate.also else None
-    recipe = prompts.settled(recipe, tokenizer, shards)
+    recipe = prompts.with_prompts(recipe, tokenizer, shards)
     return with_steps(recipe, tokens_per_epoch(recipe, shards)), tokenizer, shards
 
 

@@ -108,7 +108,7 @@ def verify_recipe(path: Path, overrides: list[str], steps: int, start: Start = s
             key = f"text.sources.{source.name}"
             common += [f"{key}.epochs=", f"{key}.weight={source.weight or 1:.12g}"]
     minutes = _expected_seconds(recipe, steps) // 60 + 1
-    print(f"expected: about {minutes} min for {steps} steps, up to five times", flush=True)
+    print(f"expected: about {minutes} min (up to five trials of {steps} steps)", flush=True)
     trials = Trials(path, recipe, common, start)
     try:
         return _verdicts(trials, recipe, steps)

@@ -61,17 +61,17 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ saving
 
-    def save(self, *, evaluation_due: bool, beside: bool) -> None:
+    def save(self, *, evaluation_due: bool, in_background: bool) -> None:
         """Save this step unless that is done. If an evaluation is due, `complete` adds its results afterwards.
 
-        `beside`: the training goes on at once, and the checkpoint is written meanwhile, where there is memory for a
+        `in_background`: training goes on at once, and the checkpoint is written meanwhile, where there is memory for a
         copy of the state. It counts when it is durable; until then an error of it reaches `writing`.
         """
         self.writing.wait()
         step = self.state.step
         if self.saved == step:
             return
-        self.monitor.check(self.settled)
+        self.monitor.check(self.durable_step)
         card = {CARD: self._card()}
         draft = checkpoint.Draft(
             checkpoint.folder_of(self.context.folder, step),
@@ -85,7 +85,7 @@ class Checkpoints:
         )
         allocate, fill, finish = map(self._in_run, (draft.allocate, draft.fill, draft.finish))
         retain = partial(self._retain, step)
-        if beside and self.copy.take(draft):
+        if in_background and self.copy.take(draft):
             draft.together(allocate)
             begin, end = partial(_do, self.monitor.flush, fill), partial(_do, finish, retain)
             # A file that several ranks write is whole when all of them are done.
@@ -98,7 +98,7 @@ class Checkpoints:
                 retain()
         self.saved = step
 
-    def settled(self) -> int:
+    def durable_step(self) -> int:
         """The step of the newest checkpoint, -1 before there is one, after it has been written."""
         self.writing.wait()
         return self.saved

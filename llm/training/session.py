@@ -21,7 +21,14 @@ from llm.data.sources import refuse_missing
 from llm.data.tokenizer import Tokenizer
 from llm.distributed import process
 from llm.distributed.coordinator import Coordinator
-from llm.distributed.environment import DTYPES, alone, as_it_was, die_with_parent, has_accelerator, start_group
+from llm.distributed.environment import (
+    DTYPES,
+    as_it_was,
+    die_with_parent,
+    has_accelerator,
+    one_run_at_a_time,
+    start_group,
+)
 from llm.distributed.sharding import Sharding
 from llm.distributed.team import meet
 from llm.interop.pretrained import ready
@@ -63,7 +70,7 @@ def train(
     except FileNotFoundError:
         raise RecipeError("the working folder was removed: change to one that is there") from None
     try:
-        with alone(), as_it_was():
+        with one_run_at_a_time(), as_it_was():
             return _train(recipe, prepare, until, runs / recipe.run, parts or Parts())
     except (LLMError, KeyboardInterrupt) as error:
         clear_tracebacks(error)  # a notebook keeps the last one, and with it the model
@@ -89,7 +96,7 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
         sharding = Sharding(settings.shard, accelerator.device, DTYPES[settings.precision])
         if parts.model is not None:  # a caller's, whose cost is unknown
             settings = replace(settings, compile=bool(settings.compile))
-        settings = compiling.settled(settings, recipe, tokenizer.vocab_size, accelerator.device, coordinator)
+        settings = compiling.with_compile(settings, recipe, tokenizer.vocab_size, accelerator.device, coordinator)
         context = RunContext(recipe, settings, tokenizer, shards, accelerator, coordinator, sharding, run, parts)
         _run(context, until, start)
     coordinator.leave()
@@ -255,11 +262,11 @@ def _announcement(trainer: Trainer, step_seconds: float) -> str:
         f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
         f"{context.epochs_seen(steps):.2f} epochs; about {readable((steps - step) * step_seconds)}"
         f"{', to be revised as the speed shows' if recipe.train.hours else ''}",
-        f"each process holds {cost.size(memory.total)}: weights {cost.size(memory.weights)}, gradients "
-        f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}",
+        f"memory of each process: {cost.size(memory.total)} (weights {cost.size(memory.weights)}, gradients "
+        f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}), and activations",
         *mixture.lines(recipe, context.order, steps),
         f"micro-batches of {trainer.micro_batches.size} windows"
-        f"{f', {cost.size(traffic.total)} sent a step by each process' if traffic.total else ''}",
+        f"{f', {cost.size(traffic.total)} of traffic a step from each process' if traffic.total else ''}",
     ]
     if taught_by := trainer.checkpoints.taught_by:
         numbers = sum(weight.numel() for teacher in taught_by for weight in teacher.parameters())

@@ -72,7 +72,7 @@ class Trainer:
             self.advance()
             self.checkpoints.writing.poll()
             if self.is_due("tracking"):
-                self.monitor.check(self.checkpoints.settled)
+                self.monitor.check(self.checkpoints.durable_step)
                 self.monitor.record(loss)
                 seconds = clock.stop(state.step)
                 self.monitor.log(loss, norm, seconds, self.step_flops / seconds / self.peak_flops)
@@ -80,15 +80,15 @@ class Trainer:
                 clock.pause()
             began = time.perf_counter()
             if self.is_due("checkpoint") or self.evaluation_due:
-                beside = state.step < self.steps and not self.evaluation_due
-                self.checkpoints.save(evaluation_due=self.evaluation_due, beside=beside)
+                in_background = state.step < self.steps and not self.evaluation_due
+                self.checkpoints.save(evaluation_due=self.evaluation_due, in_background=in_background)
             if self.owes_evaluation:
                 self.evaluate()
             paused, written = time.perf_counter() - began, self.checkpoints.writing.longest
             if self.length.revise(state.step, paused, written) and self.monitor.tracker is not None:
                 self.monitor.tracker.plan(self.steps)
         if state.step < self.steps:
-            self.checkpoints.save(evaluation_due=self.evaluation_due, beside=False)
+            self.checkpoints.save(evaluation_due=self.evaluation_due, in_background=False)
             self.length.save()
             where = f"after step {state.step} of {self.steps}"
             raise StoppedError(f"stopped ({self.stop}) {where}; everything is saved, the same command resumes")

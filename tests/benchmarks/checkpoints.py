@@ -46,7 +46,7 @@ def block(trainer: Trainer, kind: str, steps_: int, threads: list[dict[str, floa
     checkpoints.saved = -1  # this step may have been saved
     began = time.perf_counter()
     if kind != "without":
-        checkpoints.save(evaluation_due=False, beside=kind == "beside")
+        checkpoints.save(evaluation_due=False, in_background=kind == "beside")
     saved = time.perf_counter()
     steps: list[tuple[float, bool]] = []
     for _ in range(steps_):
@@ -87,7 +87,7 @@ def rounds(number: int, kinds: list[str], steps: int, overrides: list[str]) -> l
         trainer.update(0)
         trainer.state.step = 1
         checkpoints = trainer.checkpoints
-        checkpoints.save(evaluation_due=False, beside=True)  # its memory is taken once
+        checkpoints.save(evaluation_due=False, in_background=True)  # its memory is taken once
         checkpoints.writing.wait()
         found = []
         for number_ in range(number):

@@ -15,7 +15,7 @@ from llm.base.errors import RecipeError, TextError
 from llm.config.reading import dump, load
 from llm.config.schema import Recipe, TextSource, Tokenizer, science
 from llm.data.batches import BatchLoader, Tokens
-from llm.data.mixed_pipeline import alone, find_shards, prepare
+from llm.data.mixed_pipeline import find_shards, prepare, recipe_of_source
 from llm.data.mixture import PERIOD, MixedShuffle, lines, order_of, pattern, shares
 from llm.data.shards import MixedShards, Split
 from llm.data.shuffle import WindowShuffle
@@ -220,7 +220,7 @@ def test_each_source_s_shards_are_those_it_has_alone(tmp_path: Path) -> None:
     recipe = sources_of(tmp_path)
     prepared = prepare(recipe, say=lambda line: None)
     for source in recipe.text.sources:
-        one = prepare(alone(recipe, source), lambda line: None, tokenizer=prepared.tokenizer)
+        one = prepare(recipe_of_source(recipe, source), lambda line: None, tokenizer=prepared.tokenizer)
         assert one.shards.fingerprint == prepared.shards.sources[source.name].fingerprint
     assert isinstance(prepared.shards, MixedShards)
     joined = prepared.shards.train

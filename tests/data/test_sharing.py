@@ -380,7 +380,7 @@ def test_a_machine_that_fails_says_why_and_the_other_ends_with_it(
             raise TextError("the text has changed")
 
         if when == "behind it":
-            llm.interop.pretrained.prompts.settled = changed  # type: ignore[assignment]
+            llm.interop.pretrained.prompts.with_prompts = changed  # type: ignore[assignment]
         else:
             documents.Corpus.documents = changing  # type: ignore[method-assign]
 

@@ -113,7 +113,7 @@ def test_keys_and_names_are_written_for_people(trained: Path) -> None:
 def test_the_figures_agree_everywhere(trained: Path) -> None:
     """Console, record, W&B's file, the run's list, evaluate and the report say one best figure and one last loss."""
     done = command(trained, "tiny")
-    assert done.status == 0 and done.out == "the report lies in runs/tiny/report.html\n", done.err
+    assert done.status == 0 and done.out == "the report is in runs/tiny/report.html\n", done.err
     shown = text_of((trained / "runs/tiny/report.html").read_text())
     record = [json.loads(line) for line in (trained / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in record if "val_loss" in line]
