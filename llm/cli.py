@@ -24,10 +24,7 @@ def train(arguments: list[str] | None = None, prog: str | None = None) -> None:
         prog=prog,
         epilog="example: python launch/train.py recipes/quickstart.yaml train.tokens=200k run=try",
     )
-    parser.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml, or a packaged recipe")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="keys to override, such as train.steps=60 run=try"
-    )
+    parser.add_recipe()
     parser.add_argument("--check", action="store_true", help="only check the recipe and print it, defaults filled in")
     given = parser.parse_args(arguments)
     from llm.config.packaged import load_recipe

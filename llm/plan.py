@@ -15,10 +15,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "With a recipe: its parameters, memory, micro-batch, tokens, disk and time, without training. With --text: "
         "recipes for that text, written to this folder, and what to expect of each.",
     )
-    parser.add_argument(
-        "recipe", nargs="?", type=Path, help="a recipe, or the name of a packaged one, such as quickstart"
-    )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe to override")
+    parser.add_recipe(nargs="?")
     parser.add_argument(
         "--gpu", metavar="NAME", help="a card of the table, such as 3080ti; default: this machine's CPU"
     )

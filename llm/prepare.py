@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     about = "Make a recipe's text ready for training: split it, train its tokenizer, write its token shards."
     parser = Parser("prepare", about)
     say = parser.add_argument
-    say("recipe", nargs="?", type=Path, help="a recipe, or the name of a packaged one, such as quickstart")
-    say("overrides", nargs="*", default=[], metavar="key=value", help="override a key, such as text.cache=data")
+    parser.add_recipe(nargs="?")
     say("--verify", action="store_true", help="read the text again and check every byte of the shards")
     say("--new-tokenizer", action="store_true", help="train a new tokenizer and split the text anew")
     say("--list", action="store_true", help="only read the text: documents, bytes and what is left out of each file")

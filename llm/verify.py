@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llm.base.command import Parser
+from llm.base.command import OVERRIDES_HELP, Parser
 from llm.base.errors import RecipeError, RefusedError, run
 from llm.config import packaged
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("what", metavar="RECIPE|RUN", help="a recipe (.yaml, or the name of a packaged one), or a run under runs/")
-    add("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe, such as machine.exact=true")
+    add("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES_HELP)
     parser.add_number("--steps", default=8, least=4, help="steps to train each time (default 8)")
     given = parser.parse_args(arguments)
     recipe = given.what if given.what.endswith((".yaml", ".yml")) else packaged.names().get(given.what)

@@ -3,11 +3,14 @@
 import argparse
 from functools import partial
 from math import inf
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llm.base.errors import RecipeError
 
 NAMED = "name of a run under runs/, or its folder"
+RECIPE_HELP = "a recipe, such as recipes/quickstart.yaml, or the name of a packaged one, such as quickstart"
+OVERRIDES_HELP = "keys of the recipe to override, such as train.steps=60"
 RUN_HELP = "name of a run, or RUN/step-N, RUN/newest; default: the best checkpoint of the last run"
 MEAN_HELP = "average the weights of RUN and of this run, which must have started from the same checkpoint; repeatable"
 
@@ -29,6 +32,11 @@ class Parser(argparse.ArgumentParser):
     def add_run(self) -> None:
         """Add the optional positional argument RUN."""
         self.add_argument("run", nargs="?", help=RUN_HELP)
+
+    def add_recipe(self, **options: Any) -> None:
+        """Add the positional arguments RECIPE and key=value ..."""
+        self.add_argument("recipe", type=Path, help=RECIPE_HELP, **options)
+        self.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES_HELP)
 
     def add_number(self, flag: str, *, least: float = 0, most: float = inf, kind: type = int, **options: Any) -> None:
         """Add an option that takes a number of `kind` with least <= value <= most; RecipeError names the rule."""
