@@ -262,8 +262,8 @@ def _announcement(trainer: Trainer, step_seconds: float) -> str:
         f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
         f"{context.epochs_seen(steps):.2f} epochs; about {readable((steps - step) * step_seconds)}"
         f"{', to be revised as the speed shows' if recipe.train.hours else ''}",
-        f"memory of each process: {cost.size(memory.total)} (weights {cost.size(memory.weights)}, gradients "
-        f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)}), and activations",
+        f"memory: {cost.size(memory.total)} a process (weights {cost.size(memory.weights)}, gradients "
+        f"{cost.size(memory.gradients)}, moments {cost.size(memory.moments)})",
         *mixture.lines(recipe, context.order, steps),
         f"micro-batches of {trainer.micro_batches.size} windows"
         f"{f', {cost.size(traffic.total)} of traffic a step from each process' if traffic.total else ''}",
