@@ -160,7 +160,19 @@ def test_a_run_that_began_from_another_s_best_resumes_when_that_has_trained_on(t
     assert run(train(recipe), tmp_path).status == 0
     done = run(train(recipe, *student), tmp_path)
     assert done.status == 0 and digest(tmp_path, "student") == digest(tmp_path, "whole"), done.err
+
+
+@pytest.mark.parametrize("name", ["best", "step-000005", "checkpoints/step-000005"])
+def test_a_run_resumes_though_what_it_began_from_is_gone(tmp_path: Path, name: str) -> None:
+    recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"))
+    assert run(train(recipe, stop_after=5), tmp_path).status == 75
+    student = ("run=student", f"model.from=runs/tiny/{name}", "train.steps=8")
+    assert run(train(recipe, "run=whole", *student[1:]), tmp_path).status == 0
+    assert run(train(recipe, *student, stop_after=3), tmp_path).status == 75
     (tmp_path / "runs/tiny").rename(tmp_path / "runs/elsewhere")
-    for name in ("student", "new"):
-        refused = run(train(recipe, *student, f"run={name}"), tmp_path)
-        assert refused.status == 2 and refused.err.startswith("error: model.from: there is no run"), refused.err
+    done = run(train(recipe, *student, stop_after=6), tmp_path)
+    assert done.status == 75, done.err
+    done = run(train(Path("runs/student/recipe.yaml")), tmp_path)
+    assert done.status == 0 and digest(tmp_path, "student") == digest(tmp_path, "whole"), done.err
+    refused = run(train(recipe, *student, "run=new"), tmp_path)
+    assert refused.status == 2 and refused.err.startswith("error: model.from: "), refused.err

@@ -1,6 +1,7 @@
 """config.json of a Qwen3 or Llama folder, ours or foreign: every field is either obeyed by our model or refused."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,11 @@ def read_family(folder: Path) -> "Family":
     return Family(config["model_type"], float(theta), float(eps), positions)
 
 
-def family_of(recipe: Recipe) -> "Family":
+def family_of(recipe: Recipe, checkpoints: Sequence[Path] = ()) -> "Family":
+    """Those of the recipe's model: of model.from or, where that is gone, of the run's own `checkpoints`."""
     from llm.model.transformer import Family
 
-    return read_family(atomic_io.expanded(recipe.model.from_)) if recipe.model.from_ else Family()
+    if not recipe.model.from_:
+        return Family()
+    folder = atomic_io.expanded(recipe.model.from_)
+    return read_family(checkpoints[0] if checkpoints and not folder.is_dir() else folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from llm.base import atomic_io
 from llm.base.errors import LLMError, RecipeError, RefusedError, TextError, naming
 from llm.config.reading import load
-from llm.config.resolving import with_steps
+from llm.config.resolving import resolve, with_steps
 from llm.config.schema import Recipe
 from llm.data import hf_tokenizer, prompts
 from llm.data.mixed_pipeline import texts
@@ -18,6 +18,7 @@ from llm.data.survey import has_changed
 from llm.data.tokenizer import Tokenizer
 from llm.distributed.process import say, warn
 from llm.interop import pretrained
+from llm.model.hf_config import FIELDS
 from llm.run_folder import checkpoint
 
 
@@ -43,17 +44,30 @@ def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, AnyShards] | Non
         if other.fingerprint != tokenizer.fingerprint:
             return None
     if recipe.model.from_:
-        # Of runs/NAME/best: the checkpoint that it was when this run began.
-        named, kept = atomic_io.expanded(recipe.model.from_), Path(recorded.model.from_ or "")
-        source = named.parent if named.name in ("best", "newest") else named
-        is_there = source == kept.parent.parent and kept.is_dir()
-        with naming("model.from"):
-            folder = kept if is_there else pretrained.folder_of(recipe.model.from_)
-        recipe = pretrained.shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
+        recipe = _as_it_began(recipe, recorded)
     if recipe.evaluate.also != recorded.evaluate.also or bool(recipe.evaluate.also) != bool(shards.also):
         shards.also = prepare_also(recipe, tokenizer, say) if recipe.evaluate.also else None
     recipe = prompts.with_prompts(recipe, tokenizer, shards)
     return with_steps(recipe, tokens_per_epoch(recipe, shards)), tokenizer, shards
+
+
+def _as_it_began(recipe: Recipe, recorded: Recipe) -> Recipe:
+    """The recipe with the folder and the sizes that model.from meant when the run began, though it may be gone by now.
+
+    Of runs/NAME/best, that is the checkpoint that it was then.
+    """
+    assert recipe.model.from_ is not None
+    named, kept = atomic_io.expanded(recipe.model.from_), Path(recorded.model.from_ or "")
+    source = named.parent if named.name in ("best", "newest") else named
+    if (step := checkpoint.step_of(named.name)) >= 0 and named.parent.name != "checkpoints":
+        source = checkpoint.folder_of(named.parent, step)
+    is_same = recorded.model.from_ is not None and source in (kept, kept.parent.parent)
+    if is_same and not kept.is_dir():
+        sizes = {name: getattr(recorded.model, name) for name in FIELDS}
+        return resolve(replace(recipe, model=replace(recipe.model, from_=recorded.model.from_, **sizes)))
+    with naming("model.from"):
+        folder = kept if is_same else pretrained.folder_of(recipe.model.from_)
+    return pretrained.shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
 
 
 def _named(recipe: Recipe) -> dict[str, tuple[tuple[str, ...], str]]:

@@ -54,7 +54,7 @@ class Checkpoints:
         self.parent: dict[str, Any] | None = None  # the checkpoint or folder that this run began from
         self.extra_files = tokenizer_files(context.tokenizer, chat=context.shards.is_chat)
         if context.parts.model is None:  # else no config.json of ours would tell the truth
-            family = hf_config.family_of(context.recipe)
+            family = hf_config.family_of(context.recipe, checkpoint.folders(context.folder))
             self.extra_files |= model_files(
                 context.recipe.model, context.tokenizer, family, chat=context.shards.is_chat
             )

@@ -21,6 +21,7 @@ from llm.model import cost, hf_config
 from llm.model.loss import compile_loss
 from llm.model.transformer import Transformer
 from llm.optim.optimizer import PREFIX_STEPS, Optimizer
+from llm.run_folder import checkpoint
 from llm.training import teachers
 from llm.training.context import RunContext, TrainState
 from llm.training.evaluation import Evaluator
@@ -208,9 +209,10 @@ class StepClock:
 def new_state(context: RunContext) -> TrainState:
     """Model, sharded as it is built, and optimizer at step 0."""
     recipe, sharding_, device = context.recipe, context.sharding, context.device
+    family = hf_config.family_of(recipe, checkpoint.folders(context.folder))
     with device:
         model = (context.parts.model or Transformer)(
-            recipe.model, context.tokenizer.vocab_size, recipe.seed, sharding_.shard_module, hf_config.family_of(recipe)
+            recipe.model, context.tokenizer.vocab_size, recipe.seed, sharding_.shard_module, family
         )
     if frozen := next((name for name, p in model.named_parameters() if not p.requires_grad), None):
         raise RecipeError(f"model=: {frozen} does not require a gradient: make it a buffer")
