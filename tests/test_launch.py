@@ -24,7 +24,7 @@ from llm.base import atomic_io
 from llm.base.errors import StoppedError
 from llm.config.reading import load
 from llm.interop.pretrained import ready
-from llm.run_folder import checkpoint
+from llm.run_folder import checkpoint, trace
 from llm.training import session
 from llm.training.micro_batch import MicroBatches
 from llm.training.trainer import Trainer
@@ -161,8 +161,11 @@ def test_another_text_is_named_before_what_follows_from_it(tmp_path: Path) -> No
     recipe = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **keys)
     assert run(train(recipe, stop_after=3), tmp_path).status == 75
     other = f"text.files={write_text(tmp_path / 'other.txt', documents=75)}"
-    said = "run tiny was trained with another text, and so with another tokenizer"
-    refused(run(train(recipe, other), tmp_path), 4, said)
+    said = "run tiny was trained with another text ("
+    ended = run(train(recipe, other), tmp_path)
+    refused(ended, 4, said)
+    way_on = ended.err.partition("start a new run from it with run=NAME ")[2].split()
+    assert run(train(recipe, other, "run=onward", *way_on), tmp_path).status == 0, way_on
     own = (tmp_path / "runs/tiny/tokenizer/tokenizer.model").rename(tmp_path / "own.model")
     refused(run(train(recipe, other, f"tokenizer.path={own}"), tmp_path), 4, "run tiny was trained with another text (")
 
@@ -189,7 +192,6 @@ def test_the_key_that_was_changed_is_named_before_what_follows_from_it(tmp_path:
         ("model.heads=4", "model.heads = 2, this recipe 4"),
         ("model.ffn_dim=64", "model.ffn_dim = 128, this recipe 64"),
         ("model.tied=false", "model.tied = True, this recipe False"),
-        ("train.optimizer=adamw", "train.optimizer = muon, this recipe adamw"),
     ],
 )
 def test_from_another_size_is_refused_by_its_name(trained: Path, change: str, said: str) -> None:
@@ -197,6 +199,49 @@ def test_from_another_size_is_refused_by_its_name(trained: Path, change: str, sa
     refused(ended, 4, f"from = tiny/step-000012 has {said}: use runs/tiny/recipe.yaml")
     refused(run(train(trained / "recipe.yaml", change), trained), 4, said.split(",")[0])
     assert "from=" not in run(train(trained / "recipe.yaml", change), trained).err  # which would be refused
+
+
+@pytest.mark.parametrize(
+    ("skip", "mend"),
+    [("[3-5]", "[]"), ("[12]", "[]"), ("[5-30]", "[]"), ("[2,14]", "[14-14]"), ("[13,99]", None)],
+)
+def test_from_leaves_out_no_batch_that_was_read(trained: Path, skip: str, mend: str | None) -> None:
+    def start(skip: str) -> Ended:
+        return run(train(trained / "recipe.yaml", "run=skips", "from=tiny/step-12", "train.steps=15", skip), trained)
+
+    ended = start(f"train.skip={skip}")
+    if mend is None:
+        refused(ended, 2, "train.skip = 99 lies beyond the run's 15 steps")
+    else:
+        refused(ended, 4, "from = tiny/step-000012 has train.skip = nothing, this recipe", f"'train.skip={mend}'")
+        assert start(f"train.skip={mend}").status == 0
+        shutil.rmtree(trained / "runs/skips")
+
+
+def test_from_keeps_what_its_parent_left_out(trained: Path) -> None:
+    def start(*changes: str) -> Ended:
+        return run(train(trained / "recipe.yaml", *changes), trained)
+
+    assert start("run=plain", "train.steps=16").status == 0
+    assert start("run=parent", "train.skip=[2-3,8]", "train.steps=9").status == 0
+    child = ("run=child", "from=parent/step-9", "train.steps=12")
+    refused(start(*child, "train.skip=[2-3,14]"), 4, "has train.skip = 2-3, 8,", "'train.skip=[2-3,8-8,14-14]'")
+    assert start(*child, "train.skip=[2-3,8-8,14-14]").status == 0
+    read = {name: [line["windows"] for line in trace.read(trained / "runs" / name)] for name in ("plain", "child")}
+    assert read["child"] == [read["plain"][batch - 1] for batch in (13, 15, 16)]
+
+
+def test_from_another_optimizer_or_another_beginning_is_refused_with_the_way_on(trained: Path) -> None:
+    def start(*changes: str) -> Ended:
+        return run(train(trained / "recipe.yaml", "run=other", "train.steps=15", *changes), trained)
+
+    ended = start("from=tiny/step-12", "train.optimizer=adamw")
+    refused(ended, 4, "train.optimizer = muon, this recipe adamw: say train.optimizer=muon, or", "model.from=runs/tiny")
+    assert start(ended.err.split()[-1], "train.optimizer=adamw").status == 0
+    shutil.rmtree(trained / "runs/other")
+    ended = start("from=tiny/step-12", "model.from=runs/tiny/best")
+    refused(ended, 4, "has model.from = nothing, this recipe runs/tiny/best: leave it out")
+    assert not (trained / "runs/other").exists()
 
 
 def test_step_12_and_step_000012_are_one_checkpoint(trained: Path) -> None:

@@ -160,7 +160,7 @@ def test_it_goes_on_from_a_base_run_and_measures_what_was_known(here: Path, tmp_
     ("change", "words"),
     [
         ("text.sources.base.weight=0.5", "text.sources.base.weight = 0.6, this recipe says 0.5"),
-        ("text.sources.talk.epochs=3", "text.sources.talk.epochs = None, this recipe says 3.0"),
+        ("text.sources.talk.epochs=3", "text.sources.talk.epochs = nothing, this recipe says 3.0"),
     ],
 )
 def test_a_run_is_not_resumed_with_another_mixture(here: Path, tmp_path: Path, change: str, words: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm.base import atomic_io
+from llm.config.reading import load
 from llm.data import sources
 from tests.forks import Ended, digest, run, run_group, script, train, write_recipe, write_text
 
@@ -137,6 +138,28 @@ def test_shards_that_are_not_whole_are_made_again_from_the_text(tmp_path: Path, 
     done = run(train(tmp_path / "recipe.yaml"), tmp_path)
     assert done.status == 0 and digest(tmp_path) == whole
     assert "holds no finished shards" in done.err and "the text is read instead" in done.err
+    assert "training a tokenizer" not in done.out, "its own is at hand"
+    assert load(tmp_path / "runs/tiny/recipe.yaml").tokenizer.path is None, "as the recipe says"
+
+
+def test_a_text_that_was_restored_is_encoded_by_the_run_s_own_tokenizer(tmp_path: Path, whole: str) -> None:
+    text = stopped(tmp_path) / "text.txt"
+    shutil.rmtree(tmp_path / "data")
+    as_it_was = text.read_bytes()
+    grown(text)
+    ended = run(train(tmp_path / "recipe.yaml"), tmp_path)
+    assert ended.status == 4 and "run tiny was trained with another text" in ended.err, ended.err
+    text.write_bytes(as_it_was)
+    resumed(tmp_path)
+    assert digest(tmp_path) == whole
+
+
+def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_anew(tmp_path: Path, whole: str) -> None:
+    stopped(tmp_path)
+    shutil.rmtree(tmp_path / "runs/tiny/checkpoints")
+    done = run(train(tmp_path / "recipe.yaml"), tmp_path)
+    assert done.status == 0 and digest(tmp_path) == whole
+    assert "run tiny has no checkpoint left of the 5 steps on record: it begins anew" in done.err
 
 
 def test_only_a_text_that_must_be_encoded_is_read(tmp_path: Path) -> None:

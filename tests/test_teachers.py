@@ -88,7 +88,7 @@ def test_its_teachers_are_told_and_kept(here: Path, tmp_path: Path) -> None:
     [
         ({"train.teachers": "[runs/nobody/best]"}, 2, "nobody"),
         ({"train.teachers": "[runs/tiny/best]", "tokenizer.vocabulary": 420}, 4, "another tokenizer"),
-        ({"train.teachers": "[runs/tiny/best]", "run": "tiny"}, 4, "train.teachers = []"),
+        ({"train.teachers": "[runs/tiny/best]", "run": "tiny"}, 4, "train.teachers = nothing"),
         ({"train.teachers": f"[{'x' * 300}]"}, 2, "is not there"),
         ({"train.teachers": "[runs/tiny/step-000003]"}, 2, "step-000003/config.json is not there"),
         ({"train.teachers": "[flipped]"}, 4, "step-000004/model.safetensors is damaged"),

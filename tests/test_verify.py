@@ -220,6 +220,12 @@ def test_verify_reads_a_run_again_and_names_what_is_damaged(
         verify.main(["tiny", "seed=2"])
     with pytest.raises(RecipeError, match=r"there is no run '' under runs/ here: there are tiny"):
         loaded_run.find("")
+    for number in range(11):
+        (tmp_path / f"runs/x{number}/checkpoints/step-000001").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"there are tiny, x0, .*, x7 and 2 more$"):
+        loaded_run.find("nobody")
+    with pytest.raises(RecipeError, match=r"'runs/tinny/best' under runs/ here: did you mean tiny\?"):
+        loaded_run.find("runs/tinny/best")
     with pytest.raises(RecipeError, match=r"--world = 3: 4 windows .* name a divisor of 2"):
         next(step_texts(Path("runs/tiny"), 1, 3))
     settings = {"micro_batch": 4, "world": 1}

@@ -25,7 +25,7 @@ def resolve(recipe: Recipe) -> Recipe:
     _check_values(recipe)
     model = _resolve_model(recipe.model)
     _check_sizes(recipe)
-    skipped(recipe)
+    skipped(recipe.train.skip)
     return replace(recipe, from_=checkpoint_name(recipe.from_), model=model, train=_resolve_length(recipe))
 
 
@@ -182,10 +182,10 @@ def cpu_micro_batch(windows: int, context: int) -> int:
     return max((n for n in divisors(windows) if n <= CPU_TOKENS // context), default=1)
 
 
-def skipped(recipe: Recipe) -> tuple[tuple[int, int], ...]:
-    """The ranges of train.skip as (first step, last step). RecipeError if one is malformed or overlaps another."""
+def skipped(skip: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """The ranges of a train.skip as (first step, last step). RecipeError if one is malformed or overlaps another."""
     ranges: list[tuple[int, int]] = []
-    for text in recipe.train.skip:
+    for text in skip:
         match = _RANGE.fullmatch(text)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if high < low or low < 1 or any(low <= other[1] and other[0] <= high for other in ranges):

@@ -227,6 +227,13 @@ def science(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in flat(recipe).items() if not _is_machine(name)}
 
 
+def said(value: Any) -> str:
+    """The value of a flat key as messages say it."""
+    if value is None or value == []:
+        return "nothing"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _is_machine(name: str) -> bool:
     source = re.fullmatch(SOURCE_KEY, name)
     return (f"text.{source[2]}" if source else name).startswith(MACHINE_HALF)

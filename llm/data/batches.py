@@ -55,10 +55,7 @@ class BatchLoader:
 
     def first(self, step: int) -> int:
         """Position of the first window that all ranks together read at `step`."""
-        for low, high in sorted(self.skipped):
-            if step + 1 >= low:
-                step += high - low + 1
-        return step * self.windows_per_step
+        return batch_at(step, self.skipped) * self.windows_per_step
 
     def read(self, steps: int) -> Iterator[tuple[int, int]]:
         """Ranges low .. high - 1 of the positions that the first `steps` updates read."""
@@ -83,6 +80,14 @@ class BatchLoader:
         for positions in self.positions(step):
             tokens, targets, segments = self.order.rows(self.side, positions)
             yield _batch(tokens, targets, segments, positions)
+
+
+def batch_at(step: int, skipped: tuple[tuple[int, int], ...]) -> int:
+    """The number, from 0, of the batch that is read after `step` updates: `skipped` ones (first, last) count from 1."""
+    for low, high in sorted(skipped):
+        if step + 1 >= low:
+            step += high - low + 1
+    return step
 
 
 def _batch(tokens: np.ndarray, targets: np.ndarray, segments: np.ndarray | None, windows: np.ndarray) -> Batch:

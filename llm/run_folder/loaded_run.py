@@ -22,7 +22,7 @@ from llm.model import hf_config
 from llm.model.transformer import Transformer
 from llm.run_folder import checkpoint, tensor_files
 from llm.run_folder.checkpoint import Checkpoint
-from llm.run_folder.record import TRAIN_ONE
+from llm.run_folder.record import TRAIN_ONE, no_such_run
 
 RUNS = Path("runs")
 RELATED = 0.05  # cosine of weights; measured: branches 0.46 after a quarter of the run, unrelated runs below 0.01
@@ -68,9 +68,7 @@ def find(name: str | None, runs: Path = RUNS) -> tuple[Path, str]:
             if not checkpoint.folders(folder):
                 raise RecipeError(f"{folder} has no checkpoint yet")
             return (folder if folder.name not in ("", "..") else folder.resolve()), which  # "." and ".." are no names
-    known = sorted(each.name for each in runs.glob("*") if checkpoint.folders(each))
-    others = f"there are {', '.join(known[:10])}" if known else "there is none yet"
-    raise RecipeError(f"there is no run {name!r} under {runs}/ here: {others}")
+    raise no_such_run(name, runs, [each.name for each in runs.glob("*") if checkpoint.folders(each)])
 
 
 def _written(run: Path) -> float:

@@ -4,6 +4,7 @@ The run may still be going, killed, of an earlier version or damaged: a field th
 out, and no more than the folder itself has to be there.
 """
 
+import difflib
 import math
 import os
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ TRAIN_ONE = "train one with `python launch/train.py recipes/quickstart.yaml`"
 ENDINGS = {0: "finished", 2: "refused", 3: "diverged", 4: "refused", 5: "disk failed", 6: "group failed", 75: "stopped",
            130: "interrupted"}  # fmt: skip
 TEXTS = ("prompt", "sample", "event", "device", "precision")
+LISTED = 10  # runs that an error names
 LEAST, MOST = 1e-30, 1e30  # numbers beyond these are none of a training
 
 
@@ -186,10 +188,16 @@ def find(name: str | None, runs: Path = Path("runs")) -> Path:
     for folder in (runs / name, Path(name)):
         if os.path.isdir(folder) and is_run(folder):  # noqa: PTH112  # pathlib raises where a name is too long
             return folder
-    known = sorted(each.name for each in runs.glob("*") if is_run(each))
-    raise RecipeError(
-        f"there is no run {name[:100]!r} under {runs}/ here: "
-        f"{'there are ' + ', '.join(known[:10]) if known else 'there is none yet'}"
+    raise no_such_run(name, runs, [each.name for each in runs.glob("*") if is_run(each)])
+
+
+def no_such_run(name: str, runs: Path, known: list[str]) -> RecipeError:
+    """The error for a run that is not among those `known` under `runs`."""
+    near = [found for part in Path(name).parts for found in difflib.get_close_matches(part, known, 1)]
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    mend = f"there are {', '.join(sorted(known)[:LISTED])}{more}" if known else "there is none yet"
+    return RecipeError(
+        f"there is no run {name[:100]!r} under {runs}/ here: {f'did you mean {near[0]}?' if near else mend}"
     )
 
 

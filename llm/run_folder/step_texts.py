@@ -39,7 +39,7 @@ def step_texts(folder: Path, step: int, world: int = 0, characters: int = 0) -> 
     order = order_of(recipe, shards)
     yield f"step {step} of {folder.name} reads:"
     for rank in range(world):
-        loader = BatchLoader(shards.train, order, windows, micro_batch, rank, world, skipped(recipe))
+        loader = BatchLoader(shards.train, order, windows, micro_batch, rank, world, skipped(recipe.train.skip))
         for number, positions in enumerate(loader.positions(step - 1)):
             starts = order.starts(positions).tolist()
             for position, start in zip(positions.tolist(), starts, strict=True):

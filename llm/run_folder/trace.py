@@ -15,7 +15,7 @@ from llm.base import atomic_io
 from llm.base.errors import RefusedError
 from llm.base.hashing import mix
 from llm.config.reading import load
-from llm.config.schema import flat
+from llm.config.schema import flat, said
 from llm.data.mixture import Order
 from llm.distributed.process import warn
 from llm.distributed.sharding import LocalShard, Sharding, gather
@@ -122,7 +122,7 @@ def compare_runs(a: Path, b: Path) -> list[str]:
     loaded = [load(folder / "recipe.yaml") for folder in (a, b)]
     recipes = [flat(recipe) for recipe in loaded]
     values = {name: [recipe.get(name) for recipe in recipes] for name in {**recipes[0], **recipes[1]}}
-    lines = [f"{name}: {ours} | {theirs}" for name, (ours, theirs) in values.items() if ours != theirs]
+    lines = [f"{name}: {said(ours)} | {said(theirs)}" for name, (ours, theirs) in values.items() if ours != theirs]
     traces = [{line["step"]: line for line in read(folder)} for folder in (a, b)]
     starts = [
         dict(zip(each, [recipe.from_step, *each], strict=False)) for each, recipe in zip(traces, loaded, strict=True)
@@ -133,7 +133,7 @@ def compare_runs(a: Path, b: Path) -> list[str]:
     for before, step in zip([None, *common], common, strict=False):
         alike = starts[0][step] == starts[1][step]  # else the two lines tell of the windows of other steps
         if difference := first_difference(traces[0][step], traces[1][step], windows=alike):
-            since = f"they agree up to step {before}" if before is not None else "they never agreed"
+            since = f"they agree up to step {before}" if before is not None else "no earlier step is in both records"
             return [*lines, f"{a.name} and {b.name} part at step {step}: {difference}; {since}"]
     steps = f"all {len(common)} common steps" if len(common) > 1 else "the one common step"
     last = f"{steps} of their records, up to step {common[-1]}"

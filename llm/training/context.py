@@ -84,7 +84,7 @@ class RunContext:
 
     def loader(self, micro_batch: int) -> BatchLoader:
         """This rank's training batches in micro-batches of this many windows."""
-        windows, skip = self.recipe.windows_per_step, skipped(self.recipe)
+        windows, skip = self.recipe.windows_per_step, skipped(self.recipe.train.skip)
         rank, world = process.rank(), process.world()
         return BatchLoader(self.shards.train, self.order, windows, micro_batch, rank, world, skip)
 

@@ -51,6 +51,21 @@ def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, AnyShards] | Non
     return with_steps(recipe, tokens_per_epoch(recipe, shards)), tokenizer, shards
 
 
+def tokenizer_path(recipe: Recipe, run: Path) -> str | None:
+    """The tokenizer for a text that is prepared anew: that of the run, if it has checkpoints and the recipe names none.
+
+    Training one again would not give the same if the text was changed, even where it has been restored since.
+    """
+    path, found = run / "tokenizer" / "tokenizer.model", checkpoint.folders(run)
+    if recipe.tokenizer.path or recipe.model.from_ or not found or not path.is_file():
+        return recipe.tokenizer.path
+    try:
+        is_own = Tokenizer.load(path).fingerprint == checkpoint.read_manifest(found[0])["tokenizer"]
+    except LLMError:  # damaged: the reader of the checkpoint reports it, and the tokenizer is trained again
+        return None
+    return str(path) if is_own else None
+
+
 def _as_it_began(recipe: Recipe, recorded: Recipe) -> Recipe:
     """The recipe with the folder and the sizes that model.from meant when the run began, though it may be gone by now.
 

@@ -21,7 +21,7 @@ from llm.interop import pretrained
 from llm.interop.hf_files import model_files, tokenizer_files
 from llm.model import hf_config
 from llm.model.transformer import Transformer
-from llm.run_folder import checkpoint, tensor_files
+from llm.run_folder import checkpoint, record, tensor_files
 from llm.run_folder.background import BackgroundWork
 from llm.run_folder.checkpoint import Checkpoint
 from llm.run_folder.model_card import FILE_NAME as CARD
@@ -31,7 +31,7 @@ from llm.training.context import RunContext, TrainState
 from llm.training.evaluation import Evaluator
 from llm.training.length import Length
 from llm.training.micro_batch import MicroBatches
-from llm.training.mismatch import refuse_difference, refuse_parts, refuse_shape
+from llm.training.mismatch import refuse_difference, refuse_parent, refuse_parts, refuse_skip_beyond
 from llm.training.state_copy import StateCopy
 
 
@@ -177,23 +177,22 @@ class Checkpoints:
             # From the main rank, as the disks of several machines may have kept others.
             results = {name: found.manifest.get(name) for name in self.evaluator.results()}
             self.evaluator.resume(self.context.coordinator.from_main("evaluated", results))
-        elif recipe.from_:
+        else:
+            refuse_skip_beyond(recipe)
+            if self.context.coordinator.writes and (done := record.read(self.context.folder).step):
+                process.warn(f"run {recipe.run} has no checkpoint left of the {done:,} steps on record: it begins anew")
+        if found is None and recipe.from_:
             self._begin_from(recipe.from_)
-        elif recipe.model.from_:
+        elif found is None and recipe.model.from_:
             folder = atomic_io.expanded(recipe.model.from_)
             self.parent = {"model": folder.name, "digest": pretrained.load(folder, self.state.weights())}
         self.length.refuse_gap(self.state.step, resumed=found is not None)
 
     def _begin_from(self, name: str) -> None:
         """Load the checkpoint RUN/step-N of another run, which becomes this run's parent."""
-        run = name.partition("/")[0]
         folder = named_by_from(self.context.recipe, self.context.folder.parent)
         source = checkpoint.open_checkpoint(folder)
-        if source.manifest["tokenizer"] != self.context.tokenizer.fingerprint:
-            mend = f"keep its own by tokenizer.path={self.context.folder.parent / run / 'tokenizer/tokenizer.model'}"
-            raise RefusedError(f"from = {name} has another tokenizer than this recipe's text gives: {mend}")
-        refuse_parts(source, self.context.parts)
-        refuse_shape(source, self.context.recipe)
+        refuse_parent(source, self.context.recipe, self.context.parts, self.context.tokenizer)
         self._load(source)
         self._tell_growth(name, folder.parent.parent)
         kept = {"digest": source.digest, "science": source.manifest["science"], "data": source.manifest["data"]}

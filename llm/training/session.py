@@ -34,10 +34,12 @@ from llm.distributed.team import meet
 from llm.interop.pretrained import ready
 from llm.model import cost
 from llm.run_folder import checkpoint
+from llm.run_folder.checkpoint import Checkpoint
 from llm.run_folder.record import METRICS
 from llm.training import compiling, own_data, teachers
 from llm.training.context import Parts, RunContext
 from llm.training.memory import clear_tracebacks, is_out_of_memory
+from llm.training.mismatch import refuse_parent, refuse_skip_beyond
 from llm.training.resume import named_by_from
 from llm.training.trainer import Trainer
 
@@ -104,12 +106,16 @@ def _train(recipe: Recipe, prepare: Prepare, until: int, run: Path, parts: Parts
 
 
 def _check_names(recipe: Recipe, run: Path, parts: Parts) -> None:
-    """RecipeError or TextError where a new run names what is not there: now, not once its text is prepared."""
+    """A new run refused for a name that leads nowhere, or that does not fit: now, not once its text is prepared."""
     if process.rank() == 0 and not checkpoint.folders(run):
         refuse_missing(pipeline.also(recipe))
+        given = recipe.tokenizer.path
+        tokenizer = Tokenizer.load(atomic_io.expanded(given)) if given else None
         if recipe.from_:
-            named_by_from(recipe, run.parent)
-        teachers.find(recipe, parts)
+            folder = named_by_from(recipe, run.parent)
+            refuse_parent(Checkpoint(folder, checkpoint.read_manifest(folder)), recipe, parts, tokenizer)
+        refuse_skip_beyond(recipe)
+        teachers.find(recipe, parts, tokenizer)
 
 
 def _data(
@@ -121,8 +127,11 @@ def _data(
         team = meet(coordinator, atomic_io.expanded(recipe.text.cache or "data"))
 
         def act() -> tuple[Recipe, Tokenizer, AnyShards]:
+            own = replace(recipe.tokenizer, path=own_data.tokenizer_path(recipe, run))
+            ours = replace(recipe, tokenizer=own)
             with team or nullcontext():
-                return prepare(recipe, team=team) if team else prepare(recipe)
+                complete, tokenizer, shards = prepare(ours, team=team) if team else prepare(ours)
+            return replace(complete, tokenizer=recipe.tokenizer), tokenizer, shards
 
         prepared: tuple[Recipe, Tokenizer, AnyShards] = coordinator.first(act)
         return prepared

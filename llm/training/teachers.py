@@ -10,6 +10,7 @@ from typing import Any
 
 from llm.base.errors import GroupError, RecipeError, RefusedError, naming
 from llm.config.schema import Model, Recipe, Train
+from llm.data.tokenizer import Tokenizer
 from llm.distributed.sharding import local_shard
 from llm.interop import pretrained
 from llm.model.hf_config import FIELDS, read_config, read_family
@@ -29,7 +30,9 @@ def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
     RecipeError or RefusedError where one cannot be read, or has other pieces than this run.
     """
     models, digests = [], []
-    for name, (folder, config) in zip(context.recipe.train.teachers, find(context.recipe, context.parts), strict=True):
+    recipe = context.recipe
+    named = find(recipe, context.parts, context.tokenizer)
+    for name, (folder, config) in zip(recipe.train.teachers, named, strict=True):
         with naming("train.teachers"):
             found = within_memory(partial(_load, name, folder, config, context))
         if found is None:
@@ -39,18 +42,23 @@ def load(context: RunContext) -> tuple[list[Transformer], list[str]]:
     return models, digests
 
 
-def find(recipe: Recipe, parts: Parts) -> list[tuple[Path, dict[str, Any]]]:
-    """The folders that train.teachers names, each with its config.json. RecipeError where one is not there."""
+def find(recipe: Recipe, parts: Parts, tokenizer: Tokenizer | None) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders that train.teachers names, each with its config.json.
+
+    RecipeError where one is not there, RefusedError where one has other pieces than `tokenizer`, if that is known.
+    """
     if recipe.train.teachers and parts.model is not None:
         raise RecipeError("train.teachers is for the model of this project: leave it out beside model=")
     with naming("train.teachers"):
-        return [(folder, read_config(folder)) for folder in map(pretrained.folder_of, recipe.train.teachers)]
+        found = [(folder, read_config(folder)) for folder in map(pretrained.folder_of, recipe.train.teachers)]
+        for name, (folder, config) in zip(recipe.train.teachers, found, strict=True):
+            if tokenizer is not None and not tokenizer.has_pieces_of(pretrained.tokenizer_of(folder, config)):
+                mend = "say model.from or tokenizer.path so that both have the same, or train it again on this text"
+                raise RefusedError(f"{name} has another tokenizer than this run: {mend}")
+    return found
 
 
 def _load(name: str, folder: Path, config: dict[str, Any], context: RunContext) -> tuple[Transformer, str]:
-    if not context.tokenizer.has_pieces_of(pretrained.tokenizer_of(folder, config)):
-        mend = "say model.from or tokenizer.path so that both have the same, or train it again on this text"
-        raise RefusedError(f"{name} has another tokenizer than this run: {mend}")
     sizes = {key: config[field] for key, field in FIELDS.items()}
     shape = Model(context=context.recipe.model.context, **sizes)
     pretrained.refuse_unfit(shape, folder, config)
