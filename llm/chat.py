@@ -48,20 +48,20 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from llm.inference.chat import Conversation
-    from llm.inference.fast_decode import prepare
+    from llm.inference.fast_decode import prepare_weights
     from llm.run_folder.loaded_run import open_run
 
     as_text = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig", "newline": None}
     sys.stdin.reconfigure(errors="replace", **as_text)  # type: ignore[union-attr]
     conversation = Conversation(open_run(given.run))
-    prepare(conversation.run.model, int8=given.int8)
+    prepare_weights(conversation.run.model, int8=given.int8)
     # Arguments in another encoding than the locale's arrive as surrogates.
     conversation.instruct((given.system or "").encode(errors="surrogateescape").decode(errors="replace"))
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)
     tell(f"{conversation.run.name}, seed {seed}")
     ask: Callable[[], str | None] = line_of_stdin
     if sys.stdin.isatty():
-        terminal.prepare()
+        terminal.set_up()
         tell("Type a message; /help lists commands; Ctrl-C ends an answer, Ctrl-D leaves.")
         ask = partial(terminal.ask, stay=True)
     said_dropped = False

@@ -41,12 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
     if given.mean and given.tasks:
         raise RecipeError("--tasks reads the folder of one run: leave out --mean")
     from llm.inference import scoring
-    from llm.inference.fast_decode import prepare
+    from llm.inference.fast_decode import prepare_weights
     from llm.run_folder.loaded_run import open_mean
 
     opened = open_mean(given.run, given.mean)
     if given.int8:
-        prepare(opened.model, int8=True)
+        prepare_weights(opened.model, int8=True)
     print(f"run                   {opened.name}{', in int8' if given.int8 else ''}")
     if given.pairs:
         right, count = scoring.count_preferred(opened, scoring.read_pairs(given.pairs), given.rows)

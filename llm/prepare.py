@@ -55,6 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     say("--language", choices=LANGUAGES, default="en", help="language of --wiki (en)")
     say("--force", action="store_true", help="let --wiki replace FILE")
     options = parser.parse_args(arguments)
+    if (options.list or options.wiki) and (options.verify or options.new_tokenizer):
+        parser.error("--list and --wiki prepare no text: leave out --verify and --new-tokenizer")
+    if options.wiki and (options.recipe or options.list):
+        parser.error("--wiki writes a text and reads none: leave out the recipe and --list")
+    if not options.wiki and (options.force or options.language != parser.get_default("language")):
+        parser.error("--force and --language are for --wiki FILE")
     if options.wiki:
         write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
     elif options.recipe and options.list:

@@ -40,12 +40,12 @@ def _row(folder: Path) -> tuple[float, tuple[str, ...]]:
         if not record.is_run(folder):
             return folder.stat().st_mtime, (name, "not a run", *[""] * 5)
         found = record.read(folder)
-        best, numbers, steps = found.best, found.parameters, found.planned_steps
+        best, parameters, steps = found.best, found.parameters, found.planned_steps
         cells = (
             name,
             "damaged" if found.faults else found.state,
             f"{found.step:,}" + (f"/{steps:,}" if steps else ""),
-            f"{numbers / 1e6:.2f} M" if numbers else "",
+            f"{parameters / 1e6:.2f} M" if parameters else "",
             found.text,
             f"{best['bits_per_byte']:.4f}" if best else "",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(found.changed)),

@@ -42,12 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     sampling = sampling_of(given)
     import torch
 
-    from llm.inference.fast_decode import prepare
+    from llm.inference.fast_decode import prepare_weights
     from llm.run_folder.loaded_run import open_run
 
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     opened = open_run(given.run)
-    prepare(opened.model, int8=given.int8)
+    prepare_weights(opened.model, int8=given.int8)
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)
     print(f"{opened.name}, seed {seed}", file=sys.stderr)
     is_dialogue = given.prompt is None and sys.stdin.isatty()
@@ -115,7 +115,7 @@ def prompts_of(given: argparse.Namespace) -> Iterable[list[str]]:
         # Arguments in another encoding than the locale's arrive as surrogates.
         yield [prompt.encode(errors="surrogateescape").decode(errors="replace") for prompt in given.prompt]
     elif sys.stdin.isatty():
-        terminal.prepare()
+        terminal.set_up()
         print("Type or paste a text to continue; Ctrl-C ends an answer, Ctrl-D leaves.", file=sys.stderr)
         while (prompt := terminal.ask()) is not None:
             if prompt:

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     optional("starlette", mend)
     optional("uvicorn", mend)
     with closing(listening(given.host, given.port)) as listener:
-        from llm.inference.fast_decode import prepare
+        from llm.inference.fast_decode import prepare_weights
         from llm.run_folder.loaded_run import find, open_run
         from llm.serving.answering import Limits
         from llm.serving.api import Server, application
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         folder, which = find(given.run)
         opened = open_run(str(folder.absolute() / ("newest" if given.follow else which)))
-        prepare(opened.model, int8=given.int8)
+        prepare_weights(opened.model, int8=given.int8)
         limits = Limits(given.body, tokens=given.tokens, seconds=given.seconds)
         server = Server(Engine(opened, given.queue, int8=given.int8), limits, key, given.cors)
         app = application(server, (lambda: follow(server)) if given.follow else None)

@@ -16,7 +16,7 @@ import pytest
 from llm.base import atomic_io
 from llm.base.errors import LLMError, RecipeError, RefusedError
 from llm.config.reading import load, with_checksum
-from llm.data.pipeline import prepare
+from llm.data.pipeline import prepare_text
 from llm.data.tokenizer import Tokenizer
 from llm.model import hf_config
 from llm.run_folder import checkpoint, loaded_run, record, tensor_files, trace
@@ -65,7 +65,7 @@ def places(folder: Path) -> dict[str, tuple[list[Path], Callable[[Path], None]]]
         loaded_run.open_run("tiny")
 
     def prepared(path: Path) -> None:
-        prepare(text, lambda line: None)
+        prepare_text(text, lambda line: None)
 
     return {
         "weights": ([newest / checkpoint.WEIGHTS], opened),

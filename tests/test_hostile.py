@@ -19,7 +19,7 @@ from llm.base.errors import LLMError
 from llm.config.reading import load
 from llm.config.schema import Recipe
 from llm.data.documents import Corpus
-from llm.data.pipeline import Prepared, prepare
+from llm.data.pipeline import Prepared, prepare_text
 from llm.data.shards import Split
 from llm.data.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def mended(path: Path) -> tuple[Recipe, Prepared | None]:
     for _ in range(8):
         recipe = load(path, overrides)
         try:
-            return recipe, prepare(recipe, lambda line: None)
+            return recipe, prepare_text(recipe, lambda line: None)
         except LLMError as error:
             said = str(error)
             assert error.status == 2 and "\n" not in said and len(said) < 600, repr(error)
@@ -101,7 +101,7 @@ def one_text(data: bytes, name: str, rule: str) -> None:
             recipe, prepared = mended(folder / "recipe.yaml")
             if prepared is None:
                 return event("refused")
-            again = prepare(recipe, lambda line: None, verify=True)
+            again = prepare_text(recipe, lambda line: None, verify=True)
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)

@@ -18,7 +18,7 @@ import pytest
 import llm.training.session
 from llm.base import atomic_io, errors
 from llm.config.reading import load
-from llm.data.pipeline import prepare
+from llm.data.pipeline import prepare_text
 from llm.run_folder import checkpoint
 from llm.run_folder.background import BackgroundWork
 from llm.training.resume import Checkpoints
@@ -367,7 +367,7 @@ def test_retention_counts_no_damaged_checkpoint(tmp_path: Path, text: Path, whol
 
 def prepares(folder: Path, text: Path) -> Callable[[], None]:
     recipe = load(write_recipe(folder, text, **{"text.cache": folder / "cache"}))
-    return lambda: errors.run(lambda: prepare(recipe, print) and None)
+    return lambda: errors.run(lambda: prepare_text(recipe, print) and None)
 
 
 def cache_files(folder: Path) -> dict[str, str]:

@@ -43,9 +43,9 @@ def prepare(
     anew: bool = False,
     team: Team | None = None,
 ) -> Prepared:
-    """As pipeline.prepare, of a text or of several sources."""
+    """As pipeline.prepare_text, of a text or of several sources."""
     if not recipe.text.sources:
-        text = pipeline.prepare(recipe, say, verify, tokenizer, own, anew, team)
+        text = pipeline.prepare_text(recipe, say, verify, tokenizer, own, anew, team)
         return Prepared(text.tokenizer, text.shards)
     for name, named in texts(recipe).items():  # before any of them is read
         with _naming(name):
@@ -60,7 +60,7 @@ def prepare(
 
         one = recipe_of_source(recipe, source)
         with _naming(source.name):
-            prepared = pipeline.prepare(one, say_of, verify, tokenizer, anew=anew, team=team)
+            prepared = pipeline.prepare_text(one, say_of, verify, tokenizer, anew=anew, team=team)
         tokenizer, found[source.name] = prepared.tokenizer, prepared.shards
     assert tokenizer is not None, "a recipe has a source"
     _tell_leaks(found, say)

@@ -61,7 +61,7 @@ def given_tokenizer(recipe: Recipe) -> Tokenizer:
     return tokenizer
 
 
-def prepare(
+def prepare_text(
     recipe: Recipe,
     say: Say = print,
     verify: bool = False,
@@ -149,7 +149,7 @@ def prepare_also(
 ) -> Shards:
     """The texts of evaluate.also in the tokens of the run."""
     other = replace(recipe, text=also(recipe), evaluate=Evaluate(), train=replace(recipe.train, on="auto"))
-    return prepare(other, say, verify, tokenizer, team=team).shards
+    return prepare_text(other, say, verify, tokenizer, team=team).shards
 
 
 def also(recipe: Recipe) -> Text:

@@ -63,7 +63,7 @@ def is_known(model: nn.Module) -> bool:
     return all(type(module) in KNOWN for module in model.modules()) and not hasattr(model, "unshard")
 
 
-def prepare(model: Transformer, *, int8: bool = False) -> None:
+def prepare_weights(model: Transformer, *, int8: bool = False) -> None:
     """Lay out, once and for all, the weights of a model that will not change; `int8`: round them to 8 bits.
 
     Does nothing without `int8` where FastDecoder has no part. RecipeError where int8 is not to be had.

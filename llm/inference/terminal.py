@@ -8,7 +8,7 @@ from contextlib import suppress
 PASTE_SECONDS = 0.05  # input that reaches a terminal sooner than this after the last line belongs to the same text
 
 
-def prepare() -> None:
+def set_up() -> None:
     """Give input() arrow keys, a history and marked pastes."""
     with suppress(ImportError):  # Windows has no readline
         import readline

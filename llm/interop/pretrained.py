@@ -87,8 +87,8 @@ def refuse_unfit(shape: Model, folder: Path, config: dict[str, Any]) -> None:
     if shape.context > most and not ours:
         raise RecipeError(f"model.context = {shape.context} is more than the {most} tokens of {folder}")
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if (numbers := parameters(shape, config["vocab_size"])) > there:
-        raise RefusedError(f"{folder} lacks weights: {there:,} bytes of safetensors only for {numbers:,} numbers")
+    if (needed := parameters(shape, config["vocab_size"])) > there:
+        raise RefusedError(f"{folder} lacks weights: {there:,} bytes of safetensors only for {needed:,} parameters")
 
 
 def prepare_for(

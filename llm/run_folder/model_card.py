@@ -48,11 +48,11 @@ def model_card(
     shards: AnyShards,
     step: int,
     curve: Curve,
-    numbers: int,
+    parameters: int,
     parts: dict[str, str],
     epochs: float | None = None,
 ) -> bytes:
-    """README.md of the checkpoint after `step`; `numbers` counts the model's parameters, `recipe` has its length.
+    """README.md of the checkpoint after `step`; `parameters` is their number, `recipe` has its length.
 
     `parts` names those that were a caller's own; `epochs` are given where they are not counted in tokens of the text.
     """
@@ -84,7 +84,7 @@ A language model that {does}, trained{began} on the text below{only}.
 | training side | {_side(shards.train)} |
 | held out | {_side(shards.validation)} |
 | tokenizer | {tokenizer.vocab_size:,} pieces, fingerprint `{tokenizer.fingerprint[:12]}` |
-| parameters | {numbers:,} |
+| parameters | {parameters:,} |
 | architecture | {family}: {shape.layers} layers of {shape.dim}, {shape.heads} heads of {shape.head_dim} over \
 {shape.kv_heads} of keys and values, MLP {shape.ffn_dim}, {"tied" if shape.tied else "untied"} embeddings |
 | context | {shape.context:,} tokens |

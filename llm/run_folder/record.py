@@ -193,7 +193,7 @@ def find(name: str | None, runs: Path = Path("runs")) -> Path:
 
 def no_such_run(name: str, runs: Path, known: list[str]) -> RecipeError:
     """The error for a run that is not among those `known` under `runs`."""
-    near = [found for part in Path(name).parts for found in difflib.get_close_matches(part, known, 1)]
+    near = [found for part in Path(name).parts for found in difflib.get_close_matches(part, known, 1, 0.75)]
     more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
     mend = f"there are {', '.join(sorted(known)[:LISTED])}{more}" if known else "there is none yet"
     return RecipeError(

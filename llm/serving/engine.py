@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from llm.base.errors import LLMError, reason
-from llm.inference.fast_decode import SLOTS, prepare
+from llm.inference.fast_decode import SLOTS, prepare_weights
 from llm.inference.generation import choose, generator_of
 from llm.inference.sampling import Sampling
 from llm.inference.slots import Slots
@@ -55,7 +55,7 @@ class Checkpoint:
     def slots(self) -> Slots:
         if self._slots is None:
             if self.int8:
-                prepare(self.run.model, int8=True)
+                prepare_weights(self.run.model, int8=True)
             self._slots = Slots(self.run.model, SLOTS)
         return self._slots
 

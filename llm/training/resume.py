@@ -123,10 +123,9 @@ class Checkpoints:
 
     def _card(self) -> bytes:
         context, curve = self.context, self.evaluator.curve
-        numbers = self.state.parameters
         shards, step, parts = context.shards, self.state.step, context.parts.names()
         epochs = context.epochs_seen(step) if shards.is_chat or context.recipe.text.sources else None
-        return model_card(context.recipe, context.tokenizer, shards, step, curve, numbers, parts, epochs)
+        return model_card(context.recipe, context.tokenizer, shards, step, curve, self.state.parameters, parts, epochs)
 
     def _manifest(self) -> dict[str, Any]:
         context, state = self.context, self.state

@@ -263,10 +263,10 @@ def _announcement(trainer: Trainer, step_seconds: float) -> str:
     """Lines on the run that is about to start or to go on: sizes, length, time and memory."""
     context, recipe, step, steps = trainer.context, trainer.recipe, trainer.state.step, trainer.steps
     settings, per_step = context.settings, recipe.train.tokens_per_step
-    numbers, (memory, traffic) = trainer.state.parameters, trainer.costs()
+    parameters, (memory, traffic) = trainer.state.parameters, trainer.costs()
     start = f" from step {step:,}" if step else ""
     lines = [
-        f"{'resuming' if start else 'training'} {recipe.run}{start}: {numbers / 1e6:.2f} M parameters, "
+        f"{'resuming' if start else 'training'} {recipe.run}{start}: {parameters / 1e6:.2f} M parameters, "
         f"{context.device.type}, {settings.precision}, {process.world()} x {settings.threads} threads",
         f"{steps:,} steps of {per_step:,} tokens = {steps * per_step / 1e6:.2f} M tokens, "
         f"{context.epochs_seen(steps):.2f} epochs; about {readable((steps - step) * step_seconds)}"
@@ -278,8 +278,8 @@ def _announcement(trainer: Trainer, step_seconds: float) -> str:
         f"{f', {cost.size(traffic.total)} of traffic a step from each process' if traffic.total else ''}",
     ]
     if taught_by := trainer.checkpoints.taught_by:
-        numbers = sum(weight.numel() for teacher in taught_by for weight in teacher.parameters())
-        lines.append(f"teachers: {', '.join(recipe.train.teachers)}, {cost.size(4 * numbers)} more in each process")
+        theirs = sum(weight.numel() for teacher in taught_by for weight in teacher.parameters())
+        lines.append(f"teachers: {', '.join(recipe.train.teachers)}, {cost.size(4 * theirs)} more in each process")
     if not context.tokenizer.is_portable:
         lines.append(
             "the vocabulary is not byte-fallback BPE: checkpoints go without tokenizer.json, transformers opens "

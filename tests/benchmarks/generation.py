@@ -26,7 +26,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llm.config.reading import load
-from llm.inference.fast_decode import FastDecoder, prepare
+from llm.inference.fast_decode import FastDecoder, prepare_weights
 from llm.inference.generation import Sampling, generate
 from llm.inference.scoring import validation_text
 from llm.model.transformer import Transformer
@@ -58,7 +58,7 @@ def compare(recipe: str, rows: int, device: str, dtype: torch.dtype, rounds: int
     with tempfile.TemporaryDirectory() as folder:
         theirs = theirs_of(saved(Path(folder) / "step-000001", ours, like)).to(device, dtype)
     ours, prompts = ours.to(device, dtype), prompts.to(device)
-    prepare(ours, int8=int8)
+    prepare_weights(ours, int8=int8)
     mask = torch.ones_like(prompts)
 
     @torch.inference_mode()

@@ -103,12 +103,12 @@ def train(
     from llm.base.constants import IGNORED
     from llm.config.reading import load
     from llm.data.batches import BatchLoader, eval_batches
-    from llm.data.pipeline import prepare
+    from llm.data.pipeline import prepare_text
     from llm.data.shuffle import WindowShuffle
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe = load(Path(recipe_path), overrides)
-    prepared = prepare(recipe, lambda line: print(line, file=sys.stderr))
+    prepared = prepare_text(recipe, lambda line: print(line, file=sys.stderr))
     side, held_out, context = prepared.shards.train, prepared.shards.validation, recipe.model.context
     steps = recipe.train.steps or recipe.train.tokens // recipe.train.tokens_per_step
     recipe = replace(recipe, train=replace(recipe.train, steps=steps))

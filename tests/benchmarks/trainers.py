@@ -83,7 +83,7 @@ def theirs(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from llm.config.reading import load
-    from llm.data.pipeline import prepare
+    from llm.data.pipeline import prepare_text
     from llm.data.shuffle import WindowShuffle
     from llm.interop.hf_files import model_files
     from llm.model.transformer import Family
@@ -92,7 +92,7 @@ def theirs(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
     if gigabytes:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 2**30 / torch.cuda.mem_get_info()[1]))
     recipe = load(Path(recipe_path), overrides)
-    prepared = prepare(recipe, lambda line: None)
+    prepared = prepare_text(recipe, lambda line: None)
     side, context = prepared.shards.train, recipe.model.context
     order = WindowShuffle(recipe.seed, side.tokens, context)
 

@@ -22,7 +22,7 @@ from llm.data.conversations import Message, checked, from_turns
 from llm.data.documents import Corpus
 from llm.data.hf_tokenizer import HFTokenizer
 from llm.data.packing import PackedShuffle, WindowTable, _cut
-from llm.data.pipeline import Prepared, prepare
+from llm.data.pipeline import Prepared, prepare_text
 from llm.data.tokenizer import CONTROLS, Tokenizer
 from llm.interop.hf_files import tokenizer_files
 from llm.interop.parity import tough_texts
@@ -286,7 +286,7 @@ def said(folder: Path, seed: int = 1) -> Path:
 
 def prepared(folder: Path, tokenizer: Tokenizer | None = None, **changes: object) -> Prepared:
     recipe = load(write_recipe(folder, said(folder), **{"text.validation": 0.3, **changes}))
-    return prepare(recipe, lambda line: None, tokenizer=tokenizer)
+    return prepare_text(recipe, lambda line: None, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["own", "foreign"])
@@ -395,4 +395,4 @@ def test_a_text_has_no_answers_to_learn(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n\n".join(SENTENCES * 30))
     recipe = load(write_recipe(tmp_path, tmp_path / "a.txt", **{"train.on": "assistant"}))
     with pytest.raises(LLMError, match=r"train.on = assistant, but .* holds no conversations"):
-        prepare(recipe, lambda line: None)
+        prepare_text(recipe, lambda line: None)

@@ -10,7 +10,7 @@ import pytest
 
 from llm.config.reading import load
 from llm.data import growth, shard_writer, survey
-from llm.data.pipeline import Prepared, prepare
+from llm.data.pipeline import Prepared, prepare_text
 from llm.data.shards import SIDES, Shards
 from llm.data.tokenizer import Tokenizer
 from llm.prepare import main
@@ -48,7 +48,7 @@ def ready(folder: Path, text: Path | str, anew: bool = False, **changes: object)
     lines: list[str] = []
     (folder / "recipe.yaml").write_text("text: {files: [text.txt]}\ntrain: {steps: 1}\n", encoding="utf-8")
     recipe = load(folder / "recipe.yaml", settings(folder, text, changes))
-    return prepare(recipe, lines.append, anew=anew), "\n".join(lines)
+    return prepare_text(recipe, lines.append, anew=anew), "\n".join(lines)
 
 
 def documents(prepared: Prepared) -> list[list[bytes]]:

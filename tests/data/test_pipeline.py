@@ -21,7 +21,7 @@ from llm.config.reading import load
 from llm.config.schema import Recipe
 from llm.data import pipeline, survey, text_files
 from llm.data.documents import Corpus
-from llm.data.pipeline import Prepared, prepare
+from llm.data.pipeline import Prepared, prepare_text
 from llm.data.progress import Show
 from llm.data.survey import MEASURABLE
 from llm.data.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def told(
     folder: Path, text: Path | str = "text.txt", *, verify: bool = False, **changes: object
 ) -> tuple[Prepared, str]:
     lines: list[str] = []
-    prepared = prepare(recipe(folder, text, **changes), lines.append, verify=verify)
+    prepared = prepare_text(recipe(folder, text, **changes), lines.append, verify=verify)
     return prepared, "\n".join(lines)
 
 
@@ -91,7 +91,7 @@ def test_the_first_start_prepares_and_says_what_it_did(tmp_path: Path) -> None:
 
 def test_the_tokenizer_sees_nothing_of_the_validation_side(tmp_path: Path) -> None:
     text_file(tmp_path)
-    one = prepare(recipe(tmp_path))
+    one = prepare_text(recipe(tmp_path))
     sides = one.shards.train, one.shards.validation
     text = one.tokenizer.decode(sides[0].read(0, sides[0].tokens).tolist()).encode()
     assert Tokenizer.train([text], vocab_size=320).fingerprint == one.tokenizer.fingerprint
@@ -388,7 +388,7 @@ def test_a_killed_preparation_goes_on_and_shards_do_not_depend_on_the_locale(tmp
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ended = subprocess.run(command(tmp_path, text), env=plain, capture_output=True)
     assert ended.returncode == 0, ended.stderr
-    here = prepare(recipe(tmp_path, text, text__cache=tmp_path / "other")).shards.folder
+    here = prepare_text(recipe(tmp_path, text, text__cache=tmp_path / "other")).shards.folder
     assert digests(here) == digests(tmp_path / "data" / "shards" / here.name)
 
 
@@ -428,7 +428,7 @@ def test_help_needs_neither_torch_nor_datasets_and_half_a_second_at_most(verb: s
 @pytest.mark.slow
 def test_a_prepared_text_is_opened_and_trained_on_without_what_it_does_not_need(tmp_path: Path) -> None:
     text_file(tmp_path)
-    prepare(recipe(tmp_path))
+    prepare_text(recipe(tmp_path))
     code = """if True:
         import sys
         from pathlib import Path
@@ -462,10 +462,17 @@ def test_the_written_wikipedia_text_is_the_packaged_one(tmp_path: Path, capsys: 
     with pytest.raises(RecipeError, match="--force"):
         main(["--wiki", str(path)])
     main(["--wiki", str(path), "--force"])
+    for given, said in (
+        (["--wiki", str(path), "--list"], "leave out the recipe and --list"),
+        (["recipe.yaml", "--list", "--new-tokenizer"], "prepare no text"),
+        (["recipe.yaml", "--force"], "are for --wiki"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            main(given)
     small = {"text__cache": tmp_path / "data", "tokenizer__vocabulary": 1000}
     lines: list[str] = []
-    written = prepare(recipe(tmp_path, path, **small), lines.append)
-    packaged = prepare(recipe(tmp_path, **small, text__files="[wiki-leads]"), lines.append)
+    written = prepare_text(recipe(tmp_path, path, **small), lines.append)
+    packaged = prepare_text(recipe(tmp_path, **small, text__files="[wiki-leads]"), lines.append)
     assert written.shards.folder == packaged.shards.folder and written.shards.train.documents > 8000
 
 
@@ -484,11 +491,11 @@ def test_a_missing_extra_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 LONG_LINE = """if True:
     import resource, sys
     from pathlib import Path
-    from llm.data.pipeline import prepare
+    from llm.data.pipeline import prepare_text
     from llm.config.reading import load
     peaks = []
     for name in ("text.txt", "line.txt"):
-        prepare(load(Path(sys.argv[1]), [*sys.argv[3:], f"text.files=[{sys.argv[2]}/{name}]"]))
+        prepare_text(load(Path(sys.argv[1]), [*sys.argv[3:], f"text.files=[{sys.argv[2]}/{name}]"]))
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     print(peaks[1] - peaks[0])
 """

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.base.errors import RecipeError
-from llm.inference.fast_decode import PREPARED, FastDecoder, prepare
+from llm.inference.fast_decode import PREPARED, FastDecoder, prepare_weights
 from llm.inference.generation import generate
 from llm.inference.lookup import MOST, PATIENCE, Lookup
 from llm.inference.products import Int8Product, Product, input_bits
@@ -56,7 +56,7 @@ def said(model: Transformer, prompt: list[int], sampling: Sampling, tokens: int 
 def test_guesses_change_no_token(sampling: Sampling, int8: bool, wrong: set[int], length: int, seed: int) -> None:
     """Right ones, wrong ones, and over the end of the context."""
     model = tiny.transformer(seed, vocabulary=64, context=CONTEXT).eval()
-    prepare(model, int8=int8)
+    prepare_weights(model, int8=int8)
     prompt = tiny.ids(length, seed=seed, vocabulary=64).tolist()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lookup, "guess", lambda _: [])
@@ -72,7 +72,7 @@ def test_guesses_change_no_token(sampling: Sampling, int8: bool, wrong: set[int]
 def test_int8_reads_a_text_alike_in_any_row_beside_any_other(length: int) -> None:
     """Short ones by its own weights, long ones by the model's."""
     model = tiny.transformer(vocabulary=64, context=CONTEXT).eval()
-    prepare(model, int8=True)
+    prepare_weights(model, int8=True)
     texts = [tiny.ids(size, seed=size, vocabulary=64).tolist() for size in (length, 20, 50)]
     alone = [token for (token,) in generate(model, texts[:1], 20, SAMPLED, 3)]
     together = [row[0] for row in generate(model, texts, 20, SAMPLED, 3)]
@@ -172,7 +172,7 @@ def test_an_8_bit_product_is_near_and_its_rows_ignore_each_other(
 
 def test_a_model_that_cannot_be_rounded_is_refused() -> None:
     model = tiny.transformer()
-    prepare(model.to(torch.bfloat16))
+    prepare_weights(model.to(torch.bfloat16))
     assert model not in PREPARED
     with pytest.raises(RecipeError, match="--int8"):
-        prepare(model, int8=True)
+        prepare_weights(model, int8=True)

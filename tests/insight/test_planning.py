@@ -18,7 +18,7 @@ from llm.base.errors import RecipeError, StoppedError, TextError
 from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Recipe
-from llm.data.pipeline import prepare
+from llm.data.pipeline import prepare_text
 from llm.distributed.sharding import Sharding, local_shard
 from llm.insight import cards, ladder, planning
 from llm.model import cost
@@ -211,7 +211,7 @@ def test_tokens_of_a_prepared_text_are_counted_and_no_estimate(tmp_path: Path) -
     path = write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **{"train.steps": None, "train.epochs": 2})
     recipe = load(path)
     assert planning.plan(recipe, CPU).text_is_estimated
-    shards = prepare(recipe, lambda line: None).shards
+    shards = prepare_text(recipe, lambda line: None).shards
     made = planning.plan(recipe, CPU)
     assert (made.text_tokens, made.validation_tokens) == (shards.train.tokens, shards.validation.tokens)
     assert not made.text_is_estimated and made.epochs == pytest.approx(2, rel=0.02)
