@@ -24,15 +24,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="as text.files: paths, patterns or named texts")
     parser.add_argument("--documents", default="auto", metavar="RULE", help="as text.documents (auto)")
     parser.add_argument("--field", default="text", help="field of a row or column of a table, as text.field (text)")
-    parser.add_number("--validation", kind=float, most=0.999, default=0.05, help="as text.validation (0.05)")
+    parser.add_argument("--validation", default="5%", help="as text.validation (5%%)")
     parser.add_argument("--json", action="store_true", help="print JSON, with the numbers of similar documents")
     given = parser.parse_args(arguments)
 
+    from llm.config.reading import value_of
     from llm.config.schema import Text
     from llm.data.progress import Show
     from llm.insight.text_survey import survey
 
-    text = Text(files=tuple(given.files), documents=given.documents, field=given.field, validation=given.validation)
+    share = value_of("text.validation", given.validation, said="--validation")
+    text = Text(files=tuple(given.files), documents=given.documents, field=given.field, validation=share)
     found = survey(text, Show(lambda line: print(line, file=sys.stderr), True))
     if given.json:
         print(json.dumps(asdict(found), ensure_ascii=True))

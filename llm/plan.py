@@ -24,7 +24,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--probe", action="store_true", help="measure the speed here: train 20 steps in a temporary run"
     )
     parser.add_argument("--text", metavar="FILE", help="propose recipes for this text: a file, or a packaged text")
-    parser.add_number("--hours", kind=float, least=1e-3, most=1e4, help="training time that --text may plan with")
+    parser.add_argument("--hours", help="training time that --text may plan with, such as 8h or 90min")
     ladder_help = "train three tiny models on the text first, for narrower expectations; their time is not in --hours"
     parser.add_argument("--ladder", action="store_true", help=ladder_help)
     given = parser.parse_args(arguments)
@@ -32,8 +32,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise RecipeError(f"{given.recipe}: overrides belong to a recipe; --text takes none")
     if bool(given.recipe) == bool(given.text):
         raise RecipeError("name a recipe, or --text FILE with --hours N")
-    if bool(given.text) != bool(given.hours) or (given.ladder and not given.text):
+    if given.text and not given.hours:
+        raise RecipeError("--text needs --hours, the training time to plan with, as in --hours 8")
+    if not given.text and (given.hours or given.ladder):
         raise RecipeError("--hours and --ladder go with --text, as in --text wiki.txt --gpu 3080ti --hours 8")
+    if given.probe and (given.gpu or given.memory):
+        raise RecipeError("--probe measures this machine: leave --gpu and --memory out")
+    if given.hours:
+        from llm.config.reading import value_of
+
+        given.hours = value_of("train.hours", given.hours, said="--hours")
     if given.text and given.probe:
         raise RecipeError("--probe goes with a recipe: propose recipes by --text first, then probe one of them")
     return given
@@ -53,12 +61,12 @@ def device(given: argparse.Namespace, threads: int | str) -> Any:
     return cards.this_cpu(threads_per_process() if threads == "auto" else int(threads))
 
 
-def trained(recipe: Any, *, runs: str | Path, on_log: Any) -> None:
-    """As llm.train, which commands lie below."""
+def trained(recipe: Any, *, runs: str | Path, on_log: Any, until: int) -> None:
+    """As llm.train, which commands lie below; up to the step `until` (-1: the end), where StoppedError ends it."""
     from llm.training.context import Parts
     from llm.training.session import train
 
-    train(recipe, runs=Path(runs), parts=Parts(on_log=on_log))
+    train(recipe, until=until, runs=Path(runs), parts=Parts(on_log=on_log))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from llm.base.errors import RecipeError, harmless, naming, reason, run, tell
 
 PORT = 8765
 LOCAL = ("127.0.0.1", "localhost")
+TITLE = b": training report</title>"  # in the head of each page
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,6 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     out = given.out or folders[0] / "report.html"
     with naming("--out"):
         atomic_io.check_writable(out)
+        if (
+            out.is_file() and out.stat().st_size and TITLE not in out.read_bytes()[:2000]
+        ):  # a text or a recipe, by a slip of the hand
+            raise RecipeError(f"{out} is there and is no report: name another file, or move it away")
     atomic_io.write_bytes(out, page(folders))
     print(harmless(f"the report is in {out}"))
 

@@ -17,9 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of the runs (runs)")
     folder = parser.parse_args(arguments).runs
     if not folder.is_dir():
-        raise RecipeError(
-            f"there is no folder {folder} here: `python launch/train.py recipes/quickstart.yaml` makes one"
-        )
+        from llm.run_folder.record import TRAIN_ONE
+
+        mend = TRAIN_ONE if folder == Path("runs") else "name a folder of runs"
+        raise RecipeError(f"{folder} is {'no folder' if folder.exists() else 'not there'}: {mend}")
     rows = sorted((_row(each) for each in folder.iterdir() if each.is_dir() and each.name[0] != "."), reverse=True)
     if not rows:
         print(f"there is no run in {folder} yet")

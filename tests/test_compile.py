@@ -13,6 +13,7 @@ from llm.base import atomic_io
 from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Recipe
+from llm.insight.planning import sized
 from llm.training import compiling
 from llm.training.micro_batch import MicroBatches
 from tests.forks import ROOT, Ended, digest, run, run_group, train, write_recipe, write_text
@@ -26,7 +27,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pays(recipe: Recipe, device: str, number: int, workers: int) -> bool:
-    return compiling.pays(recipe, recipe.tokenizer.vocabulary, device=device, number=number, workers=workers)
+    return compiling.pays(recipe, sized(recipe).tokenizer.vocab_size, device=device, number=number, workers=workers)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "classic", "small", "medium", "large"])

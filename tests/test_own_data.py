@@ -154,6 +154,22 @@ def test_a_text_that_was_restored_is_encoded_by_the_run_s_own_tokenizer(tmp_path
     assert digest(tmp_path) == whole
 
 
+@pytest.mark.parametrize("shards", ["kept", "removed"])
+def test_a_vocabulary_of_the_text_s_size_is_recorded_and_stays(tmp_path: Path, shards: str) -> None:
+    """Under tokenizer.vocabulary = auto, also where the text has grown, by then, to more."""
+    text = stopped(tmp_path, **{"tokenizer.vocabulary": "auto"}) / "text.txt"
+    recorded = load(tmp_path / "runs/tiny/recipe.yaml").tokenizer.vocab_size
+    assert 300 < recorded < 1024, "as many as so little text allows"
+    if shards == "removed":
+        shutil.rmtree(tmp_path / "data")
+    else:
+        text.write_bytes(text.read_bytes() * 400)
+    resumed(tmp_path)
+    assert load(tmp_path / "runs/tiny/recipe.yaml").tokenizer.vocab_size == recorded
+    ended = run(train(tmp_path / "recipe.yaml", f"tokenizer.vocabulary={recorded + 1}"), tmp_path)
+    assert ended.status == 4 and f"tokenizer.vocabulary = {recorded}, this" in ended.err, ended.err
+
+
 def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_anew(tmp_path: Path, whole: str) -> None:
     stopped(tmp_path)
     shutil.rmtree(tmp_path / "runs/tiny/checkpoints")

@@ -95,9 +95,16 @@ def test_the_newest_is_first_and_a_damaged_or_foreign_folder_says_so(
     assert found["foreign"].split()[1:] == ["not", "a", "run"] and "?[31mred" in found
 
 
-def test_no_folder_is_one_line_and_an_empty_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RecipeError, match="there is no folder"):
+def test_no_folder_is_one_line_and_an_empty_one_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="none is not there: name a folder of runs"):
         main(["--runs", str(tmp_path / "none")])
+    with pytest.raises(RecipeError, match="is no folder"):
+        main(["--runs", __file__])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"runs is not there: train one with `python launch"):
+        main([])
     main(["--runs", str(tmp_path)])
     assert capsys.readouterr().out == f"there is no run in {tmp_path} yet\n"
 

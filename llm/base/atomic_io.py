@@ -136,10 +136,16 @@ def flush_folder(folder: Path) -> None:
 
 def expanded(name: str | Path) -> Path:
     """`name` as a path with `~` expanded. RecipeError if the user has no home folder."""
+    path = Path(name)
     try:
-        return Path(name).expanduser()
+        return path.expanduser()
     except RuntimeError as error:
-        raise RecipeError(f"{name}: ~ has no home folder here (HOME is not set): write the full path") from error
+        if path.parts[0] == "~":
+            raise RecipeError(f"{name}: ~ has no home folder here (HOME is not set): write the full path") from error
+        if os.path.exists(path):  # noqa: PTH110  # a file whose name begins with ~; pathlib raises where it is too long
+            return path
+        user = path.parts[0][1:]
+        raise RecipeError(f"{name} is not there, and there is no user {user!r} with a home folder") from error
 
 
 def make_folder(folder: Path) -> None:

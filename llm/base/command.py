@@ -1,6 +1,7 @@
 """The command-line parser that all commands share. It never imports torch, so that `--help` answers at once."""
 
 import argparse
+import sys
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -26,8 +27,12 @@ class Parser(argparse.ArgumentParser):
         raise RecipeError(f"{message}: `{self.prog} --help` tells what it takes")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, but options and overrides may stand in any order."""
-        return self.parse_intermixed_args(args, namespace)
+        """As argparse does, but options and overrides may stand in any order; behind -- stand names of files."""
+        given = list(sys.argv[1:] if args is None else args)
+        if "--" in given:  # which parse_intermixed_args does not keep
+            at = given.index("--")
+            given[at:] = [f"./{each}" if each.startswith("-") else each for each in given[at + 1 :]]
+        return self.parse_intermixed_args(given, namespace)
 
     def add_run(self) -> None:
         """Add the optional positional argument RUN."""

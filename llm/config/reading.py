@@ -307,6 +307,14 @@ def _section(cls: type, prefix: str, given: dict[str, Any]) -> Any:
     return cls(**values)
 
 
+def value_of(key: str, text: str, said: str) -> Any:
+    """`text` as the value of a recipe's key, for the option `said`, which takes the same."""
+    section, _, leaf = key.rpartition(".")
+    kind = sections()[section]
+    each = next(each for each in fields(kind) if each.name == leaf)
+    return convert(said, text, typing.get_type_hints(kind)[leaf], each)
+
+
 def _unknown(name: str, known: Sequence[str]) -> RecipeError:
     """Suggests a similar dotted key, else the same key of another section, else a similar key of this one."""
     name = name[:80]

@@ -13,6 +13,7 @@ MARKER_BYTES = 1 << 15  # a LINE is shorter
 MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # above this many epochs, model.dropout = auto is this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of train.weight_decay = auto
 MAX_DECAY = 3.2  # per step, however short the time constant
+BYTES_A_PIECE, PIECES = 256, (1024, 32768)  # of tokenizer.vocabulary = auto: bytes of text a piece, least and most
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 _RANGE = re.compile(r"\s*([0-9]{1,12})(?:-([0-9]{1,12}))?\s*")
 
@@ -117,7 +118,7 @@ def _check_sizes(recipe: Recipe) -> None:
         nearest = max(n for n in divisors(windows) if n <= micro_batch)
         raise RecipeError(f"{fault} (train.tokens_per_step / model.context): try {nearest}")
     vocab_size, terms = recipe.tokenizer.vocabulary, len(recipe.tokenizer.terms)
-    if vocab_size < (least := MIN_VOCAB_SIZE + terms):
+    if vocab_size != "auto" and vocab_size < (least := MIN_VOCAB_SIZE + terms):
         fault = f"tokenizer.vocabulary = {vocab_size} is too small for 256 bytes and {terms} terms"
         raise RecipeError(f"{fault}: use at least {least}")
 
@@ -175,6 +176,19 @@ def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
         tokens = max(1e-9, train.learning_rate) * tokens_per_epoch * float(decay.split()[0])
         decay = float(f"{min(MAX_DECAY, train.tokens_per_step / tokens):.6g}")
     return resolve(replace(recipe, model=model, train=replace(train, epochs=0.0, steps=steps, weight_decay=decay)))
+
+
+def vocabulary_for(text_bytes: float) -> int:
+    """tokenizer.vocabulary = auto for a training side of so many bytes: a power of two, by the table in README.md."""
+    fitting = max(1.0, text_bytes / BYTES_A_PIECE)
+    return int(min(max(2 ** math.floor(math.log2(fitting)), PIECES[0]), PIECES[1]))
+
+
+def with_vocabulary(recipe: Recipe, vocab_size: int) -> Recipe:
+    """The recipe with tokenizer.vocabulary = auto as the number that it came to."""
+    if recipe.tokenizer.vocabulary != "auto":
+        return recipe
+    return replace(recipe, tokenizer=replace(recipe.tokenizer, vocabulary=vocab_size))
 
 
 def cpu_micro_batch(windows: int, context: int) -> int:

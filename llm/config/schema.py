@@ -70,9 +70,17 @@ class TextSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    vocabulary: int = setting("number of pieces", 4096, least=MIN_VOCAB_SIZE, below=1 << 24)
+    vocabulary: int | Auto = setting(
+        "number of pieces; auto: by the size of the text", "auto", least=MIN_VOCAB_SIZE, below=1 << 24
+    )
     terms: tuple[str, ...] = setting("words that are never split", ())
     path: str | None = setting("existing sentencepiece .model to use instead of training one", None)
+
+    @property
+    def vocab_size(self) -> int:
+        """`vocabulary` as a number: for recipes whose text is prepared, or that planning.sized has estimated."""
+        assert self.vocabulary != "auto", "is not known before the text is"
+        return self.vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ def shares(recipe: Recipe, windows: Mapping[str, float]) -> dict[str, float]:
         if not weighted:
             most = int(sum(found.values()) * recipe.train.steps)
             fault = f"all text.sources are at their epochs after {most:,} of {recipe.train.steps:,} steps"
-            raise RecipeError(f"{fault}: raise one's epochs, or use at most train.steps={most}")
+            raise RecipeError(f"{fault}: raise one's epochs{f', or use at most train.steps={most}' if most else ''}")
 
 
 def _share(source: TextSource, rest: float, weights: float) -> float:

@@ -24,6 +24,7 @@ from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
+from llm.config.resolving import vocabulary_for
 from llm.config.schema import Evaluate, Recipe, Text
 from llm.data import growth, packing, shard_writer, sharing
 from llm.data import shards as sharding
@@ -195,8 +196,17 @@ def find_shards(recipe: Recipe) -> Shards | None:
 
 def tokenizer_folder(cache: Path, recipe: Recipe, survey: Survey) -> Path:
     wanted = recipe.tokenizer
-    key = atomic_io.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, wanted.vocabulary, wanted.terms])
+    size: Any = vocabulary_of(recipe, survey)
+    if wanted.vocabulary == "auto":  # which may come to fewer pieces
+        size = ["auto", size]
+    key = atomic_io.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, size, wanted.terms])
     return cache / "tokenizers" / key
+
+
+def vocabulary_of(recipe: Recipe, survey: Survey) -> int:
+    """The number of pieces to train; under tokenizer.vocabulary = auto, a text of few bytes may allow fewer."""
+    wanted = recipe.tokenizer
+    return vocabulary_for(survey.text_bytes[0]) if wanted.vocabulary == "auto" else wanted.vocabulary
 
 
 def _shards_folder(cache: Path, survey: Survey, tokenizer: Tokenizer) -> tuple[dict[str, Any], Path]:
@@ -240,8 +250,9 @@ def trained(recipe: Recipe, survey: Survey, folder: Path, say: Say, sample: Call
             documents = [text_of(each) for each in sample()] if survey.is_chat else sample()
             sampled, whole = sum(map(len, documents)), survey.text_bytes[0]
             part = f"a sample of {sampled / 1e6:,.1f} MB of " if whole > SAMPLE else ""
-            say(f"training a tokenizer of {wanted.vocabulary:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
-            tokenizer = Tokenizer.train(documents, vocab_size=wanted.vocabulary, terms=wanted.terms)
+            pieces, auto = vocabulary_of(recipe, survey), wanted.vocabulary == "auto"
+            say(f"training a tokenizer of {pieces:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
+            tokenizer = Tokenizer.train(documents, vocab_size=pieces, terms=wanted.terms, as_fits=auto)
             with atomic_io.draft_folder(folder) as draft:
                 tokenizer.save(draft, **asdict(wanted), text=survey.sha256, sampled_bytes=sampled)
         return kept_tokenizer(folder)

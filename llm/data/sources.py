@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -149,9 +150,9 @@ def _paths(name: str) -> list[Path]:
         return found
     if not exists:
         known = "" if path.suffix else f" (and no named text: {', '.join(PACKAGES)})"
-        raise TextError(
-            f"{name} is not there{known}: put your text there, or write one with `python -m llm.prepare --wiki {name}`"
-        )
+        file = shlex.quote(f"./{name}" if name.startswith("-") else name)
+        write = f", or write one with `python -m llm.prepare --wiki {file}`" if path.suffix in ("", ".txt") else ""
+        raise TextError(f"{name} is not there{known}: put your text there{write}")
     if not path.is_file():
         raise TextError(f"{name} is a pipe or a device: text is read more than once, so write it to a file first")
     if path.stat().st_size == 0:
@@ -201,7 +202,10 @@ def _texts_of(rows: Iterable[tuple[str, Any]], field: str, notes: Counter[str]) 
         if not isinstance(text, str):
             mend = f'write each row as {{"{field}": ...}}'
             if isinstance(row, dict):
-                mend = f"name another of its fields ({', '.join(map(str, row))})"
+                fault = f" but {type(text).__name__}" if field in row else ""
+                others = ", ".join(str(each) for each in row if each != field)
+                mend = f"name another of its fields ({others})" if others else mend
+                raise TextError(f"{place} has no text{fault} in text.field = {field!r}: {mend}")
             raise TextError(f"{place} has no text in text.field = {field!r}: {mend}")
         try:
             data = text.encode()

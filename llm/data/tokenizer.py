@@ -90,8 +90,13 @@ class Tokenizer:
         return cls(path.read_bytes(), str(path), (says or {}).get("ends", ()))
 
     @classmethod
-    def train(cls, documents: Iterable[bytes], *, vocab_size: int, terms: Sequence[str] = ()) -> "Tokenizer":
-        """Train a lossless BPE vocabulary that keeps `terms` whole. TextError if the text does not allow this size."""
+    def train(
+        cls, documents: Sequence[bytes], *, vocab_size: int, terms: Sequence[str] = (), as_fits: bool = False
+    ) -> "Tokenizer":
+        """Train a lossless BPE vocabulary that keeps `terms` whole.
+
+        TextError if the text does not allow this size; `as_fits` takes the nearest that it allows instead.
+        """
         reserved = {"<s>", "<unk>", *CONTROLS}
         if taken := [term for term in terms if term in reserved or re.fullmatch("<0x[0-9A-F]{2}>", term)]:
             raise RecipeError(f"tokenizer.terms: {taken[0]} is the name of a piece of its own: leave it out")
@@ -111,6 +116,10 @@ class Tokenizer:
                 pad_id=-1, num_threads=4,
                 required_chars=SPACE)  # else a space would be decoded as U+2581  # fmt: skip
         except RuntimeError as error:
+            bound = re.search(r"value <= (\d+)|required_chars. \d+ vs (\d+)", str(error))
+            nearest = int(bound[1] or 0) or 2 * int(bound[2]) if bound else 0  # many letters leave no room for others
+            if as_fits and nearest >= MIN_VOCAB_SIZE:
+                return cls.train(documents, vocab_size=nearest, terms=terms, as_fits=nearest > vocab_size)
             if most := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
                 fits = f", or at most tokenizer.vocabulary={most[1]}" if int(most[1]) >= MIN_VOCAB_SIZE else ""
                 raise TextError(

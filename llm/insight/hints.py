@@ -242,4 +242,4 @@ def facts_of(recipe: Recipe, evaluations: list[dict[str, Any]], vocab_size: int 
     """The facts of a finished run."""
     last = evaluations[-1]
     unique = last["step"] * recipe.train.tokens_per_step / max(last["epochs_seen"], 1e-9)
-    return Facts(recipe, vocab_size or recipe.tokenizer.vocabulary, unique, last["step"], evaluations)
+    return Facts(recipe, vocab_size or recipe.tokenizer.vocab_size, unique, last["step"], evaluations)

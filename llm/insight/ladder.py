@@ -8,6 +8,7 @@ one published figure. Three tiny runs on a text, a ladder, correct it for that t
 import json
 import math
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -253,12 +254,12 @@ def propose(text: str, device: Device, hours: float, law: Law | None = None) -> 
     found = [each for shape in _shapes() if (each := _candidate(text, device, hours, law, *shape))]
     if not found:
         smallest = _recipe("best", text, *next(_shapes()), 8 * Model().context)
-        least = cost.parameters(smallest.model, smallest.tokenizer.vocabulary)
+        least = cost.parameters(smallest.model, smallest.tokenizer.vocab_size)
         if least > MOST_WEIGHTS * planning.text_tokens(smallest)[0]:
             fault = (
                 f"{size / 1e6:.3g} MB are too little for the smallest model proposed, {least / 1e6:.2f} M parameters"
             )
-            mend = f"give more text, or train recipes/quickstart.yaml with text.files={text}"
+            mend = f"give more text, or train recipes/quickstart.yaml with {shlex.quote(f'text.files={text}')}"
             raise RecipeError(f"--text {text[:80]}: {fault}: {mend}")
         raise RecipeError(f"no model for {text[:80]} fits the memory of {device.name}: name a card with more")
     best = min(found, key=_bits)
@@ -297,7 +298,7 @@ def _size(each: Proposal) -> int:
 
 
 def _vocabulary(each: Proposal) -> int:
-    return each.plan.recipe.tokenizer.vocabulary
+    return each.plan.recipe.tokenizer.vocab_size
 
 
 def _shapes() -> Iterator[tuple[Model, int]]:
@@ -420,7 +421,7 @@ text:
   files: [{name}]
 
 tokenizer:
-  vocabulary: {recipe.tokenizer.vocabulary}  # pieces: {plan.parameters["embeddings"] / _size(each):.0%} of the weights
+  vocabulary: {recipe.tokenizer.vocab_size}  # pieces: {plan.parameters["embeddings"] / _size(each):.0%} of the weights
 
 model:  # {_size(each) / 1e6:.2f} M parameters
   dim: {model.dim}

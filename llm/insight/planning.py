@@ -8,7 +8,6 @@ import contextlib
 import math
 import os
 import re
-import signal
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from llm.base import atomic_io
 from llm.base.constants import CHUNK_NUMBERS
 from llm.base.durations import readable
 from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
-from llm.config.resolving import cpu_micro_batch, divisors, with_steps
+from llm.config.resolving import cpu_micro_batch, divisors, vocabulary_for, with_steps, with_vocabulary
 from llm.config.schema import MIN_VOCAB_SIZE, STEP, Model, Recipe, Text
 from llm.data.sources import sources_of
 from llm.data.text_files import packed_as
@@ -114,7 +113,7 @@ def plan(recipe: Recipe, device: Device, tokens_per_second: float = 0.0) -> Plan
     RecipeError or RefusedError for model.from and tokenizer.path that lead nowhere.
     """
     given, recipe = recipe.tokenizer, sized(recipe)
-    vocab_size = recipe.tokenizer.vocabulary
+    vocab_size = recipe.tokenizer.vocab_size
     train, validation, documents, estimated = text_tokens(replace(recipe, tokenizer=given), vocab_size)
     speed = tokens_per_second or tabulated_speed(recipe, device)
     if recipe.train.hours and speed:
@@ -148,7 +147,7 @@ def saves(recipe: Recipe, *, evaluated: bool) -> int:
 
 
 def sized(recipe: Recipe) -> Recipe:
-    """The recipe with the shape and the number of pieces that model.from or tokenizer.path provides."""
+    """The recipe with the shape and the number of pieces that model.from, tokenizer.path or the text provides."""
     if recipe.model.from_:
         shape, pieces = _shape_of("model.from", recipe.model.from_, recipe.model)
         recipe = replace(recipe, model=shape)
@@ -157,7 +156,7 @@ def sized(recipe: Recipe) -> Recipe:
 
         pieces = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path)).vocab_size
     else:
-        return recipe
+        return with_vocabulary(recipe, vocabulary_for(text_bytes(recipe) * (1 - recipe.text.validation)))
     return replace(recipe, tokenizer=replace(recipe.tokenizer, vocabulary=pieces))
 
 
@@ -190,7 +189,7 @@ def teachers_cost(recipe: Recipe) -> tuple[int, int]:
 
 def parts(recipe: Recipe) -> dict[str, int]:
     """Exact numbers of parameters by part; their sum is llm.model.cost.parameters."""
-    matrices, vectors, ends = cost.tensors(recipe.model, recipe.tokenizer.vocabulary)
+    matrices, vectors, ends = cost.tensors(recipe.model, recipe.tokenizer.vocab_size)
     layers, sizes = recipe.model.layers, [math.prod(each) for each in matrices]
     return {
         "embeddings": sum(map(math.prod, ends[:-1])),
@@ -207,7 +206,7 @@ def step_memory(recipe: Recipe, device: Device, micro_batch: int) -> cost.StepMe
     """Live tensors of this recipe's step on `device`, in micro-batches of so many windows."""
     found = cost.step_memory(
         recipe.model,
-        recipe.tokenizer.vocabulary,
+        recipe.tokenizer.vocab_size,
         micro_batch,
         muon=recipe.train.optimizer == "muon",
         micro_batches=max(1, recipe.windows_per_step // micro_batch),
@@ -263,7 +262,7 @@ def text_tokens(recipe: Recipe, vocab_size: int = 0) -> tuple[int, int, int, boo
             if shards := find_shards(recipe):
                 both = shards.train, shards.validation
                 return both[0].tokens, both[1].tokens, both[0].documents + both[1].documents, False
-    tokens = text_bytes(recipe) / bytes_per_token(vocab_size or recipe.tokenizer.vocabulary)
+    tokens = text_bytes(recipe) / bytes_per_token(vocab_size or sized(recipe).tokenizer.vocab_size)
     held_out = int(tokens * recipe.text.validation)
     return int(tokens) - held_out, held_out, 0, True
 
@@ -307,7 +306,7 @@ def tabulated_speed(recipe: Recipe, device: Device) -> float:
     """Tokens per second by the device's figures, within a factor of two or so; 0 where they are unknown."""
     shape, half = recipe.model, in_half(recipe, device)
     flops = (
-        cost.flops_per_token(shape, cost.covered(recipe.train, recipe.tokenizer.vocabulary)) + teachers_cost(recipe)[1]
+        cost.flops_per_token(shape, cost.covered(recipe.train, recipe.tokenizer.vocab_size)) + teachers_cost(recipe)[1]
     )
     again = 4 / 3 if recipe.machine.recompute else 1.0
     peak = device.half if half else device.single
@@ -320,27 +319,36 @@ def tabulated_speed(recipe: Recipe, device: Device) -> float:
     return 1 / ((flops / (GPU_SHARE * peak) + moved + started) * again * (1 if recipe.machine.compile else EAGER))
 
 
-def train_for_figures(recipe: Recipe, train: Callable[..., Any], on_log: Callable[[dict[str, Any]], None]) -> None:
-    """Train in a temporary run folder, for what `on_log` is told."""
+def train_for_figures(
+    recipe: Recipe, train: Callable[..., Any], on_log: Callable[[dict[str, Any]], None], until: int = -1
+) -> None:
+    """Train in a temporary run folder, to the end or `until` a step, for what `on_log` is told."""
+    reached = -1
+
+    def look(line: dict[str, Any]) -> None:
+        nonlocal reached
+        reached = line["step"]
+        on_log(line)
+
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         try:
-            train(recipe, runs=folder, on_log=on_log)
+            train(recipe, runs=folder, on_log=look, **({"until": until} if until >= 0 else {}))
         except StoppedError:
+            if 0 <= until <= reached:
+                return
             raise StoppedError("stopped: nothing is kept of this, the same command begins it again") from None
 
 
 def probe(recipe: Recipe, train: Callable[..., Any]) -> float:
     """Tokens per second of PROBE_STEPS real steps, trained on this machine in a temporary run folder.
 
-    `train(recipe, runs=..., on_log=...)` is llm.train. The text is prepared in its usual cache.
+    `train(recipe, runs=..., on_log=..., until=...)` trains. The text is prepared in its usual cache.
     """
     speeds: list[float] = []
 
     def look(line: dict[str, Any]) -> None:
         if "tokens_per_second" in line:
             speeds.append(line["tokens_per_second"])
-            if line["step"] >= PROBE_STEPS:
-                signal.raise_signal(signal.SIGINT)  # evaluations and samples are no part of a step
 
     every, steps = max(1, PROBE_STEPS // 5), max(recipe.train.steps, 3 * PROBE_STEPS)
     short = replace(
@@ -350,11 +358,7 @@ def probe(recipe: Recipe, train: Callable[..., Any]) -> float:
         checkpoint=replace(recipe.checkpoint, every=10**9),
         tracking=replace(recipe.tracking, every=every, wandb="off", tensorboard=False),
     )  # fmt: skip
-    try:
-        train_for_figures(short, train, look)
-    except StoppedError:
-        if len(speeds) < PROBE_STEPS // every:  # somebody else's signal
-            raise
+    train_for_figures(short, train, look, until=PROBE_STEPS)
     return statistics.median(speeds[1:])  # the first steps are slow
 
 

@@ -14,7 +14,7 @@ import torch
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, RefusedError, naming
-from llm.config.resolving import resolve, with_steps
+from llm.config.resolving import resolve, with_steps, with_vocabulary
 from llm.config.schema import Model, Recipe
 from llm.data import hf_tokenizer, prompts
 from llm.data.mixed_pipeline import Prepared, prepare
@@ -106,7 +106,8 @@ def prepare_for(
             folder = folder_of(recipe.model.from_)
         recipe = shaped(replace(recipe, model=replace(recipe.model, from_=str(folder))))
         tokenizer = tokenizer_of(folder, read_config(folder))
-    return recipe, prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own, anew=anew, team=team)
+    prepared = prepare(recipe, say, verify=verify, tokenizer=tokenizer, own=own, anew=anew, team=team)
+    return with_vocabulary(recipe, prepared.tokenizer.vocab_size), prepared
 
 
 def ready(

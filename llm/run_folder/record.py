@@ -110,7 +110,8 @@ class Record:
         try:
             pieces = (self.folder / "tokenizer" / "tokenizer.vocab").read_bytes().count(b"\n")
         except OSError:
-            pieces = self.recipe.tokenizer.vocabulary if self.recipe else 0
+            named = self.recipe.tokenizer.vocabulary if self.recipe else 0
+            pieces = 0 if named == "auto" else named
         return cost.parameters(self.recipe.model, pieces) if self.recipe else None
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 from llm.base import atomic_io
 from llm.base.errors import LLMError, RecipeError, RefusedError, TextError, naming
 from llm.config.reading import load
-from llm.config.resolving import resolve, with_steps
+from llm.config.resolving import resolve, with_steps, with_vocabulary
 from llm.config.schema import Recipe
 from llm.data import hf_tokenizer, prompts
 from llm.data.mixed_pipeline import texts
@@ -47,7 +47,7 @@ def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, AnyShards] | Non
         recipe = _as_it_began(recipe, recorded)
     if recipe.evaluate.also != recorded.evaluate.also or bool(recipe.evaluate.also) != bool(shards.also):
         shards.also = prepare_also(recipe, tokenizer, say) if recipe.evaluate.also else None
-    recipe = prompts.with_prompts(recipe, tokenizer, shards)
+    recipe = with_vocabulary(prompts.with_prompts(recipe, tokenizer, shards), tokenizer.vocab_size)
     return with_steps(recipe, tokens_per_epoch(recipe, shards)), tokenizer, shards
 
 

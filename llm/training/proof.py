@@ -143,7 +143,7 @@ def _expected_seconds(recipe: Recipe, steps: int) -> int:
     """Six starts of a process, and the steps at a third of the speed of this machine's matrix product."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = (
-        flops_per_token(recipe.model, covered(recipe.train, recipe.tokenizer.vocabulary))
+        flops_per_token(recipe.model, covered(recipe.train, recipe.tokenizer.vocab_size))
         * recipe.train.tokens_per_step
         * steps
         * 5

@@ -131,7 +131,8 @@ def _data(
             ours = replace(recipe, tokenizer=own)
             with team or nullcontext():
                 complete, tokenizer, shards = prepare(ours, team=team) if team else prepare(ours)
-            return replace(complete, tokenizer=recipe.tokenizer), tokenizer, shards
+            said = replace(complete.tokenizer, path=recipe.tokenizer.path)
+            return replace(complete, tokenizer=said), tokenizer, shards
 
         prepared: tuple[Recipe, Tokenizer, AnyShards] = coordinator.first(act)
         return prepared

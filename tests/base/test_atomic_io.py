@@ -574,10 +574,17 @@ def test_a_place_without_what_is_needed_is_one_line_with_status_5() -> None:
         assert error is not None and error.status == 5 and "another disk" in str(error)
 
 
-def test_a_home_that_is_not_there_is_refused_by_the_name_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_is_not_there_is_refused_by_the_name_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
     with pytest.raises(errors.RecipeError, match="~ has no home folder here"):
         atomic_io.expanded("~/text.txt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.RecipeError, match=r"~notes.txt is not there, and there is no user 'notes.txt'"):
+        atomic_io.expanded("~notes.txt")
+    (tmp_path / "~notes.txt").touch()
+    assert atomic_io.expanded("~notes.txt") == Path("~notes.txt")
 
 
 @pytest.mark.parametrize("lacks", ["nothing", "O_DIRECT", "opening past the page cache", "writing past it"])

@@ -29,6 +29,7 @@ from llm.config.reading import load
 from llm.inference.fast_decode import FastDecoder, prepare_weights
 from llm.inference.generation import Sampling, generate
 from llm.inference.scoring import validation_text
+from llm.insight.planning import sized
 from llm.model.transformer import Transformer
 from llm.run_folder.loaded_run import open_run
 from tests import tiny
@@ -45,7 +46,7 @@ def theirs_of(folder: Path) -> Any:
 
 def compare(recipe: str, rows: int, device: str, dtype: torch.dtype, rounds: int, run: str | None, int8: bool) -> None:
     settled = load(Path(recipe), ["model.dropout=0"])
-    shape, vocabulary = settled.model, settled.tokenizer.vocabulary
+    shape, vocabulary = settled.model, sized(settled).tokenizer.vocab_size
     ours = tiny.stirred(Transformer(shape, vocabulary), seed=5).eval()
     prompts = tiny.ids(rows, PROMPT_TOKENS, vocabulary=vocabulary)
     if run:

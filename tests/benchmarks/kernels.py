@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Recipe
+from llm.insight.planning import sized
 from llm.model import loss, transformer
 from llm.model.transformer import Transformer
 from llm.optim import optimizer
@@ -130,7 +131,7 @@ def measure(recipe: Recipe, fake: FakeTensorMode, model: Transformer, real: Tran
     """Print the step of `model`, which has no data, and that of `real` after the compiler."""
     shape, micro_batches = recipe.model, recipe.windows_per_step // windows
     tokens = windows * shape.context
-    chunks = -(-tokens // (loss.CHUNK_NUMBERS["cpu"] // recipe.tokenizer.vocabulary))
+    chunks = -(-tokens // (loss.CHUNK_NUMBERS["cpu"] // sized(recipe).tokenizer.vocab_size))
     parts = {"block": (of_block, shape.layers, windows), "softmax": (of_softmax, chunks, tokens // chunks // ROWS)}
     with fake:
         plain = {part: counted(partial(act, model, size)) for part, (act, _, size) in parts.items()}
@@ -172,8 +173,8 @@ def main() -> None:
     inductor_metrics_log.propagate = False
     fake = FakeTensorMode()
     with fake:
-        models = [Transformer(recipe.model, recipe.tokenizer.vocabulary) for recipe in recipes]
-    reals = [Transformer(recipe.model, recipe.tokenizer.vocabulary) for recipe in recipes]
+        models = [Transformer(recipe.model, sized(recipe).tokenizer.vocab_size) for recipe in recipes]
+    reals = [Transformer(recipe.model, sized(recipe).tokenizer.vocab_size) for recipe in recipes]
     as_on_gpu()
     for recipe, model, real in zip(recipes, models, reals, strict=True):
         measure(recipe, fake, model, real, given.windows)

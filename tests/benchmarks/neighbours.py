@@ -31,13 +31,14 @@ def serve() -> None:
     from llm.distributed import threads
     from llm.distributed.sharding import Sharding, local_shard
     from llm.inference.generation import Sampling, generate
+    from llm.insight.planning import sized
     from llm.model.transformer import Transformer
     from llm.optim.optimizer import Optimizer, gradient_norm
 
     torch.set_num_threads(threads.threads_per_process())
     threads.yield_to_neighbours()
     recipe = with_steps(load(Path("recipes/quickstart.yaml"), ["train.learning_rate=0"]), 1_400_000)
-    vocabulary, sharding = recipe.tokenizer.vocabulary, Sharding()
+    vocabulary, sharding = sized(recipe).tokenizer.vocab_size, Sharding()
     model = Transformer(recipe.model, vocabulary, 1)
     optimizer = Optimizer(model, recipe.train, torch.float32)
     tokens = torch.randint(vocabulary, (recipe.windows_per_step, recipe.model.context + 1))

@@ -25,11 +25,12 @@ def steps(recipe: str, count: int, overrides: list[str], recompute: bool) -> dic
 
     from llm.config.reading import load
     from llm.config.resolving import with_steps
+    from llm.insight.planning import sized
     from llm.model.transformer import Transformer
     from llm.optim.optimizer import Optimizer
 
     loaded = with_steps(load(Path(recipe), overrides), 1_400_000)  # tokens of a text, by which `auto` is settled
-    context, vocabulary = loaded.model.context, loaded.tokenizer.vocabulary
+    context, vocabulary = loaded.model.context, sized(loaded).tokenizer.vocab_size
     model = Transformer(loaded.model, vocabulary, seed=1)
     model.model.recompute = recompute
     optimizer = Optimizer(model, loaded.train)

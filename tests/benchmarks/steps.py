@@ -19,6 +19,7 @@ from llm.config.resolving import with_steps
 from llm.data.batches import Batch
 from llm.distributed.pairwise_sum import PairwiseSum
 from llm.distributed.sharding import Sharding, local_shard
+from llm.insight.planning import sized
 from llm.model.transformer import Transformer
 from llm.optim.optimizer import Optimizer, gradient_norm
 from llm.run_folder import trace
@@ -30,7 +31,7 @@ def main() -> None:
     recipe = load(Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/quickstart.yaml"), sys.argv[2:])
     recipe = with_steps(recipe, 1_400_000)  # tokens of a text, by which `auto` is settled
     torch.manual_seed(0)
-    vocabulary = recipe.tokenizer.vocabulary
+    vocabulary = sized(recipe).tokenizer.vocab_size
     rows = recipe.windows_per_step
     tokens = torch.randint(vocabulary, (rows, recipe.model.context + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(rows))

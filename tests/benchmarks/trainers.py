@@ -143,11 +143,12 @@ def ceiling(recipe_path: str, gigabytes: float, overrides: list[str]) -> None:
 
     from llm.config.reading import load
     from llm.distributed.environment import DTYPES
+    from llm.insight.planning import sized
     from llm.model import cost
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe = load(Path(recipe_path), overrides)
-    shape, vocabulary, context = recipe.model, recipe.tokenizer.vocabulary, recipe.model.context
+    shape, vocabulary, context = recipe.model, sized(recipe).tokenizer.vocab_size, recipe.model.context
     device, dtype = torch.device("cuda" if gigabytes else "cpu"), DTYPES[recipe.machine.precision]
     rows = recipe.train.tokens_per_step if gigabytes else min(recipe.train.tokens_per_step, max(2048, context))
 

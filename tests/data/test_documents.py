@@ -367,6 +367,11 @@ def bad(make: Callable[[Path], object], *words: str, name: str = "bad.txt", kind
 
 BAD = {
     "missing": bad(lambda path: None, "is not there", "python -m llm.prepare --wiki"),
+    "missing rows": bad(lambda path: None, "is not there: put your text there", name="bad.jsonl"),
+    "a row without a text": bad(
+        lambda path: path.write_text('{"text": 5, "title": "a"}\n'),
+        "line 1 has no text but int in text.field = 'text': name another of its fields (title)", name="bad.jsonl",
+    ),
     "missing without suffix": bad(lambda path: None, "no named text", "wiki-leads-fr", name="wiki-lead"),
     "folder": bad(lambda path: path.mkdir(), "is a folder without any text"),
     "empty": bad(lambda path: path.touch(), "is empty"),

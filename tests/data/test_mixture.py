@@ -169,6 +169,7 @@ def test_weights_and_epochs_come_to_shares(tmp_path: Path, overrides: list[str],
     [
         (["a.weight=1", "b.epochs=5"], "b in text.sources take 100 windows of the run's 100, and leave none"),
         (["a.weight=1", "a.epochs=0.5", "b.weight=1", "b.epochs=1"], "at most train.steps=15"),
+        (["a.weight=1", "a.epochs=0.001", "b.weight=1", "b.epochs=0.001"], "of 25 steps: raise one's epochs"),
         (["a.weight=1"], "text.sources.b has no weight"),
         (["a.weight=1", "b.weight=-1"], "text.sources.b.weight = -1: must be at least"),
         (["a.weight=1", "b.weight=1", "b.wieght=1"], "did you mean weight?"),

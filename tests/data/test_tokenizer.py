@@ -247,6 +247,16 @@ def test_too_little_text_says_the_largest_vocabulary_that_fits(documents: list[b
         Tokenizer.train(documents, vocab_size=fits + 1)
 
 
+def test_a_vocabulary_as_fits_has_as_many_pieces_as_the_text_allows() -> None:
+    few = Tokenizer.train(DOCUMENTS[:3], vocab_size=5000, as_fits=True)
+    assert few.vocab_size < 5000 and few.decode(few.encode("the sea")) == "the sea"
+    letters = ["".join(chr(0x4E00 + 40 * i + j) for j in range(40)).encode() * 9 for i in range(40)]
+    many = Tokenizer.train(letters, vocab_size=1024, as_fits=True)
+    assert many.vocab_size > 1024 + 600, "room for more than the letters"
+    with pytest.raises(TextError, match=r"use more text$"):
+        Tokenizer.train([b"a"], vocab_size=5000, as_fits=True)
+
+
 def test_text_that_allows_no_vocabulary_is_told_of_none() -> None:
     with pytest.raises(TextError, match=r"use more text$"):
         Tokenizer.train([b"a"], vocab_size=5000)

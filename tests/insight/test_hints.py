@@ -9,7 +9,7 @@ import pytest
 
 import llm
 from llm.config.reading import load
-from llm.config.resolving import with_steps
+from llm.config.resolving import with_steps, with_vocabulary
 from llm.config.schema import Recipe, TextSource
 from llm.insight import hints
 from llm.run_folder.metrics import Tracker
@@ -21,7 +21,11 @@ TOKENS = 1_000_000
 
 def recipe(epochs: float, *changes: str) -> Recipe:
     """quickstart with another length and `changes`, as it is resolved for a text of TOKENS tokens."""
-    return with_steps(llm.load_recipe("quickstart", with_last_length([f"train.epochs={epochs}", *changes])), TOKENS)
+    return sized(llm.load_recipe("quickstart", with_last_length([f"train.epochs={epochs}", *changes])))
+
+
+def sized(given: Recipe) -> Recipe:
+    return with_vocabulary(with_steps(given, TOKENS), 16384)
 
 
 # (overrides of quickstart, epochs, the rule that speaks, a part of the change it names)
@@ -65,7 +69,7 @@ def test_advice_that_is_followed_comes_to_an_end(first: str) -> None:
     """Each change is an override that `load` takes as it is, and after it another rule speaks, or none."""
     overrides, spoken = ["train.epochs=0.7", *first.split()], []
     for _ in range(14):
-        given = with_steps(llm.load_recipe("quickstart", with_last_length(overrides)), TOKENS)
+        given = sized(llm.load_recipe("quickstart", with_last_length(overrides)))
         rule, hint = hints.advise(hints.Facts(given, given.tokenizer.vocabulary, TOKENS, given.train.steps))
         if rule == "more_text":
             break
@@ -98,7 +102,7 @@ def test_a_run_that_got_worse_is_told_from_when_on_and_what_would_help() -> None
 
 def test_a_run_that_fell_to_its_end_is_told_to_go_on() -> None:
     assert hints.of_run(recipe(1), evaluations(1.5, 1.4, gap=0.1, epochs=1)).endswith("a longer run: train.epochs=2")
-    hours = llm.load_recipe("quickstart", ["train.hours=2h"])
+    hours = with_vocabulary(llm.load_recipe("quickstart", ["train.hours=2h"]), 16384)
     assert hints.of_run(hours, evaluations(1.5, 1.4, gap=0.1, epochs=1)).endswith("a longer run: train.hours=4")
 
 

@@ -47,7 +47,7 @@ RECIPES = {  # width, depth, vocabulary, context, micro-batch and recomputation,
 
 def quickstart(changes: str = "") -> Recipe:
     read = load(ROOT / "recipes/quickstart.yaml", ["machine.precision=fp32", *changes.split()])
-    return with_steps(read, 1_400_000)
+    return planning.sized(with_steps(read, 1_400_000))
 
 
 def alive(recipe: Recipe, micro_batch: int) -> int:
@@ -169,7 +169,7 @@ def test_the_speed_of_small_models_on_a_cpu_is_found_within_a_factor_of_two(
 
 @pytest.mark.parametrize("name", ["quickstart", "classic", "small", "medium", "large"])
 def test_parameters_by_part_are_those_of_the_model(name: str) -> None:
-    recipe = with_steps(load(ROOT / f"recipes/{name}.yaml"), 1_400_000)
+    recipe = planning.sized(with_steps(load(ROOT / f"recipes/{name}.yaml"), 1_400_000))
     with torch.device("meta"):
         model = Transformer.__new__(Transformer)
         model.initialise = lambda seed: None  # type: ignore[method-assign]  # no generator on this device
@@ -246,7 +246,12 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
         (("recipe.yaml", "--memory", "much"), "--memory much: expected a size such as 12GB"),
         (("recipe.yaml", "--memory", "9" * 400 + "GB"), "expected a size such as 12GB"),
         (("recipe.yaml", "model.from=exports/x"), "model.from"),
-        (("recipe.yaml", "--hours", "3"), "--hours"),
+        (("recipe.yaml", "--hours", "3"), "--hours and --ladder go with --text"),
+        (("--text", "text.txt"), "--text needs --hours"),
+        (("--text", "text.txt", "--hours", "8 parsecs"), "--hours = '8 parsecs': expected a time such as 8h"),
+        (("recipe.yaml", "--gpu", "3080ti", "--probe"), "--probe measures this machine"),
+        (("--text", "my text.txt", "--hours", "90min"), "`python -m llm.prepare --wiki 'my text.txt'`"),
+        (("--text=-x.txt", "--hours", "1"), "`python -m llm.prepare --wiki ./-x.txt`"),
         (("--text", "none.txt", "--hours", "1", "--gpu", "4090"), "none.txt is not there"),
         (("--text", "text.txt", "--hours", "-1"), "--hours = -1: must be at least"),
         (("--text", "text.txt", "--hours", "1", "--memory", "12GB"), "speed of a card of 12GB"),
@@ -264,11 +269,11 @@ def test_a_probe_measures_real_steps_and_leaves_no_run(tmp_path: Path, monkeypat
     write_recipe(tmp_path, write_text(tmp_path / "text.txt"), **{"train.steps": 3, "train.warmup": 0})
     ended = run(script("module:llm.plan", "recipe.yaml", "--probe"), tmp_path)
     assert ended.status == 0, ended.err
-    assert "(measured)" in ended.out and not (tmp_path / "runs").exists()
+    assert "(measured)" in ended.out and not (tmp_path / "runs").exists() and not ended.err, ended.err
 
 
 def test_a_probe_or_ladder_that_is_stopped_says_that_nothing_is_kept(tmp_path: Path) -> None:
-    def stopped(recipe: object, *, runs: str, on_log: object) -> None:
+    def stopped(recipe: object, **given: object) -> None:
         raise StoppedError("all is saved")
 
     for act in (planning.probe, ladder.measured):

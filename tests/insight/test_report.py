@@ -258,6 +258,7 @@ def test_the_samples_of_a_chat_run_are_shaded_by_the_probabilities_of_its_answer
 
 
 def test_several_runs_stand_side_by_side_with_the_keys_that_differ(trained: Path) -> None:
+    command(trained, "tiny", "--out", "both.html")  # which the next one replaces
     done = command(trained, "tiny", "runs/other", "--out", "both.html")
     assert done.status == 0, done.err
     page = (trained / "both.html").read_text()
@@ -365,14 +366,17 @@ def test_charts_keep_what_they_draw_within_bounds() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["nowhere"], ("no run 'nowhere'", "tiny")), (["x" * 5000], ("no run",)), (["tiny", "--out", "runs"], ("is a folder",)), (["tiny", "--out", "pipe"], ("--out: pipe is a folder, a pipe or a device: name a file",)),
+    [(["tiny", "--out", "runs/tiny/recipe.yaml"], ("--out: runs/tiny/recipe.yaml is there and is no report",)),
+     (["nowhere"], ("no run 'nowhere'", "tiny")), (["x" * 5000], ("no run",)), (["tiny", "--out", "runs"], ("is a folder",)), (["tiny", "--out", "pipe"], ("--out: pipe is a folder, a pipe or a device: name a file",)),
      (["tiny", "--port", "70000"], ("--port", "65,535")), (["home"], ("no run",))],
 )  # fmt: skip
 def test_a_wrong_argument_is_one_line(trained: Path, arguments: list[str], words: tuple[str, ...]) -> None:
     if not (trained / "pipe").exists():
         os.mkfifo(trained / "pipe")
+    before = (trained / "runs/tiny/recipe.yaml").read_bytes()
     done = command(trained, *arguments)
     assert done.status == 2 and len(done.err.splitlines()) == 1 and all(word in done.err for word in words), done.err
+    assert (trained / "runs/tiny/recipe.yaml").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------- --watch

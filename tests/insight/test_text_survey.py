@@ -228,6 +228,7 @@ def test_the_command_prints_for_people_and_machines_and_writes_nothing(tmp_path:
         (["blank.txt"], "nothing but whitespace"),
         (["text.txt", "--documents", "odd"], "text.documents = 'odd'"),
         (["text.txt", "--validation", "2"], "--validation"),
+        (["--", "-none.txt"], "./-none.txt is not there"),
         (["latin.txt"], "iconv -f cp1252"),
     ],
 )

@@ -15,6 +15,7 @@ from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Recipe
 from llm.distributed.sharding import LocalShard, bounds, local_shard
+from llm.insight.planning import sized
 from llm.model import cost
 from llm.model.transformer import Transformer
 from llm.optim.optimizer import Optimizer
@@ -26,7 +27,7 @@ WORLDS = [1, 2, 4, 7]  # 7: rows that do not come out even, and processes that h
 
 def recipe(folder: Path, name: str) -> Recipe:
     path = write_recipe(folder, folder / "none.txt") if name == "tiny" else ROOT / "recipes" / f"{name}.yaml"
-    return with_steps(load(path), 1_400_000)  # tokens of a text, by which `auto` is settled
+    return sized(with_steps(load(path), 1_400_000))  # tokens of a text, by which `auto` is settled
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -14,6 +14,7 @@ from llm.base.constants import IGNORED
 from llm.config.reading import load
 from llm.config.resolving import with_steps
 from llm.config.schema import Model, Train
+from llm.insight.planning import sized
 from llm.model import cost
 from llm.model.transformer import BIAS_INIT, NORM_EPS, QK_NORM_INIT, ROPE_THETA, Block, Transformer
 from llm.optim.optimizer import Optimizer
@@ -22,7 +23,7 @@ from tests.forks import run, train, write_recipe, write_text
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 EPOCH = 1_386_780  # tokens of the text wiki-leads, by which `auto` is settled
-RECIPES = {name: with_steps(load(FOLDER / f"{name}.yaml"), EPOCH) for name in ("classic", "quickstart", "small")}
+RECIPES = {name: sized(with_steps(load(FOLDER / f"{name}.yaml"), EPOCH)) for name in ("classic", "quickstart", "small")}
 SHAPES = {name: (each.model, each.tokenizer.vocabulary) for name, each in RECIPES.items()} | {
     "tied": (tiny.shape(), 32),
     "untied": (tiny.shape(tied=False, kv_heads=2), 33),
@@ -53,7 +54,7 @@ SIZED = [path for path in sorted(FOLDER.glob("*.yaml")) if not load(path).model.
 def test_a_recipe_says_how_many_parameters_it_has(path: Path) -> None:
     said = re.search(r"^model: +# ([\d.]+) M parameters$", path.read_text("utf-8"), re.MULTILINE)
     assert said is not None
-    each, decimals = load(path), len(said[1].partition(".")[2])
+    each, decimals = sized(load(path)), len(said[1].partition(".")[2])
     assert said[1] == f"{cost.parameters(each.model, each.tokenizer.vocabulary) / 1e6:.{decimals}f}"
 
 
