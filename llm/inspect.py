@@ -85,7 +85,7 @@ def _finding(finding: "Finding") -> Iterator[str]:
 
 
 def _models(found: "Survey") -> Iterator[str]:
-    from llm.insight.text_survey import READS, advised
+    from llm.config.resolving import vocabulary_for
 
     sampled = found.sampled
     yield (
@@ -104,9 +104,7 @@ def _models(found: "Survey") -> Iterator[str]:
             f"  {each.pieces:>6,}  {each.bytes_per_token:>13.2f}  {each.parameters / 1e6:>8.2f} M  "
             f"{each.share:>14.0%}  {each.context:>21,}"
         )
-    pieces, is_enough = advised(found)
-    reason = f"the most with {READS} tokens of text a piece" if is_enough else "the least tried: the text is short"
-    yield f"  begin with tokenizer.vocabulary={pieces}, {reason}"
+    yield f"  begin with tokenizer.vocabulary=auto: {vocabulary_for(found.text_bytes[0]):,} pieces for so much text"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ MARKER_BYTES = 1 << 15  # a LINE is shorter
 MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # above this many epochs, model.dropout = auto is this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of train.weight_decay = auto
 MAX_DECAY = 3.2  # per step, however short the time constant
-BYTES_A_PIECE, PIECES = 256, (1024, 32768)  # of tokenizer.vocabulary = auto: bytes of text a piece, least and most
+PIECES = ((3e6, 16384), (1.6e6, 8192), (5e5, 4096), (1.5e5, 2048), (0, 1024))  # tokenizer.vocabulary = auto, by bytes
 CPU_TOKENS = 2048  # of a micro-batch on a CPU: more are no faster there
 _RANGE = re.compile(r"\s*([0-9]{1,12})(?:-([0-9]{1,12}))?\s*")
 
@@ -179,9 +179,8 @@ def with_steps(recipe: Recipe, tokens_per_epoch: int) -> Recipe:
 
 
 def vocabulary_for(text_bytes: float) -> int:
-    """tokenizer.vocabulary = auto for a training side of so many bytes: a power of two, by the table in README.md."""
-    fitting = max(1.0, text_bytes / BYTES_A_PIECE)
-    return int(min(max(2 ** math.floor(math.log2(fitting)), PIECES[0]), PIECES[1]))
+    """tokenizer.vocabulary = auto for a training side of so many bytes."""
+    return next(pieces for least, pieces in PIECES if text_bytes >= least)
 
 
 def with_vocabulary(recipe: Recipe, vocab_size: int) -> Recipe:

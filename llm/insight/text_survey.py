@@ -29,7 +29,6 @@ BLOCK = 1 << 20  # bytes of documents that are looked at together
 SAMPLE = 4 << 20  # bytes that vocabularies and yardsticks are trained on
 VOCABULARIES = (1024, 2048, 4096, 8192, 16384, 32768)
 QUICKSTART = Model(dim=192, layers=4, heads=3, kv_heads=3, head_dim=64, ffn_dim=512, context=256)
-READS = 100  # tokens of text for each piece, with which more pieces still won in recipes/experiments.md
 LISTED = 1000  # groups and leaks in the JSON
 
 
@@ -204,16 +203,6 @@ def _merged(name: str, merges: dict[str, int], most: int) -> list[str]:
         at = ranks.index(least)
         symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
     return symbols
-
-
-def advised(found: Survey) -> tuple[int, bool]:
-    """The vocabulary to begin with, and whether the text is long enough for it.
-
-    That is the largest one with READS tokens of text for each piece, or else the smallest.
-    """
-    size = found.text_bytes[0]
-    enough = [each.pieces for each in found.vocabularies if size / each.bytes_per_token >= READS * each.pieces]
-    return max(enough, default=min(each.pieces for each in found.vocabularies)), bool(enough)
 
 
 # ---------------------------------------------------------------------------------------------- duplicates
