@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.base.command import Parser
+from llm.base.command import Parser, as_text
 from llm.base.errors import LLMError, RecipeError, run
 from llm.data.conversations import checked
 from llm.inference import terminal
@@ -51,12 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
     from llm.inference.fast_decode import prepare_weights
     from llm.run_folder.loaded_run import open_run
 
-    as_text = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig", "newline": None}
-    sys.stdin.reconfigure(errors="replace", **as_text)  # type: ignore[union-attr]
+    lines = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig", "newline": None}
+    sys.stdin.reconfigure(errors="replace", **lines)  # type: ignore[union-attr]
     conversation = Conversation(open_run(given.run))
     prepare_weights(conversation.run.model, int8=given.int8)
     # Arguments in another encoding than the locale's arrive as surrogates.
-    conversation.instruct((given.system or "").encode(errors="surrogateescape").decode(errors="replace"))
+    conversation.instruct(as_text(given.system or ""))
     seed = given.seed if given.seed is not None else torch.seed() % (1 << 63)
     tell(f"{conversation.run.name}, seed {seed}")
     ask: Callable[[], str | None] = line_of_stdin

@@ -51,6 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
     kind = given.gguf or given.dtype
     suffix = f"-gguf-{kind}" if given.gguf else "" if kind == "fp32" else f"-{kind}"
     target = expanded(given.to) if given.to else Path("exports") / f"{find(given.run)[0].name}{suffix}"
+    try:
+        str(target.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"{target} is not UTF-8, and safetensors opens no such file: name another by --to") from None
     if target.exists() or target.is_symlink():
         raise RecipeError(f"{target} is there already: remove it, or name another folder by --to")
     opened = open_mean(given.run, given.mean, torch.device("cpu"))

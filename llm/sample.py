@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.base.command import Parser
+from llm.base.command import Parser, as_text
 from llm.base.errors import RecipeError, run
 from llm.inference import terminal
 from llm.inference.sampling import INT8, Sampling, add_sampling, sampling_of
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not all(given.stop):
         raise RecipeError("--stop is empty: name the text to end before")
+    given.stop = [*map(as_text, given.stop)]
     if given.prompt_file is not None:
         given.prompt = [*(given.prompt or []), text_in(given.prompt_file)]
     sampling = sampling_of(given)
@@ -112,8 +113,7 @@ def answer(
 def prompts_of(given: argparse.Namespace) -> Iterable[list[str]]:
     """Lists of prompts that are continued side by side: all given ones, or one after the other from a person."""
     if given.prompt is not None:
-        # Arguments in another encoding than the locale's arrive as surrogates.
-        yield [prompt.encode(errors="surrogateescape").decode(errors="replace") for prompt in given.prompt]
+        yield [*map(as_text, given.prompt)]
     elif sys.stdin.isatty():
         terminal.set_up()
         print("Type or paste a text to continue; Ctrl-C ends an answer, Ctrl-D leaves.", file=sys.stderr)

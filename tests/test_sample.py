@@ -218,6 +218,11 @@ def test_a_text_ends_before_what_it_shall_stop_at(here: Path) -> None:
 
         return run(act, here).out.removesuffix("\n")
 
+    hot = ("--temperature=3", "--min-p=0", "--repetition-penalty=1", "--tokens=200", "--prompt", "The river")
+    letter = next(each for each in said(*hot) if ord(each) > 127)
+    in_ascii = letter.encode().decode("ascii", "surrogateescape")  # as it arrives in a locale of ASCII alone
+    assert letter not in said(*hot, "--stop", letter) and said(*hot, "--stop", in_ascii) == said(*hot, "--stop", letter)
+
     whole = said("--prompt", "The river")
     rest = whole.removeprefix("The river")
     for stop in (rest[10:13], rest[5:6], rest[30:]):

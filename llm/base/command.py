@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, type=partial(checked, flag, kind=kind, least=least, most=most), **options)
 
 
+def as_text(argument: str) -> str:
+    """An argument as the text that was typed: in another encoding than the locale's it arrives as surrogates."""
+    return argument.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def checked(flag: str, text: str, kind: type, least: float, most: float) -> Any:
     """`text` as a number within its bounds. NaN is outside of any bounds."""
     try:

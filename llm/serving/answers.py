@@ -6,18 +6,22 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm.data.tokenizer import TextStream, Tokenizer
+from llm.data.tokenizer import SPACE, TextStream, Tokenizer
 from llm.inference.stop import Stop
 from llm.serving.engine import Job, Token
 
 
 def text_of(tokenizer: Tokenizer, id: int) -> str:
-    """A token for people: its text; its bytes where these are part of a character only; the name of a control."""
-    data = tokenizer.bytes_of(id)
+    """A token for people, each another one: its text; the name of a control; its bytes, where these are part of a
+    character only, or a character that has a piece of its own as well.
+    """
+    data, piece = tokenizer.bytes_of(id), tokenizer.piece(id)
     try:
-        return data.decode() if data else tokenizer.piece(id)
+        text = data.decode() if data else piece
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        text = ""
+    twice = piece == f"<0x{data.hex().upper()}>" and tokenizer.id_of(text.replace(" ", SPACE)) is not None
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data) if twice or not text else text
 
 
 @dataclass
@@ -44,17 +48,23 @@ class Choice:
         """The prompt as the first part of the answer."""
         stream, found = TextStream(self._tokenizer), []
         for token in self.job.echoed:
-            found.append((self._fed, token))
-            self._fed += len(stream.feed(token.id))
+            text = stream.feed(token.id)
+            found.append((self._offset(text, token), token))
+            self._fed += len(text)
         self._fed = self._shown = len(prompt)
         return self._grown(prompt, found)
 
     def feed(self, token: Token) -> Piece:
         self.said += 1
         text = self._stream.feed(token.id)
-        self._pending.append((self._fed, token))
+        self._pending.append((self._offset(text, token), token))
         self._fed += len(text)
         return self._release(self._stop.feed(text))
+
+    def _offset(self, text: str, token: Token) -> int:
+        """Where the token begins: in `text`, which it brings to light, a sign for unfinished bytes may be before it."""
+        own = self._tokenizer.bytes_of(token.id).decode(errors="replace")
+        return self._fed + (len(text) - len(own) if own and text.endswith(own) else 0)
 
     def end(self, finish: str) -> Piece:
         """The text that was held back."""

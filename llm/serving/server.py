@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -131,23 +132,35 @@ async def follow(server: Server, seconds: float = 1.0, retry: float = 30.0) -> N
 
     One that this machine cannot open now, as files or memory have run out, is tried again after `retry` seconds.
     """
-    folder, seen = server.run.folder, ""
+    folder, served = server.run.folder, _version(server.run.checkpoint.folder)
+    seen: tuple[str | int, ...] = ()
     while True:
         await asyncio.sleep(seconds)
         try:
             there = checkpoint.folders(folder)
-            if not there or there[0].name in (seen, server.run.checkpoint.folder.name) or not server.engine.can_swap():
+            if not there or _version(there[0]) in (seen, served) or not server.engine.can_swap():
                 continue
-            seen = there[0].name
+            seen = _version(there[0])
             newest = await asyncio.to_thread(open_run, str(folder.absolute() / "newest"))
         except LLMError as error:
-            tell(f"{seen or folder} is not served: {reason(error)}", sys.stderr)
+            tell(f"{seen[0] if seen else folder} is not served: {reason(error)}", sys.stderr)
             continue
         except (OSError, RuntimeError, MemoryError) as error:  # may pass, such as memory that ran out
-            tell(f"{seen or folder} is not served yet, tried again in {retry:g} s: {reason(error)}", sys.stderr)
-            seen = ""
+            name = seen[0] if seen else folder
+            tell(f"{name} is not served yet, tried again in {retry:g} s: {reason(error)}", sys.stderr)
+            seen = ()
             await asyncio.sleep(retry)
             continue
-        if newest.name != server.run.name:
+        if (version := _version(newest.checkpoint.folder)) != served:
+            served = version
             server.engine.swap(newest)
             tell(f"now serving {newest.name}", sys.stderr)
+
+
+def _version(folder: Path) -> tuple[str | int, ...]:
+    """The checkpoint in a folder, to tell it from one of the same step in a run of the same name."""
+    try:
+        found = (folder / checkpoint.WEIGHTS).stat()
+    except FileNotFoundError:
+        return (folder.name,)
+    return folder.name, found.st_ino, found.st_mtime_ns

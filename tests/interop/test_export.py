@@ -121,6 +121,8 @@ def test_what_is_there_is_not_overwritten(here: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     ended = exported(here, "tiny", "--to", tmp_path / "link")
     assert ended.status == 2 and "link is there already" in ended.err, ended.err
+    ended = exported(here, "tiny", "--to", tmp_path / "e\udcff")
+    assert ended.status == 2 and "is not UTF-8" in ended.err and ended.err.count("\n") == 1, ended.err
 
 
 def test_a_run_that_is_the_working_folder_has_its_name(here: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llm.data.tokenizer import Tokenizer
 from llm.inference.stop import Stop
 from llm.serving.answering import _events
-from llm.serving.answers import Choice, Piece, Writer
+from llm.serving.answers import Choice, Piece, Writer, text_of
 from llm.serving.engine import Token
 from tests.forks import SENTENCES
 
@@ -54,6 +54,21 @@ def test_a_text_ends_before_the_first_stop_however_tokens_split_it(
     choice = choice_of(tokenizer, stops)
     assert "".join(grown(choice, ids)) == choice.text == expected
     assert len([token for _, token in choice.tokens]) <= choice.said
+
+
+def test_each_token_stands_at_its_offset_also_behind_an_unfinished_character(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.id_of("<0xEB>"), *tokenizer.encode("river"), tokenizer.id_of("<0xC3>"), tokenizer.id_of("<0xA9>")]
+    choice = choice_of(tokenizer, [])
+    grown(choice, [id or 0 for id in ids])
+    offsets = [offset for offset, _ in choice.tokens]
+    assert choice.text == "\ufffdriveré" and offsets[0] == 0 and offsets[-2:] == [6, 6]
+    for offset, token in choice.tokens[1:-2]:
+        assert choice.text[offset:].startswith(text_of(tokenizer, token.id))
+
+
+def test_tokens_have_one_name_each(tokenizer: Tokenizer) -> None:
+    names = [text_of(tokenizer, id) for id in range(tokenizer.vocab_size)]
+    assert len(set(names)) == len(names) and "bytes:\\x65" in names and "e" in names and "\n" in names
 
 
 def test_long_stops_are_looked_for_no_further_than_the_text_reaches() -> None:

@@ -273,6 +273,24 @@ def test_a_run_whose_folder_vanishes_is_served_on(here: Path, tmp_path: Path) ->
         assert answer["system_fingerprint"] == newest
 
 
+def test_a_run_that_is_trained_anew_is_followed_though_its_steps_have_the_same_names(
+    here: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(here / "runs/tiny", tmp_path / "tiny", symlinks=True)
+    with served(open_run(str(tmp_path / "tiny/newest"), CPU), also=lambda server: follow(server, 0.05)) as server:
+        before = server.server.run
+        time.sleep(0.3)
+        assert server.server.run is before
+        shutil.copytree(tmp_path / "tiny", tmp_path / "anew", symlinks=True)
+        (tmp_path / "tiny").rename(tmp_path / "away")
+        (tmp_path / "anew").rename(tmp_path / "tiny")
+        until = time.monotonic() + 20
+        while server.server.run is before:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert server.server.run.name == before.name
+
+
 def test_a_damaged_checkpoint_is_passed_over(here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(here / "runs/tiny", tmp_path / "tiny", symlinks=True)
     folders = checkpoint.folders(tmp_path / "tiny")
