@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from llm.base.errors import DiskError, DivergedError, GroupError, RecipeError, RefusedError, run
 from llm.config.reading import key_of, load
+from llm.config.resolving import vocabulary_for, with_vocabulary
 from llm.config.schema import LENGTHS, Recipe
 from llm.distributed.environment import measured_flops
 from llm.model.cost import covered, flops_per_token
@@ -142,12 +144,8 @@ def _verdicts(trials: Trials, recipe: Recipe, steps: int) -> list[Verdict]:
 def _expected_seconds(recipe: Recipe, steps: int) -> int:
     """Six starts of a process, and the steps at a third of the speed of this machine's matrix product."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flops = (
-        flops_per_token(recipe.model, covered(recipe.train, recipe.tokenizer.vocab_size))
-        * recipe.train.tokens_per_step
-        * steps
-        * 5
-    )
+    vocab_size = with_vocabulary(recipe, vocabulary_for(inf)).tokenizer.vocab_size  # at most
+    flops = flops_per_token(recipe.model, covered(recipe.train, vocab_size)) * recipe.train.tokens_per_step * steps * 5
     return round(6 * 8 + 3 * flops / measured_flops(device, torch.float32, 1024))
 
 
