@@ -4,8 +4,9 @@ Both are functions of the shards, the context and the seed, so that the windows 
 step) alone. Where conversations share a window, none sees another: `segments` tells them apart.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -231,7 +232,11 @@ class PackedShuffle:
 
 
 def table_of(recipe: Recipe, side: Side) -> WindowTable:
-    return WindowTable(side, recipe.model.context, recipe.train.on == "all")
+    return _table(side, recipe.model.context, recipe.train.on == "all")
+
+
+# A start and each evaluation ask for the same tables, which take seconds.
+_table: Callable[..., WindowTable] = lru_cache(maxsize=16)(WindowTable)
 
 
 def order_of(recipe: Recipe, shards: Shards) -> WindowShuffle | PackedShuffle:

@@ -33,7 +33,6 @@ class Evaluator:
 
     def __init__(self, context: RunContext, state: TrainState, monitor: Monitor) -> None:
         self.context, self.state, self.monitor = context, state, monitor
-        self._tables: dict[Shards, WindowTable | None] = {}  # of held-out conversations: made once
         self.metrics: dict[str, Any] = {}
         self.best = math.inf  # bits per byte
         self.curve: list[list[float]] = []  # step and bits per byte of the evaluations, for the model card
@@ -116,9 +115,7 @@ class Evaluator:
         held_out = self._attempt("no evaluation", shards.validation.verified)
         if held_out is None:
             return None
-        if shards not in self._tables:
-            self._tables[shards] = table_of(self.context.recipe, held_out) if shards.is_chat else None
-        table = self._tables[shards]
+        table = table_of(self.context.recipe, held_out) if shards.is_chat else None
         if not (table.targets if table else held_out.tokens > 1):
             return 0.0, 0, 0, 0.0
         nats = self._attempt("no evaluation", lambda: self._nats(held_out, table, micro_batch))
