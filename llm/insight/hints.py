@@ -138,12 +138,18 @@ def dropout(run: Facts) -> Hint | None:
     return Hint("dropout costs where a text is read few times", ("model.dropout=0",))
 
 
+def fewer_pieces(run: Facts) -> Hint | None:
+    text_bytes = run.unique * planning.bytes_per_token(run.vocab_size)
+    few = run.vocab_size < MANY_PIECES * vocabulary_for(text_bytes)
+    if few or not run.is_new or run.recipe.tokenizer.path or run.epochs < 2:
+        return None
+    return Hint("fewer pieces, each of them seen more often", ("tokenizer.vocabulary=auto",))
+
+
 def pieces(run: Facts) -> Hint | None:
     if not run.is_new or run.recipe.tokenizer.path:
         return None
     text_bytes = run.unique * planning.bytes_per_token(run.vocab_size)
-    if run.epochs > 2 and run.vocab_size >= MANY_PIECES * vocabulary_for(text_bytes):
-        return Hint("fewer pieces, each of them seen more often", ("tokenizer.vocabulary=auto",))
     for size, least in PIECES:
         if run.epochs < 2 and run.vocab_size < size and text_bytes >= least:
             return Hint("more pieces learn more from each byte", (f"tokenizer.vocabulary={size}",))
@@ -202,7 +208,7 @@ def more_text(run: Facts) -> Hint:
 
 
 RULES: tuple[Callable[[Facts], Hint | None], ...] = (
-    optimizer, rate, warmup, batch, decay, forgetting, dropout, shorter, width, pieces, longer,
+    optimizer, rate, warmup, batch, decay, forgetting, dropout, fewer_pieces, shorter, width, pieces, longer,
 )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ ROWS = [
     Row("dropout without need", "dropout", "model.dropout=0.2"),
     Row("too few pieces: 512", "pieces", "tokenizer.vocabulary=512"),
     Row("too few pieces: 2,048", "pieces", "tokenizer.vocabulary=2048"),
+    Row("too many pieces: 8,192", "fewer_pieces", f"{SMALL} tokenizer.vocabulary=8192 train.epochs=6 train.weight_decay=auto"),
     Row("too narrow: 16", "width", "model.dim=16 model.heads=1 tokenizer.vocabulary=1024 train.tokens=140k"),
     Row("too large: 256 wide, 8 blocks", "width", "model.dim=256 model.heads=4 model.layers=8 train.tokens=20k"),
     Row("too short", "longer", "train.tokens=30k tokenizer.vocabulary=8192"),

@@ -42,7 +42,7 @@ WRONG = [
     ("model.dim=32 model.heads=1 tokenizer.vocabulary=1024 train.tokens_per_step=1024", 4, "width", "model.dim=64 model.heads=2"),
     ("model.dim=512 model.heads=8 model.layers=12", 0.2, "width", "model.dim=256 model.heads=4"),
     ("tokenizer.vocabulary=2048", 1, "pieces", "tokenizer.vocabulary=8192"),
-    ("tokenizer.vocabulary=65536", 3, "pieces", "tokenizer.vocabulary=auto"),
+    ("tokenizer.vocabulary=65536", 3, "fewer_pieces", "tokenizer.vocabulary=auto"),
     ("", 0.5, "longer", "train.epochs=1"),
     ("", 6, "more_text", "text.files=[wiki-leads,MORE.txt]"),
 ]  # fmt: skip
