@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm.base import atomic_io
+from llm.config import resolving
 from llm.config.reading import load
 from llm.data import sources
 from tests.forks import Ended, digest, run, run_group, script, train, write_recipe, write_text
@@ -168,6 +169,14 @@ def test_a_vocabulary_of_the_text_s_size_is_recorded_and_stays(tmp_path: Path, s
     assert load(tmp_path / "runs/tiny/recipe.yaml").tokenizer.vocab_size == recorded
     ended = run(train(tmp_path / "recipe.yaml", f"tokenizer.vocabulary={recorded + 1}"), tmp_path)
     assert ended.status == 4 and f"tokenizer.vocabulary = {recorded}, this" in ended.err, ended.err
+
+
+def test_a_dropout_that_was_auto_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolving, "MANY_EPOCHS", 0)  # as in an earlier version
+    stopped(tmp_path, **{"model.dropout": "auto"})
+    monkeypatch.undo()
+    resumed(tmp_path)
+    assert load(tmp_path / "runs/tiny/recipe.yaml").model.dropout == 0.1
 
 
 def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_anew(tmp_path: Path, whole: str) -> None:

@@ -10,7 +10,7 @@ from llm.config.schema import LENGTHS, MIN_VOCAB_SIZE, RUN_NAME, STEP, Epochs, M
 
 RULES = ("auto", "headings", "blank-lines", "blocks", "lines", "files")  # of text.documents, besides marker LINE
 MARKER_BYTES = 1 << 15  # a LINE is shorter
-MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 8, 0.1  # above this many epochs, model.dropout = auto is this
+MANY_EPOCHS, MANY_EPOCHS_DROPOUT = 15, 0.1  # above this many epochs, model.dropout = auto is this
 FORGOTTEN_AFTER = 0.7  # epochs: the time constant of train.weight_decay = auto
 MAX_DECAY = 3.2  # per step, however short the time constant
 PIECES = ((3e6, 16384), (1.6e6, 8192), (5e5, 4096), (1.5e5, 2048), (0, 1024))  # tokenizer.vocabulary = auto, by bytes

@@ -48,6 +48,8 @@ def find(recipe: Recipe, run: Path) -> tuple[Recipe, Tokenizer, AnyShards] | Non
     if recipe.evaluate.also != recorded.evaluate.also or bool(recipe.evaluate.also) != bool(shards.also):
         shards.also = prepare_also(recipe, tokenizer, say) if recipe.evaluate.also else None
     recipe = with_vocabulary(prompts.with_prompts(recipe, tokenizer, shards), tokenizer.vocab_size)
+    if recipe.model.dropout == "auto":  # an earlier version drew the line at fewer epochs
+        recipe = replace(recipe, model=replace(recipe.model, dropout=recorded.model.dropout))
     return with_steps(recipe, tokens_per_epoch(recipe, shards)), tokenizer, shards
 
 
