@@ -52,7 +52,7 @@ def test_a_rows_bits_ignore_its_place_and_its_neighbours(
         patch.setattr(fast_decode, "WIDTHS", widths)
         patch.setattr(fast_decode.FastDecoder, "known_widths", {})
         model, alone, mine = model_of(), text(own), text(own)
-        fast_decode.prepare(model, int8=int8)
+        fast_decode.prepare_weights(model, int8=int8)
         single, shared = Slots(model, 1, own + 8), Slots(model, 16)
         if not widths:
             assert single.widths == [16]
@@ -118,7 +118,7 @@ asked = st.tuples(
 def test_answers_are_those_of_each_alone(requests: list[Any], small: bool, int8: bool) -> None:
     """Mixed lengths, settings, joins and leaves; contexts that fill up; more texts than slots."""
     model = model_of(context=80 if small else CONTEXT)
-    fast_decode.prepare(model, int8=int8)
+    fast_decode.prepare_weights(model, int8=int8)
     engine = Engine(run_of(model), queue=100, int8=int8)
 
     async def ask(
