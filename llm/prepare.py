@@ -52,17 +52,17 @@ def main(arguments: list[str] | None = None) -> None:
     say("--new-tokenizer", action="store_true", help="train a new tokenizer and split the text anew")
     say("--list", action="store_true", help="only read the text: documents, bytes and what is left out of each file")
     say("--wiki", type=Path, metavar="FILE", help="instead write FILE: Wikipedia's lead sections, from the wiki extra")
-    say("--language", choices=LANGUAGES, default="en", help="language of --wiki (en)")
+    say("--language", choices=LANGUAGES, help="language of --wiki (en)")
     say("--force", action="store_true", help="let --wiki replace FILE")
     options = parser.parse_args(arguments)
     if (options.list or options.wiki) and (options.verify or options.new_tokenizer):
-        parser.error("--list and --wiki prepare no text: leave out --verify and --new-tokenizer")
+        raise RecipeError("--list and --wiki prepare no text: leave out --verify and --new-tokenizer")
     if options.wiki and (options.recipe or options.list):
-        parser.error("--wiki writes a text and reads none: leave out the recipe and --list")
-    if not options.wiki and (options.force or options.language != parser.get_default("language")):
-        parser.error("--force and --language are for --wiki FILE")
+        raise RecipeError("--wiki writes a text and reads none: leave out the recipe and --list")
+    if not options.wiki and (options.force or options.language):
+        raise RecipeError("--force and --language are for --wiki FILE")
     if options.wiki:
-        write_wiki(options.wiki, LANGUAGES[options.language], force=options.force)
+        write_wiki(options.wiki, LANGUAGES[options.language or "en"], force=options.force)
     elif options.recipe and options.list:
         from llm.data.mixed_pipeline import texts
 

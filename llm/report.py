@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     with naming("--out"):
         atomic_io.check_writable(out)
         # Else a slip of the hand would replace a text or a recipe.
-        if out.is_file() and out.stat().st_size and TITLE not in out.read_bytes()[:2000]:
+        if out.is_file() and out.stat().st_size and TITLE not in out.read_bytes()[: 1 << 20]:
             raise RecipeError(f"{out} is there and is no report: name another file, or move it away")
     atomic_io.write_bytes(out, page(folders))
     print(harmless(f"the report is in {out}"))

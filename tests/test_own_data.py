@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from llm.base import atomic_io
 from llm.config import resolving
 from llm.config.reading import load
 from llm.data import sources
+from llm.interop import pretrained
+from llm.training import own_data
 from tests.forks import Ended, digest, run, run_group, script, train, write_recipe, write_text
 
 
@@ -169,6 +172,35 @@ def test_a_vocabulary_of_the_text_s_size_is_recorded_and_stays(tmp_path: Path, s
     assert load(tmp_path / "runs/tiny/recipe.yaml").tokenizer.vocab_size == recorded
     ended = run(train(tmp_path / "recipe.yaml", f"tokenizer.vocabulary={recorded + 1}"), tmp_path)
     assert ended.status == 4 and f"tokenizer.vocabulary = {recorded}, this" in ended.err, ended.err
+
+
+@pytest.mark.parametrize(
+    "brought", ["tokenizer.path=runs/tiny/tokenizer/tokenizer.model", "model.from=runs/tiny/checkpoints/step-000012"]
+)
+def test_a_run_of_an_earlier_version_whose_pieces_were_brought_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brought: str
+) -> None:
+    """It recorded the key's default of then, 4,096, which had no effect."""
+    project(tmp_path)
+    finished(tmp_path)
+    act = partial(train, tmp_path / "recipe.yaml", "run=old", brought, "tokenizer.vocabulary=auto")
+    for module in (pretrained, own_data):
+        monkeypatch.setattr(module, "with_vocabulary", lambda recipe, pieces: resolving.with_vocabulary(recipe, 4096))
+    assert run(act(stop_after=3), tmp_path).status == 75
+    monkeypatch.undo()
+    done = run(act(), tmp_path)
+    assert done.status == 0 and "resuming old from step 3" in done.out, done.err
+
+
+def test_the_recipe_that_a_run_recorded_finds_its_text_and_tokenizer(tmp_path: Path) -> None:
+    finished(project(tmp_path, **{"tokenizer.vocabulary": "auto"}))
+    recorded = tmp_path / "runs/tiny/recipe.yaml"
+    planned = [run(script("module:llm.plan", recipe), tmp_path).out for recipe in (recorded, tmp_path / "recipe.yaml")]
+    assert planned[0].splitlines()[:5] == planned[1].splitlines()[:5] and "an estimate" not in planned[0]
+    with (tmp_path / "text.txt").open("a") as file:
+        file.write("\n\n = Another article = \n\nIt came later, and is read with the same pieces.\n")
+    done = run(train(recorded, "run=onward", "from=tiny/step-12", "train.steps=14"), tmp_path)
+    assert done.status == 0 and "training a tokenizer" not in done.out, done.err
 
 
 def test_a_dropout_that_was_auto_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

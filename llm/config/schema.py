@@ -79,7 +79,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """`vocabulary` as a number: for recipes whose text is prepared, or that planning.sized has estimated."""
-        assert self.vocabulary != "auto", "is not known before the text is"
+        assert self.vocabulary != "auto", "take planning.sized(recipe), or the recipe of a prepared text"
         return self.vocabulary
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from llm.base import atomic_io
 from llm.base.errors import RecipeError, TextError
+from llm.config.resolving import with_vocabulary
 from llm.config.schema import Evaluate, Recipe, Text, TextSource
 from llm.data import growth, pipeline
 from llm.data.conversations import text_of
@@ -170,9 +171,12 @@ def _trained(recipe: Recipe, say: Say, verify: bool) -> Tokenizer:
     joint = _joint([survey for _, survey, _ in found])
     folder = pipeline.tokenizer_folder(cache, recipe, joint)
     tokenizer = pipeline.trained(recipe, joint, folder, say, sample)
-    record = _record(cache, recipe)
-    if not read_only(record):
-        atomic_io.write_checksummed(record, {"tokenizer": folder.name})
+    for known in (
+        recipe,
+        with_vocabulary(recipe, tokenizer.vocab_size),
+    ):  # as a run records it
+        if not read_only(record := _record(cache, known)):
+            atomic_io.write_checksummed(record, {"tokenizer": folder.name})
     return tokenizer
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from llm.base import atomic_io
 from llm.base.errors import DiskError, RecipeError, RefusedError, TextError
-from llm.config.resolving import vocabulary_for
+from llm.config.resolving import vocabulary_for, with_vocabulary
 from llm.config.schema import Evaluate, Recipe, Text
 from llm.data import growth, packing, shard_writer, sharing
 from llm.data import shards as sharding
@@ -104,6 +104,8 @@ def prepare_text(
     if own is None:
         now = growth.Past(corpus.identity, corpus.most, asdict(survey), shards.folder.name, made or "")
         growth.record(cache, recipe, given, now)
+        if recipe.tokenizer.vocabulary == "auto":  # found too by the number, which a run's recipe says
+            growth.record(cache, with_vocabulary(recipe, tokenizer.vocab_size), given, now)
     if recipe.evaluate.also:
         shards.also = prepare_also(recipe, tokenizer, say, verify, team)
     train, validation = shards.train, shards.validation
@@ -197,16 +199,18 @@ def find_shards(recipe: Recipe) -> Shards | None:
 def tokenizer_folder(cache: Path, recipe: Recipe, survey: Survey) -> Path:
     wanted = recipe.tokenizer
     size: Any = vocabulary_of(recipe, survey)
-    if wanted.vocabulary == "auto":  # which may come to fewer pieces
+    if wanted.vocabulary == "auto":  # which may come to another number
         size = ["auto", size]
     key = atomic_io.digest_of([SETTINGS, SAMPLE, survey.sha256, survey.share, size, wanted.terms])
     return cache / "tokenizers" / key
 
 
 def vocabulary_of(recipe: Recipe, survey: Survey) -> int:
-    """The number of pieces to train; under tokenizer.vocabulary = auto, a text of few bytes may allow fewer."""
+    """The number of pieces to ask for. Under auto little text ends with fewer, a text of many letters with more."""
     wanted = recipe.tokenizer
-    return vocabulary_for(survey.text_bytes[0]) if wanted.vocabulary == "auto" else wanted.vocabulary
+    if wanted.vocabulary != "auto":
+        return wanted.vocabulary
+    return vocabulary_for(survey.text_bytes[0]) + len(wanted.terms)
 
 
 def _shards_folder(cache: Path, survey: Survey, tokenizer: Tokenizer) -> tuple[dict[str, Any], Path]:
@@ -253,6 +257,9 @@ def trained(recipe: Recipe, survey: Survey, folder: Path, say: Say, sample: Call
             pieces, auto = vocabulary_of(recipe, survey), wanted.vocabulary == "auto"
             say(f"training a tokenizer of {pieces:,} pieces on {part}{whole / 1e6:,.1f} MB of text")
             tokenizer = Tokenizer.train(documents, vocab_size=pieces, terms=wanted.terms, as_fits=auto)
+            if tokenizer.vocab_size != pieces:
+                why = "so little text allows no more" if tokenizer.vocab_size < pieces else "its letters need more"
+                say(f"vocabulary: {tokenizer.vocab_size:,} pieces, as {why}")
             with atomic_io.draft_folder(folder) as draft:
                 tokenizer.save(draft, **asdict(wanted), text=survey.sha256, sampled_bytes=sampled)
         return kept_tokenizer(folder)

@@ -14,18 +14,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm.base import atomic_io
 from llm.base.constants import CHUNK_NUMBERS
 from llm.base.durations import readable
 from llm.base.errors import LLMError, RecipeError, StoppedError, TextError
-from llm.config.resolving import cpu_micro_batch, divisors, vocabulary_for, with_steps, with_vocabulary
+from llm.config.resolving import cpu_micro_batch, divisors, vocabulary_for, with_steps
 from llm.config.schema import MIN_VOCAB_SIZE, STEP, Model, Recipe, Text
 from llm.data.sources import sources_of
 from llm.data.text_files import packed_as
 from llm.insight.cards import GIB, Device
 from llm.model import cost, hf_config
+
+if TYPE_CHECKING:
+    from llm.data.shards import AnyShards
 
 # Bytes of held-out text per token (BOS included) by number of pieces: means over the packaged English, French and
 # Spanish texts and Python's standard library, which lie within 9 % of them (2026-11-28).
@@ -156,7 +159,13 @@ def sized(recipe: Recipe) -> Recipe:
 
         pieces = Tokenizer.load(atomic_io.expanded(recipe.tokenizer.path)).vocab_size
     else:
-        return with_vocabulary(recipe, vocabulary_for(text_bytes(recipe) * (1 - recipe.text.validation)))
+        if recipe.tokenizer.vocabulary != "auto":
+            return recipe
+        if shards := _prepared(recipe):
+            pieces = int(next(iter(shards.sources.values())).manifest["vocabulary"])
+        else:
+            size = text_bytes(recipe) * (1 - recipe.text.validation) or math.inf  # unknown: as many as it can be
+            pieces = vocabulary_for(size) + len(recipe.tokenizer.terms)
     return replace(recipe, tokenizer=replace(recipe.tokenizer, vocabulary=pieces))
 
 
@@ -255,16 +264,23 @@ def text_tokens(recipe: Recipe, vocab_size: int = 0) -> tuple[int, int, int, boo
 
     `vocab_size`: of a borrowed tokenizer, instead of the recipe's.
     """
-    if not recipe.model.from_ and atomic_io.expanded(recipe.text.cache or "data").is_dir():
-        from llm.data.mixed_pipeline import find_shards  # takes half a second to import
-
-        with contextlib.suppress(LLMError):  # what is wrong with a text is said when it is prepared
-            if shards := find_shards(recipe):
-                both = shards.train, shards.validation
-                return both[0].tokens, both[1].tokens, both[0].documents + both[1].documents, False
+    if not recipe.model.from_ and (shards := _prepared(recipe)):
+        both = shards.train, shards.validation
+        return both[0].tokens, both[1].tokens, both[0].documents + both[1].documents, False
     tokens = text_bytes(recipe) / bytes_per_token(vocab_size or sized(recipe).tokenizer.vocab_size)
     held_out = int(tokens * recipe.text.validation)
     return int(tokens) - held_out, held_out, 0, True
+
+
+def _prepared(recipe: Recipe) -> "AnyShards | None":
+    """The recipe's shards, if they were made before; what is wrong with a text is said when it is prepared."""
+    if not atomic_io.expanded(recipe.text.cache or "data").is_dir():
+        return None
+    from llm.data.mixed_pipeline import find_shards  # takes half a second to import
+
+    with contextlib.suppress(LLMError):
+        return find_shards(recipe)
+    return None
 
 
 def text_bytes(recipe: Recipe) -> float:

@@ -12,8 +12,9 @@ from llm.serving.engine import Job, Token
 
 
 def text_of(tokenizer: Tokenizer, id: int) -> str:
-    """A token for people, each another one: its text; the name of a control; its bytes, where these are part of a
-    character only, or a character that has a piece of its own as well.
+    """A name for a token that no other token has.
+
+    That is its text, or a control's name, or bytes:\\x.. for bytes that are no whole character, or one with a piece.
     """
     data, piece = tokenizer.bytes_of(id), tokenizer.piece(id)
     try:

@@ -98,6 +98,8 @@ def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: s
     other = "take another run=NAME"
     ways = f"{other}, or start a new run from it with run=NAME from={recipe.run}/{found.folder.name}"
     stored, wanted = dict(found.manifest["science"]), science(recipe)
+    if recipe.tokenizer.path or recipe.model.from_:  # which bring their pieces, so the number is without effect
+        stored["tokenizer.vocabulary"] = wanted["tokenizer.vocabulary"]
     if isinstance(stored.get("from"), str):
         stored["from"] = checkpoint_name(stored["from"])  # earlier ones kept it as it was written
     if found.manifest["format"] == 1 and stored.get("train.skip") != wanted["train.skip"]:
@@ -113,4 +115,5 @@ def refuse_difference(found: Checkpoint, recipe: Recipe, tokenizer: str, data: s
     for name in differ:
         if not FOLLOWS.get(name, set()).intersection(differ):
             fault = f"was trained with {name} = {said(stored.get(name))}, this recipe says {said(wanted.get(name))}"
-            raise RefusedError(f"run {recipe.run} {fault}: {other if name in SHAPE else ways}")
+            fixed = name in SHAPE or name.startswith("tokenizer.")  # also in a run that begins from this one
+            raise RefusedError(f"run {recipe.run} {fault}: {other if fixed else ways}")
