@@ -171,10 +171,8 @@ def _trained(recipe: Recipe, say: Say, verify: bool) -> Tokenizer:
     joint = _joint([survey for _, survey, _ in found])
     folder = pipeline.tokenizer_folder(cache, recipe, joint)
     tokenizer = pipeline.trained(recipe, joint, folder, say, sample)
-    for known in (
-        recipe,
-        with_vocabulary(recipe, tokenizer.vocab_size),
-    ):  # as a run records it
+    as_recorded = with_vocabulary(recipe, tokenizer.vocab_size)  # by a run
+    for known in (recipe, as_recorded):
         if not read_only(record := _record(cache, known)):
             atomic_io.write_checksummed(record, {"tokenizer": folder.name})
     return tokenizer
